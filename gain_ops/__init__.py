@@ -1,0 +1,36 @@
+"""gain_ops: adapt a frozen language model by a learned diagonal gain on its projections.
+
+::
+
+    W_new = diag(gain) @ W        (side="output")        W_new = W @ diag(gain)        (side="input")
+
+W stays frozen, ``gain = 1 + delta`` is learned and absorbed into W when training is done. Importing this package loads no
+CUDA, no triton and no transformers.
+
+    gain_linear, gain_scale        the operation                      functional.py
+    GainLinear                     the layer                          modules.py
+    apply, remove                  gains on a model                   adapt.py
+    save_gains, load_gains         gain files                         adapters.py
+    absorb                         fold the gains into the weights    absorption.py
+"""
+
+from gain_ops._version import __version__
+from gain_ops.absorption import absorb
+from gain_ops.adapt import apply, remove
+from gain_ops.adapters import load_gains, save_gains
+from gain_ops.dispatch import BackendUnavailable
+from gain_ops.functional import gain_linear, gain_scale
+from gain_ops.modules import GainLinear
+
+__all__ = [
+    "BackendUnavailable",
+    "GainLinear",
+    "__version__",
+    "absorb",
+    "apply",
+    "gain_linear",
+    "gain_scale",
+    "load_gains",
+    "remove",
+    "save_gains",
+]
