@@ -1,0 +1,203 @@
+"""The public functions: check the arguments, apply autocast's rule, flatten, and hand over to autograd.py."""
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from gain_ops import ops, reference
+from gain_ops.autograd import KeepInput, KeepOutput, Scale, autocast_enabled
+
+SIDES = ("output", "input")
+SAVES = ("auto", "output", "input")
+
+
+def gain_linear(
+    x: Tensor,
+    weight: Tensor,
+    delta: Tensor,
+    bias: Tensor | None = None,
+    *,
+    side: str = "output",
+    save: str = "auto",
+    backend: str = "auto",
+) -> Tensor:
+    r"""A linear map whose frozen weight is scaled by a learned diagonal, with ``gain = 1 + delta``.
+
+    ::
+
+        side="output":   y = gain * (x @ W.T) + b        the same as the linear map of diag(gain) @ W
+        side="input":    y = (x * gain) @ W.T + b        the same as the linear map of W @ diag(gain)
+
+        dx     = (dy * gain) @ W              or  gain * (dy @ W)
+        ddelta = sum over tokens of dy * z    or  sum over tokens of (dy @ W) * x,      z = x @ W.T
+
+    The gain scales the weight and not the bias. dW is never formed, and no gradient that nobody needs is computed.
+
+    Args:
+        x: [..., in_features], any strides; float64, float32, bfloat16 or float16.
+        weight: [out_features, in_features], x's dtype, any strides (a transposed view is not copied). Frozen: it must not
+            require a gradient.
+        delta: [out_features] on the output side, [in_features] on the input side; gain minus one, zeros at the start. Any
+            floating dtype; keep it float32, where steps near zero are not lost.
+        bias: [out_features] or None; any floating dtype.
+        side: which features the gain scales, "output" or "input".
+        save: what an output-side gain keeps for backward. "output": z [..., out_features], fast. "input": x, and one more
+            GEMM recomputes z in the backward, which adds no byte where x is alive anyway. "auto": "output". The input side
+            always keeps x ("auto" or "input"). Nothing that is activation-sized is kept unless delta needs a gradient.
+        backend: "auto", or "eager" | "triton" by name (see gain_ops.dispatch). With "auto", GAIN_OPS_BACKEND decides.
+
+    Returns:
+        y [..., out_features] in x's dtype (in autocast's dtype under autocast). The products with the gain run in float32
+        (float64 for float64); the kernels round once, the eager backend rounds z first as plain torch does. With delta = 0
+        and no bias the bits are those of torch.nn.functional.linear wherever that runs the same GEMM.
+
+    Under autocast x, weight and the input side's bias go to autocast's dtype and delta stays as it is; the cast weight is
+    not kept for backward. torch.func transforms, forward-mode and double backward work through plain torch, unfused.
+
+    Raises:
+        ValueError: shapes, devices, ``side``, ``save`` or ``backend`` that do not fit, or a weight that requires a gradient.
+        TypeError: dtypes that do not fit.
+        BackendUnavailable: a backend asked for by name that cannot run here.
+
+    Source: GAIN, arXiv 2604.04516.
+
+    """
+    _check(x, weight, delta, bias, side, save)
+    device_type = x.device.type
+    if _transformed():
+        return reference.composite(x, weight, delta, bias, side)
+    if autocast_enabled(device_type) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device_type)
+        with torch.autocast(device_type, enabled=False):
+            return _apply(
+                x.to(dtype), weight, delta, bias, None if weight.dtype == dtype else dtype, side, save, backend
+            )
+    if weight.dtype != x.dtype:
+        raise TypeError(
+            f"x is {x.dtype} and weight is {weight.dtype}: they must agree outside autocast. Cast one, or use torch.autocast."
+        )
+    return _apply(x, weight, delta, bias, None, side, save, backend)
+
+
+def gain_scale(x: Tensor, delta: Tensor, *, backend: str = "auto") -> Tensor:
+    """``y = x * (1 + delta)`` over the last dimension, with one fused pass for both gradients.
+
+    ::
+
+        dx = dy * (1 + delta)        ddelta = sum over tokens of dy * x
+
+    The gain round a linear map that is not ours (a quantised one, say): scale its output, or its input.
+
+    Args:
+        x: [..., n], any strides; float64, float32, bfloat16 or float16. It is kept for backward when delta needs a gradient.
+        delta: [n], any floating dtype.
+        backend: as in gain_linear.
+
+    Returns:
+        y [..., n] in x's dtype, from a float32 product (float64 for float64), rounded once. Autocast changes nothing.
+
+    Raises:
+        ValueError: shapes or devices that do not fit, or an unknown backend.
+        TypeError: a dtype that is not floating.
+        BackendUnavailable: a backend asked for by name that cannot run here.
+
+    """
+    _check_floating(x=x, delta=delta)
+    _check_features(x, x.shape[-1] if x.dim() else 0, delta, "x.shape[-1]")
+    if _transformed():
+        return reference.composite_scale(x, delta)
+    flat = _flatten(x)
+    if torch.is_grad_enabled() and (x.requires_grad or delta.requires_grad):
+        y = Scale.apply(flat, delta, backend)
+    else:
+        y = ops.scale(flat, delta, backend)
+    return _unflatten(y, x)
+
+
+def _apply(
+    x: Tensor,
+    weight: Tensor,
+    delta: Tensor,
+    bias: Tensor | None,
+    compute_dtype: torch.dtype | None,
+    side: str,
+    save: str,
+    backend: str,
+) -> Tensor:
+    flat = _flatten(x)
+    wants_grad = x.requires_grad or delta.requires_grad or (bias is not None and bias.requires_grad)
+    if not (wants_grad and torch.is_grad_enabled()):
+        op = ops.linear if side == "output" else ops.linear_input
+        y = op(flat, weight if compute_dtype is None else weight.to(compute_dtype), delta, bias, backend)
+    elif side == "output" and save != "input" and delta.requires_grad:
+        y, _ = KeepOutput.apply(flat, weight, delta, bias, compute_dtype, backend)
+    else:
+        y = KeepInput.apply(flat, weight, delta, bias, compute_dtype, side, backend)
+    return _unflatten(y, x)
+
+
+def _flatten(x: Tensor) -> Tensor:
+    """[..., n] -> [T, n], before autograd, so that one compiled graph serves every rank."""
+    if x.dim() == 2:
+        return x
+    return x.unsqueeze(0) if x.dim() == 1 else x.flatten(0, -2)
+
+
+def _unflatten(y: Tensor, like: Tensor) -> Tensor:
+    return y if like.dim() == 2 else y.view(*like.shape[:-1], y.shape[-1])
+
+
+def _transformed() -> bool:
+    """Whether a torch.func transform or forward-mode is active: plain torch supports them all, a Function needs rules."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def _check(x: Tensor, weight: Tensor, delta: Tensor, bias: Tensor | None, side: str, save: str) -> None:
+    if side not in SIDES:
+        raise ValueError(f"side={side!r} is not one of {', '.join(map(repr, SIDES))}")
+    if save not in SAVES:
+        raise ValueError(f"save={save!r} is not one of {', '.join(map(repr, SAVES))}")
+    if side == "input" and save == "output":
+        raise ValueError("save='output' has no use on the input side, which keeps x: use save='auto' or 'input'")
+    if weight.dim() != 2:
+        raise ValueError(f"weight must be [out_features, in_features], got shape {tuple(weight.shape)}")
+    if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"x must be [..., in_features={weight.shape[1]}] for weight {tuple(weight.shape)}, got shape {tuple(x.shape)}"
+        )
+    if weight.requires_grad:
+        raise ValueError(
+            "weight requires a gradient, but a gained weight is frozen and dW is never formed. "
+            "Call weight.requires_grad_(False) (gain_ops.apply does), or train the full weight with torch.nn.functional.linear."
+        )
+    if side == "output":
+        _check_features(x, weight.shape[0], delta, "out_features on the output side")
+    else:
+        _check_features(x, weight.shape[1], delta, "in_features on the input side")
+    if bias is None:
+        _check_floating(x=x, weight=weight, delta=delta)
+    else:
+        _check_floating(x=x, weight=weight, delta=delta, bias=bias)
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"bias must be [out_features={weight.shape[0]}] or None, got shape {tuple(bias.shape)}")
+        _check_device(x, bias, "bias")
+    _check_device(x, weight, "weight")
+
+
+def _check_features(x: Tensor, features: int, delta: Tensor, meaning: str) -> None:
+    if delta.dim() != 1 or delta.shape[0] != features:
+        raise ValueError(f"delta must be [{features}] ({meaning}), got shape {tuple(delta.shape)}")
+    _check_device(x, delta, "delta")
+
+
+def _check_device(x: Tensor, other: Tensor, name: str) -> None:
+    if other.device != x.device:
+        raise ValueError(f"x is on {x.device} and {name} is on {other.device}: move them to one device")
+
+
+def _check_floating(**tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {tensor.dtype}")

@@ -1,0 +1,31 @@
+"""Settings of every test: Triton's interpreter where there is no GPU, a fixed seed, and NaN in every fresh output."""
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # read when a kernel is decorated, so before gain_ops.kernels is imported
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a GPU, and torch sees none"))
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def poisoned():
+    """torch.empty returns NaN, so an element that a kernel leaves unwritten is seen."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
