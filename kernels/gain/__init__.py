@@ -1,0 +1,26 @@
+"""The Triton backend, installed as ``gain_ops.kernels``: the functions of gain_ops.reference, fused.
+
+linear_forward.py   y = gain * (x @ W.T) + b in a GEMM's epilogue
+matmul_reduce.py   a GEMM that writes dz or dx and the partials of ddelta: the backwards that keep x
+rows.py            one bandwidth-bound pass: the backward from a kept z, and the scaling of an operand
+partials.py        the second stage of every ddelta, in fixed order
+config.py          launch configurations and their heuristics
+tuning.py          opt-in tuning, cached as JSON
+aot.py             every configuration compiled ahead of time, with no GPU
+"""
+
+from gain_ops.kernels.linear_forward import linear, linear_z
+from gain_ops.kernels.matmul_reduce import backward_input, backward_recompute, ddelta_recompute
+from gain_ops.kernels.rows import backward, ddelta, linear_input, scale
+
+__all__ = [
+    "backward",
+    "backward_input",
+    "backward_recompute",
+    "ddelta",
+    "ddelta_recompute",
+    "linear",
+    "linear_input",
+    "linear_z",
+    "scale",
+]

@@ -1,0 +1,199 @@
+"""Device helpers that the GEMM kernels share, and the host's view of an operand.
+
+A GEMM operand reaches a kernel either as a tensor descriptor (TMA, where the chip has it and the layout allows it) or as a
+pointer with strides. Out-of-range elements read as zero, so partial tiles need no special case in a sum.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from gain_ops.kernels.config import GemmConfig
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+
+@triton.jit
+def grouped_tile(tile, m_tiles, n_tiles, GROUP_M: tl.constexpr):
+    """Tile number -> (tile_m, tile_n), walking GROUP_M tile rows together so that their W tiles stay in L2."""
+    per_group = GROUP_M * n_tiles
+    first = (tile // per_group) * GROUP_M
+    rows = min(m_tiles - first, GROUP_M)
+    within = tile % per_group
+    return first + within % rows, within // rows
+
+
+@triton.jit
+def matmul_tile(
+    a,  # [M, K] descriptor or pointer
+    b,  # [N, K], or [K, N] when B_IS_KN: descriptor or pointer
+    row,
+    col,
+    M,
+    N,
+    K,
+    stride_am: tl.int64,
+    stride_ak: tl.int64,
+    stride_bn: tl.int64,
+    stride_bk: tl.int64,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    USE_TMA: tl.constexpr,
+    B_IS_KN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """acc[m, n] = sum_k a[row + m, k] * b[col + n, k] in fp32, line (1) of reference.py."""
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if USE_TMA:
+        for k in tl.range(0, K, BLOCK_K):
+            a_tile = a.load([row, k])
+            if B_IS_KN:
+                b_tile = b.load([k, col])
+            else:
+                b_tile = b.load([col, k]).T
+            acc = tl.dot(a_tile, b_tile, acc, input_precision=PRECISION)
+    else:
+        rows = row + tl.arange(0, BLOCK_M)
+        cols = col + tl.arange(0, BLOCK_N)
+        ks = tl.arange(0, BLOCK_K)
+        a_ptrs = a + rows[:, None].to(tl.int64) * stride_am + ks[None, :].to(tl.int64) * stride_ak
+        b_ptrs = b + ks[:, None].to(tl.int64) * stride_bk + cols[None, :].to(tl.int64) * stride_bn
+        for k in tl.range(0, K, BLOCK_K):
+            in_k = ks < K - k
+            a_tile = tl.load(a_ptrs, mask=(rows < M)[:, None] & in_k[None, :], other=0.0)
+            b_tile = tl.load(b_ptrs, mask=in_k[:, None] & (cols < N)[None, :], other=0.0)
+            acc = tl.dot(a_tile, b_tile, acc, input_precision=PRECISION)
+            a_ptrs += BLOCK_K * stride_ak
+            b_ptrs += BLOCK_K * stride_bk
+    return acc
+
+
+@triton.jit
+def split_columns(acc, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """acc [BLOCK_M, BLOCK_N] -> its left and right halves, so that the store stages half as much shared memory."""
+    halves = tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
+    return tl.split(halves)
+
+
+@triton.jit
+def load_gain(delta, cols, N):
+    """gain[cols] = 1 + delta[cols] in fp32: the 1 is added here, so no launch forms the gain."""
+    return 1.0 + tl.load(delta + cols, mask=cols < N, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_tile(out, tile, row, col, M, N, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, USE_TMA: tl.constexpr):
+    """Write an fp32 tile [HEIGHT, WIDTH] at (row, col) of a contiguous out [M, N], rounded once to its dtype."""
+    if USE_TMA:
+        out.store([row, col], tile.to(out.dtype))
+    else:
+        rows = row + tl.arange(0, HEIGHT)
+        cols = col + tl.arange(0, WIDTH)
+        offsets = rows[:, None].to(tl.int64) * N + cols[None, :]
+        mask = (rows < M)[:, None] & (cols < N)[None, :]
+        tl.store(out + offsets, tile.to(out.dtype.element_ty), mask=mask)
+
+
+def aligned(a: Tensor, weight: Tensor, *tiles: Tensor) -> bool:
+    """Whether TMA and wide loads can read all of a GEMM's tensors: weight in either orientation, the others row-major."""
+    return (_row_major(weight) or _row_major(weight.t())) and all(_row_major(t) for t in (a, *tiles))
+
+
+def _row_major(t: Tensor) -> bool:
+    """Elements, unit-stride rows that do not overlap, 16-byte steps between them and a 16-byte base."""
+    return (
+        t.numel() > 0
+        and t.stride(1) == 1
+        and t.stride(0) >= t.shape[1]
+        and t.stride(0) * t.element_size() % 16 == 0
+        and t.data_ptr() % 16 == 0
+    )
+
+
+def descriptor(t: Tensor, block: tuple[int, int]) -> TensorDescriptor:
+    """A TMA descriptor of a row-major 2-D tensor whose tiles are ``block``."""
+    return TensorDescriptor(t, list(t.shape), list(t.stride()), list(block))
+
+
+def tiled(t: Tensor | None, config: GemmConfig) -> Tensor | TensorDescriptor | None:
+    """A [M, N] result, or a tensor read in the epilogue, as the kernel takes it: in tiles that one subtile fills."""
+    if t is None or not config.use_tma:
+        return t
+    return descriptor(t, (config.block_m, config.block_n // config.subtiles))
+
+
+def gemm_operands(a: Tensor, weight: Tensor, config: GemmConfig) -> dict[str, Any]:
+    """Everything a GEMM kernel is told of its main loop: a [M, K], weight [N, K], their strides, the tiles, the schedule."""
+    transposed = weight.stride(0) == 1 and weight.stride(1) != 1
+    arguments: dict[str, Any] = {"a": a, "b": weight}
+    if config.use_tma:
+        block = (config.block_k, config.block_n) if transposed else (config.block_n, config.block_k)
+        arguments["a"] = descriptor(a, (config.block_m, config.block_k))
+        arguments["b"] = descriptor(weight.t() if transposed else weight, block)
+    return arguments | {
+        "M": a.shape[0],
+        "N": weight.shape[0],
+        "K": a.shape[1],
+        "stride_am": a.stride(0),
+        "stride_ak": a.stride(1),
+        "stride_bn": weight.stride(0),
+        "stride_bk": weight.stride(1),
+        "B_IS_KN": transposed,
+        "PRECISION": input_precision(a.dtype),
+        **schedule(config),
+    }
+
+
+def schedule(config: GemmConfig) -> dict[str, Any]:
+    """A configuration as the kernels' compile-time arguments."""
+    return {
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "GROUP_M": config.group_m,
+        "SUBTILES": config.subtiles,
+        "USE_TMA": config.use_tma,
+        "num_stages": config.num_stages,
+        **options(config.num_warps),
+    }
+
+
+def options(num_warps: int) -> dict[str, Any]:
+    """Compiler options that every kernel is built with: a multiply and an add may fuse, on every version of Triton."""
+    return {"num_warps": num_warps, "enable_fp_fusion": True}
+
+
+def gemm_grid(a: Tensor, weight: Tensor, config: GemmConfig) -> tuple[int]:
+    """One program a tile, or one a multiprocessor that walks over tiles."""
+    tiles = triton.cdiv(a.shape[0], config.block_m) * triton.cdiv(weight.shape[0], config.block_n)
+    return (min(tiles, multiprocessors(a.device.index)) if config.persistent else tiles,)
+
+
+@contextlib.contextmanager
+def on_device_of(t: Tensor) -> Iterator[None]:
+    """Launch on the tensor's device, not the current one; its current stream is what Triton then uses."""
+    if t.device.type != "cuda":
+        yield
+        return
+    with torch.cuda.device(t.device):
+        yield
+
+
+@functools.cache
+def multiprocessors(index: int | None) -> int:
+    """Streaming multiprocessors (compute units) of a device: the size of a persistent grid. 4 on the interpreter's CPU."""
+    return 4 if index is None else torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def input_precision(dtype: torch.dtype) -> str:
+    """How a dot reads fp32: as torch's own matmul does, tf32 only when the user allowed it."""
+    if dtype != torch.float32 or torch.version.hip is not None or not torch.backends.cuda.matmul.allow_tf32:
+        return "ieee"
+    return "tf32"

@@ -1,0 +1,137 @@
+"""y = gain * (x @ W.T) + b in a GEMM's epilogue, with an optional store of z: lines (1), (2) of reference.py.
+
+Bytes: x, W and y once, and z where it is kept. Flops: 2 T in out. The scale costs one multiply an element in registers and
+rounds once, where a separate pass would read and write [T, out] again.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from gain_ops.kernels import tuning
+from gain_ops.kernels._common import (
+    aligned,
+    gemm_grid,
+    gemm_operands,
+    grouped_tile,
+    load_gain,
+    matmul_tile,
+    on_device_of,
+    split_columns,
+    store_tile,
+    tiled,
+)
+from gain_ops.kernels.config import GemmConfig
+from torch import Tensor
+
+
+@triton.jit
+def _epilogue(
+    acc,
+    y,
+    z,
+    delta,
+    bias,
+    row,
+    col,
+    M,
+    N,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    STORE_Z: tl.constexpr,
+    USE_TMA: tl.constexpr,
+):
+    cols = col + tl.arange(0, WIDTH)
+    out = acc * load_gain(delta, cols, N)[None, :]
+    if HAS_BIAS:
+        out += tl.load(bias + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
+    store_tile(y, out, row, col, M, N, HEIGHT, WIDTH, USE_TMA)
+    if STORE_Z:
+        store_tile(z, acc, row, col, M, N, HEIGHT, WIDTH, USE_TMA)
+
+
+@triton.jit
+def linear_kernel(
+    a,  # x [M, K]
+    b,  # W [N, K], or [K, N] when B_IS_KN
+    delta,  # [N]
+    bias,  # [N] or None
+    y,  # [M, N]
+    z,  # [M, N] or None
+    M,
+    N,
+    K,
+    stride_am: tl.int64,
+    stride_ak: tl.int64,
+    stride_bn: tl.int64,
+    stride_bk: tl.int64,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    SUBTILES: tl.constexpr,
+    USE_TMA: tl.constexpr,
+    B_IS_KN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Persistent over tiles: a program takes every num_programs-th tile, so a full grid and a short one are one code."""
+    HAS_BIAS: tl.constexpr = bias is not None
+    STORE_Z: tl.constexpr = z is not None
+    m_tiles = tl.cdiv(M, BLOCK_M)
+    n_tiles = tl.cdiv(N, BLOCK_N)
+    for tile in tl.range(tl.program_id(0), m_tiles * n_tiles, tl.num_programs(0)):
+        tile_m, tile_n = grouped_tile(tile, m_tiles, n_tiles, GROUP_M)
+        row = tile_m * BLOCK_M
+        col = tile_n * BLOCK_N
+        acc = matmul_tile(
+            a, b, row, col, M, N, K, stride_am, stride_ak, stride_bn, stride_bk,
+            BLOCK_M, BLOCK_N, BLOCK_K, USE_TMA, B_IS_KN, PRECISION,
+        )  # fmt: skip
+        if SUBTILES == 2:
+            HALF: tl.constexpr = BLOCK_N // 2
+            left, right = split_columns(acc, BLOCK_M, BLOCK_N)
+            _epilogue(left, y, z, delta, bias, row, col, M, N, BLOCK_M, HALF, HAS_BIAS, STORE_Z, USE_TMA)
+            _epilogue(right, y, z, delta, bias, row, col + HALF, M, N, BLOCK_M, HALF, HAS_BIAS, STORE_Z, USE_TMA)
+        else:
+            _epilogue(acc, y, z, delta, bias, row, col, M, N, BLOCK_M, BLOCK_N, HAS_BIAS, STORE_Z, USE_TMA)
+
+
+def linear(x: Tensor, weight: Tensor, delta: Tensor, bias: Tensor | None) -> Tensor:
+    """``gain * (x @ W.T) + b``: x [T, in], weight [out, in], delta [out], bias [out] -> y [T, out]."""
+    y = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device)
+    launch(x, weight, delta, bias, y, None)
+    return y
+
+
+def linear_z(x: Tensor, weight: Tensor, delta: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``linear`` that also stores z = x @ W.T [T, out], from the same accumulators."""
+    y = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device)
+    z = torch.empty_like(y)
+    launch(x, weight, delta, bias, y, z)
+    return y, z
+
+
+def launch(
+    x: Tensor,
+    weight: Tensor,
+    delta: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    z: Tensor | None,
+    config: GemmConfig | None = None,
+) -> None:
+    """Run the kernel with a configuration, or with the one that the tuned table or the heuristic gives."""
+    if y.numel() == 0:
+        return
+    if config is None:
+        config = tuning.gemm_config("linear", x, weight, aligned(x, weight, y))
+    with on_device_of(x):
+        linear_kernel[gemm_grid(x, weight, config)](
+            delta=delta.contiguous(),
+            bias=None if bias is None else bias.contiguous(),
+            y=tiled(y, config),
+            z=tiled(z, config),
+            **gemm_operands(x, weight, config),
+        )

@@ -1,0 +1,38 @@
+"""The second stage of every ddelta: fp32 partials [chunks, n] summed down their rows, in one fixed order.
+
+Bytes: the partials once and n sums. No atomics, so the same bits on every run and on any number of multiprocessors.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from gain_ops.kernels._common import on_device_of, options
+from torch import Tensor
+
+BLOCK_C = 32
+BLOCK_N = 64
+
+
+@triton.jit
+def sum_partials_kernel(partials, sums, C, N, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr):
+    """sums[n] = sum_c partials[c, n]: BLOCK_C running sums, added up at the end."""
+    cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    running = tl.zeros((BLOCK_C, BLOCK_N), tl.float32)
+    for start in tl.range(0, C, BLOCK_C):
+        rows = start + tl.arange(0, BLOCK_C)
+        offsets = rows[:, None].to(tl.int64) * N + cols[None, :]
+        running += tl.load(partials + offsets, mask=(rows < C)[:, None] & (cols < N)[None, :], other=0.0)
+    tl.store(sums + cols, tl.sum(running, axis=0), mask=cols < N)
+
+
+def sum_partials(partials: Tensor) -> Tensor:
+    """partials [chunks, n] fp32, contiguous -> sums [n] fp32."""
+    chunks, n = partials.shape
+    sums = torch.empty(n, dtype=torch.float32, device=partials.device)
+    with on_device_of(partials):
+        sum_partials_kernel[(triton.cdiv(n, BLOCK_N),)](
+            partials, sums, chunks, n, BLOCK_C=BLOCK_C, BLOCK_N=BLOCK_N, **options(4)
+        )
+    return sums

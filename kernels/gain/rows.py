@@ -1,0 +1,163 @@
+"""One pass over [T, n]: the backward from a kept z (or x), and the scaling of an operand.
+
+    rows_backward   dz = gain * dy,  partials of sum_t dy * z     lines (3), (4): reads dy and z, writes dz
+    ddelta only     partials of sum_t dy * z                      line (4): reads dy and z
+    scale           y = gain * x                                  reads x, writes y
+
+All are bound by bandwidth: nothing is read or written twice. The input side's forward scales on the way in (line (5)):
+scaling a GEMM operand in the main loop costs the whole GEMM some 15%, one pass over the smaller of x [T, in] and
+W [out, in] costs 264 / max(T, out) of it at most, and the GEMM stays the vendor's.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from gain_ops.kernels._common import load_gain, on_device_of, options
+from gain_ops.kernels.config import ROWS, RowsConfig
+from gain_ops.kernels.partials import sum_partials
+from torch import Tensor
+
+
+@triton.jit
+def backward_kernel(
+    dy,  # [T, N]
+    z,  # [T, N]
+    delta,  # [N]; None when dz is None
+    dz,  # [T, N] contiguous, or None
+    partials,  # [chunks, N] fp32
+    T,
+    N,
+    stride_dyt: tl.int64,
+    stride_dyn: tl.int64,
+    stride_zt: tl.int64,
+    stride_zn: tl.int64,
+    CHUNK: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """A program takes CHUNK rows of BLOCK_N columns; neighbours in the grid are neighbours in memory."""
+    n_blocks = tl.cdiv(N, BLOCK_N)
+    chunk = tl.program_id(0) // n_blocks
+    cols = (tl.program_id(0) % n_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_n = cols < N
+    cols64 = cols.to(tl.int64)
+    running = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
+    if dz is not None:
+        gain = load_gain(delta, cols, N)
+    for start in tl.range(0, CHUNK, BLOCK_T):
+        rows = chunk.to(tl.int64) * CHUNK + start + tl.arange(0, BLOCK_T)
+        mask = (rows < T)[:, None] & in_n[None, :]
+        dy_tile = tl.load(dy + rows[:, None] * stride_dyt + cols64[None, :] * stride_dyn, mask=mask, other=0.0).to(
+            tl.float32
+        )
+        z_tile = tl.load(z + rows[:, None] * stride_zt + cols64[None, :] * stride_zn, mask=mask, other=0.0).to(
+            tl.float32
+        )
+        running += dy_tile * z_tile
+        if dz is not None:
+            tl.store(
+                dz + rows[:, None] * N + cols64[None, :], (dy_tile * gain[None, :]).to(dz.dtype.element_ty), mask=mask
+            )
+    tl.store(partials + chunk.to(tl.int64) * N + cols, tl.sum(running, axis=0), mask=in_n)
+
+
+@triton.jit
+def scale_kernel(
+    x,  # [T, N]
+    delta,  # [T] when BY_ROW, else [N]
+    y,  # [T, N] contiguous
+    T,
+    N,
+    stride_xt: tl.int64,
+    stride_xn: tl.int64,
+    BY_ROW: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """A program scales one [BLOCK_T, BLOCK_N] tile."""
+    n_blocks = tl.cdiv(N, BLOCK_N)
+    rows = (tl.program_id(0) // n_blocks).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    cols = (tl.program_id(0) % n_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    cols64 = cols.to(tl.int64)
+    mask = (rows < T)[:, None] & (cols < N)[None, :]
+    tile = tl.load(x + rows[:, None] * stride_xt + cols64[None, :] * stride_xn, mask=mask, other=0.0).to(tl.float32)
+    gain = load_gain(delta, rows, T)[:, None] if BY_ROW else load_gain(delta, cols, N)[None, :]
+    tl.store(y + rows[:, None] * N + cols64[None, :], (tile * gain).to(y.dtype.element_ty), mask=mask)
+
+
+def backward(dy: Tensor, z: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+    """dz = gain * dy [T, out] and ddelta = sum_t dy * z [out], in one pass."""
+    dz = torch.empty(dy.shape, dtype=dy.dtype, device=dy.device)
+    return dz, launch_backward(dy, z, delta, dz)
+
+
+def ddelta(dy: Tensor, z: Tensor) -> Tensor:
+    """sum_t dy * z [out], nothing else written."""
+    return launch_backward(dy, z, None, None)
+
+
+def launch_backward(
+    dy: Tensor, z: Tensor, delta: Tensor | None, dz: Tensor | None, config: RowsConfig = ROWS
+) -> Tensor:
+    """Run the pass and its second stage: -> ddelta [n] fp32, and ``dz`` written."""
+    t, n = dy.shape
+    if t == 0 or n == 0:
+        return torch.zeros(n, dtype=torch.float32, device=dy.device)
+    chunks = triton.cdiv(t, config.chunk)
+    partials = torch.empty((chunks, n), dtype=torch.float32, device=dy.device)
+    with on_device_of(dy):
+        backward_kernel[(chunks * triton.cdiv(n, config.block_n),)](
+            dy,
+            z,
+            None if delta is None else delta.contiguous(),
+            dz,
+            partials,
+            t,
+            n,
+            *dy.stride(),
+            *z.stride(),
+            CHUNK=config.chunk,
+            BLOCK_T=config.block_t,
+            BLOCK_N=config.block_n,
+            **options(config.num_warps),
+        )
+    return sum_partials(partials)
+
+
+def scale(x: Tensor, delta: Tensor) -> Tensor:
+    """Gain * x over the last dimension: x [T, n], delta [n] -> [T, n] contiguous."""
+    return _scale(x, delta, by_row=False)
+
+
+def linear_input(x: Tensor, weight: Tensor, delta: Tensor, bias: Tensor | None) -> Tensor:
+    """``(x * gain) @ W.T + b``: x [T, in], weight [out, in], delta [in] -> [T, out], the smaller operand scaled first."""
+    bias = None if bias is None else bias.to(x.dtype)
+    if x.shape[0] <= weight.shape[0]:
+        return F.linear(scale(x, delta), weight, bias)
+    if weight.stride(0) == 1:
+        # a transposed view keeps its layout: its memory has the gain along the rows
+        return F.linear(x, _scale(weight.t(), delta, by_row=True).t(), bias)
+    return F.linear(x, scale(weight, delta), bias)
+
+
+def _scale(x: Tensor, delta: Tensor, by_row: bool, config: RowsConfig = ROWS) -> Tensor:
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    t, n = x.shape
+    if y.numel():
+        with on_device_of(x):
+            scale_kernel[(triton.cdiv(t, config.block_t) * triton.cdiv(n, config.block_n),)](
+                x,
+                delta.contiguous(),
+                y,
+                t,
+                n,
+                *x.stride(),
+                BY_ROW=by_row,
+                BLOCK_T=config.block_t,
+                BLOCK_N=config.block_n,
+                **options(config.num_warps),
+            )
+    return y
