@@ -23,3 +23,13 @@ def test_the_rule_refuses_nan() -> None:
 
 def test_a_zero_truth_is_measured_absolutely() -> None:
     assert relative_error(torch.full((4,), 0.5), torch.zeros(4)) == 1.0
+
+
+def test_magnitude_grants_a_unit_of_what_was_added_up() -> None:
+    terms = torch.tensor([1e4, -1e4, 1.0], dtype=torch.float64)
+    truth, plain, result = terms.sum()[None], torch.tensor([1.0]), torch.tensor([1.0 + 2e-3])
+    with pytest.raises(AssertionError):
+        assert_no_worse_than_torch("sum", result, plain, truth)
+    assert_no_worse_than_torch("sum", result, plain, truth, terms.abs().sum()[None])
+    with pytest.raises(AssertionError):
+        assert_no_worse_than_torch("sum", result + 1e-2, plain, truth, terms.abs().sum()[None])

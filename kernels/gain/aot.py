@@ -24,7 +24,7 @@ from unittest import mock
 
 import torch
 import triton
-from gain_ops.kernels import config, linear_forward, matmul_reduce, rows
+from gain_ops.kernels import config, linear_forward, matmul_reduce, partials, rows
 from gain_ops.kernels.config import GemmConfig
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
@@ -75,6 +75,7 @@ class Compiled:
 def problems(target: str) -> list[Problem]:
     """Every kernel call that can happen on a target: kernels x variants x dtypes x configurations."""
     found = [Problem("rows", v, d, "ieee", None, a) for v in _ROWS_VARIANTS for d in _DTYPES for a in (True, False)]
+    found.append(Problem("partials", "sum", "float32", "ieee", None, True))
     for dtype in _DTYPES:
         for precision in ("ieee", "tf32") if dtype == "float32" and target.startswith("sm") else ("ieee",):
             for kernel, variants in _GEMM_VARIANTS.items():
@@ -141,6 +142,7 @@ def _launch(problem: Problem) -> None:
     variant, _, transposed = problem.variant.partition(", ")
     weight = empty(k, n).t() if transposed else empty(n, k)
     launchers: dict[str, Callable[[], Any]] = {
+        "sum": lambda: partials.sum_partials(empty(m, n)),
         "backward": lambda: rows.launch_backward(empty(m, n), empty(m, n), delta, empty(m, n)),
         "ddelta": lambda: rows.launch_backward(empty(m, n), empty(m, n), None, None),
         "scale": lambda: rows.scale(empty(m, n), delta),

@@ -1,0 +1,76 @@
+"""Every raw op: schema, fakes with true strides and dtypes, dispatcher, no aliasing."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from gain_ops import dispatch, ops
+
+T, IN, OUT = 5, 6, 4
+
+
+def _tensors(dtype: torch.dtype, layout: str) -> dict[str, Tensor]:
+    def make(rows: int, columns: int) -> Tensor:
+        if layout == "transposed":
+            return torch.randn(columns, rows).to(dtype).t()
+        if layout == "expanded":
+            return torch.randn(1, columns).to(dtype).expand(rows, columns)
+        return torch.randn(rows, columns).to(dtype)
+
+    return {"x": make(T, IN), "weight": make(OUT, IN), "dy": make(T, OUT), "z": make(T, OUT)} | {
+        "delta_out": torch.randn(OUT),
+        "delta_in": torch.randn(IN),
+        "bias": torch.randn(OUT).to(dtype),
+    }
+
+
+ARGUMENTS = {
+    "scale": ("x", "delta_in"),
+    "linear": ("x", "weight", "delta_out", "bias"),
+    "linear_z": ("x", "weight", "delta_out", "bias"),
+    "linear_input": ("x", "weight", "delta_in", "bias"),
+    "backward": ("dy", "z", "delta_out"),
+    "ddelta": ("dy", "z"),
+    "backward_recompute": ("dy", "x", "weight", "delta_out"),
+    "ddelta_recompute": ("dy", "x", "weight"),
+    "backward_input": ("dy", "x", "weight", "delta_in"),
+}
+
+
+def test_the_list_is_what_a_backend_offers() -> None:
+    assert set(ARGUMENTS) == set(dispatch.OPS)
+    assert all(isinstance(getattr(ops, name), torch._ops.OpOverload) for name in ARGUMENTS)
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "expanded"])
+def test_opcheck(name: str, dtype: torch.dtype, layout: str) -> None:
+    tensors = _tensors(dtype, layout)
+    arguments = [tensors[argument] for argument in ARGUMENTS[name]]
+    torch.library.opcheck(getattr(ops, name), (*arguments, "eager"))
+    if "bias" in ARGUMENTS[name]:
+        torch.library.opcheck(getattr(ops, name), (*arguments[:-1], None, "eager"))
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "expanded"])
+def test_fakes_have_the_strides_and_dtypes_of_the_real_thing(name: str, backend: str, layout: str) -> None:
+    tensors = _tensors(torch.float16, layout)
+    arguments = [tensors[argument] for argument in ARGUMENTS[name]]
+    real = getattr(ops, name)(*arguments, backend)
+    with FakeTensorMode() as mode:
+        fake = getattr(ops, name)(*(mode.from_tensor(t) for t in arguments), backend)
+    for r, f in zip(*(v if isinstance(v, tuple) else (v,) for v in (real, fake)), strict=True):
+        assert (r.shape, r.stride(), r.dtype, r.device) == (f.shape, f.stride(), f.dtype, f.device)
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_inputs_are_left_alone(name: str) -> None:
+    tensors = _tensors(torch.float32, "contiguous")
+    before = {key: value.clone() for key, value in tensors.items()}
+    for backend in ("eager", "triton"):
+        getattr(ops, name)(*(tensors[argument] for argument in ARGUMENTS[name]), backend)
+    assert all(torch.equal(value, before[key]) for key, value in tensors.items())
