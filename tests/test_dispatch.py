@@ -38,7 +38,9 @@ def test_the_reason_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_an_explicit_backend_that_cannot_run_raises_and_says_why(dtype: torch.dtype) -> None:
-    with pytest.raises(BackendUnavailable, match=r"backend='triton' cannot run here: .*(float64|bfloat16).*Use backend='auto'"):
+    with pytest.raises(
+        BackendUnavailable, match=r"backend='triton' cannot run here: .*(float64|bfloat16).*Use backend='auto'"
+    ):
         _call("triton", dtype)
 
 
@@ -50,7 +52,9 @@ def test_without_the_interpreter_a_cpu_tensor_is_refused() -> None:
         "except gain_ops.BackendUnavailable as error:\n"
         "    print(error)\n"
     )
-    run = subprocess.run([sys.executable, "-c", code], env=_without_interpreter(), capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=_without_interpreter(), capture_output=True, text=True, check=True
+    )
     assert "the kernels need a GPU and the tensors are on cpu" in run.stdout
 
 
@@ -67,7 +71,9 @@ def test_without_triton_everything_works_and_the_reason_names_the_extra() -> Non
         "except gain_ops.BackendUnavailable as error:\n"
         "    print(error)\n"
     )
-    run = subprocess.run([sys.executable, "-c", code], env=_without_interpreter(), capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=_without_interpreter(), capture_output=True, text=True, check=True
+    )
     assert run.stdout.startswith("24.0\n")
     assert 'pip install "gain-ops[triton]"' in run.stdout
 

@@ -7,12 +7,13 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rules import assert_no_worse_than_torch
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
 from gain_ops import gain_linear, gain_scale, reference
+
+from rules import assert_no_worse_than_torch
 
 SIDE_AND_SAVE = [("output", "auto"), ("output", "output"), ("output", "input"), ("input", "auto"), ("input", "input")]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -34,7 +35,9 @@ def _inputs(
 @side_and_save
 @pytest.mark.parametrize("bias", [None, "frozen", "trained"])
 @pytest.mark.parametrize("lead", [(), (3,), (2, 3), (2, 1, 2)])
-def test_gradcheck_to_second_order_and_forward_mode(side: str, save: str, bias: str | None, lead: tuple[int, ...]) -> None:
+def test_gradcheck_to_second_order_and_forward_mode(
+    side: str, save: str, bias: str | None, lead: tuple[int, ...]
+) -> None:
     x, weight, delta, b = _inputs(side, *lead)
     inputs = (x, delta, None if bias is None else b.requires_grad_(bias == "trained"))
 
@@ -65,7 +68,9 @@ def test_torch_func_transforms(side: str, save: str) -> None:
     torch.testing.assert_close(torch.func.grad(loss)(delta, x), torch.func.grad(plain)(delta, x))
     torch.testing.assert_close(torch.func.hessian(loss)(delta, x), torch.func.hessian(plain)(delta, x))
     per_token = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))
-    torch.testing.assert_close(per_token(delta, x), torch.func.vmap(torch.func.grad(plain), in_dims=(None, 0))(delta, x))
+    torch.testing.assert_close(
+        per_token(delta, x), torch.func.vmap(torch.func.grad(plain), in_dims=(None, 0))(delta, x)
+    )
     deltas = torch.stack([delta, 2 * delta])
     each = torch.func.vmap(lambda d: gain_linear(x, weight, d, bias, side=side, save=save))(deltas)
     torch.testing.assert_close(each[1], gain_linear(x, weight, deltas[1], bias, side=side))
@@ -88,7 +93,8 @@ def test_no_worse_than_plain_torch(side: str, save: str, dtype: torch.dtype, wit
     ours = gradients(lambda *t: gain_linear(*t, side=side, save=save), x, weight, delta, bias, dy)
     plain = gradients(lambda *t: reference.composite(*t, side), x, weight, delta, bias, dy)
     truth = gradients(
-        lambda *t: reference.composite(*t, side), *(None if t is None else t.double() for t in (x, weight, delta, bias, dy))
+        lambda *t: reference.composite(*t, side),
+        *(None if t is None else t.double() for t in (x, weight, delta, bias, dy)),
     )
     for name, result, torchs, exact in zip(("y", "dx", "ddelta"), ours, plain, truth, strict=True):
         assert result.dtype == torchs.dtype
@@ -123,8 +129,12 @@ def test_dead_gains_and_dead_rows_have_exact_finite_gradients(side: str, save: s
 
 
 @side_and_save
-@pytest.mark.parametrize(("needs_x", "needs_delta", "needs_bias"), [(a, b, c) for a in (0, 1) for b in (0, 1) for c in (0, 1)])
-def test_only_what_is_needed_gets_a_gradient(side: str, save: str, needs_x: int, needs_delta: int, needs_bias: int) -> None:
+@pytest.mark.parametrize(
+    ("needs_x", "needs_delta", "needs_bias"), [(a, b, c) for a in (0, 1) for b in (0, 1) for c in (0, 1)]
+)
+def test_only_what_is_needed_gets_a_gradient(
+    side: str, save: str, needs_x: int, needs_delta: int, needs_bias: int
+) -> None:
     x, weight, delta, bias = (t.detach() for t in _inputs(side, 5))
     x.requires_grad_(bool(needs_x))
     delta.requires_grad_(bool(needs_delta))
@@ -278,7 +288,11 @@ def _good() -> dict[str, object]:
         ({"x": torch.randn(2, 5)}, ValueError, r"x must be \[\.\.\., in_features=6\].*got shape \(2, 5\)"),
         ({"x": torch.tensor(1.0)}, ValueError, r"got shape \(\)"),
         ({"weight": torch.randn(4)}, ValueError, r"weight must be \[out_features, in_features\], got shape \(4,\)"),
-        ({"delta": torch.zeros(6)}, ValueError, r"delta must be \[4\] \(out_features on the output side\), got shape \(6,\)"),
+        (
+            {"delta": torch.zeros(6)},
+            ValueError,
+            r"delta must be \[4\] \(out_features on the output side\), got shape \(6,\)",
+        ),
         ({"delta": torch.zeros(4, 1)}, ValueError, r"delta must be \[4\].*\(4, 1\)"),
         ({"side": "input"}, ValueError, r"delta must be \[6\] \(in_features on the input side\), got shape \(4,\)"),
         ({"bias": torch.zeros(6)}, ValueError, r"bias must be \[out_features=4\] or None, got shape \(6,\)"),
@@ -292,7 +306,11 @@ def _good() -> dict[str, object]:
         ({"bias": torch.zeros(4, device="meta")}, ValueError, r"x is on cpu and bias is on meta"),
         ({"side": "rows"}, ValueError, r"side='rows' is not one of 'output', 'input'"),
         ({"save": "z"}, ValueError, r"save='z' is not one of"),
-        ({"side": "input", "delta": torch.zeros(6), "save": "output"}, ValueError, r"no use on the input side.*save='auto'"),
+        (
+            {"side": "input", "delta": torch.zeros(6), "save": "output"},
+            ValueError,
+            r"no use on the input side.*save='auto'",
+        ),
         ({"backend": "cuda13"}, ValueError, r"backend='cuda13' is not one of auto, eager, triton"),
     ],
 )

@@ -22,7 +22,11 @@ def archives(tmp_path_factory: pytest.TempPathFactory) -> tuple[set[str], set[st
     folder = tmp_path_factory.mktemp("build")
     source = folder / "source"
     listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout.split()
     for name in listed:
         if (ROOT / name).is_file():
@@ -39,7 +43,12 @@ def archives(tmp_path_factory: pytest.TempPathFactory) -> tuple[set[str], set[st
 
 def test_the_wheel_holds_the_kernels_under_our_name_alone(archives: tuple[set[str], set[str]]) -> None:
     wheel, _ = archives
-    assert {"gain_ops/__init__.py", "gain_ops/py.typed", "gain_ops/kernels/__init__.py", "gain_ops/kernels/rows.py"} <= wheel
+    assert {
+        "gain_ops/__init__.py",
+        "gain_ops/py.typed",
+        "gain_ops/kernels/__init__.py",
+        "gain_ops/kernels/rows.py",
+    } <= wheel
     tops = {name.split("/")[0] for name in wheel if ".dist-info/" not in name}
     assert tops == {"gain_ops"}
     ours = {str(path.relative_to(ROOT)) for path in (ROOT / "gain_ops").rglob("*.py")}
@@ -48,7 +57,14 @@ def test_the_wheel_holds_the_kernels_under_our_name_alone(archives: tuple[set[st
 
 def test_the_sdist_holds_what_a_build_and_a_reader_need(archives: tuple[set[str], set[str]]) -> None:
     _, sdist = archives
-    expected = {"kernels/gain/__init__.py", "kernels/README.md", "LICENSE", "CHANGELOG.md", "tests/conftest.py", "setup.py"}
+    expected = {
+        "kernels/gain/__init__.py",
+        "kernels/README.md",
+        "LICENSE",
+        "CHANGELOG.md",
+        "tests/conftest.py",
+        "setup.py",
+    }
     assert expected <= sdist
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from rules import assert_no_worse_than_torch, relative_error
 
 

@@ -51,11 +51,15 @@ def test_one_activation_or_none(side, save, x_grad, delta_grad, new, held, dtype
     assert (kept.new, kept.inputs) == (new * size, held * size)
 
 
-@pytest.mark.parametrize(("side", "save", "new"), [("output", "output", T * OUT), ("output", "input", T * IN), ("input", "auto", T * IN)])
+@pytest.mark.parametrize(
+    ("side", "save", "new"), [("output", "output", T * OUT), ("output", "input", T * IN), ("input", "auto", T * IN)]
+)
 def test_autocast_keeps_one_low_precision_activation_and_no_copy_of_w(side: str, save: str, new: int) -> None:
     kept = _kept(side, save, x_grad=True, delta_grad=True, autocast=True)
     assert (kept.new, kept.inputs) == (new * 2, 0), "x in bfloat16 is new, W in bfloat16 is not kept"
-    already_low = _kept(side, save, x_grad=True, delta_grad=True, dtype=torch.bfloat16, w_dtype=torch.float32, autocast=True)
+    already_low = _kept(
+        side, save, x_grad=True, delta_grad=True, dtype=torch.bfloat16, w_dtype=torch.float32, autocast=True
+    )
     assert already_low.total == new * 2
 
 
@@ -75,7 +79,9 @@ def test_the_frozen_linear_under_autocast_keeps_a_copy_of_w_and_we_do_not() -> N
     assert saved_bytes(gained, exclude=[weight, delta], inputs=[x]).new == 0
 
 
-@pytest.mark.parametrize(("x_grad", "delta_grad", "held"), [(True, True, T * IN), (False, True, T * IN), (True, False, 0)])
+@pytest.mark.parametrize(
+    ("x_grad", "delta_grad", "held"), [(True, True, T * IN), (False, True, T * IN), (True, False, 0)]
+)
 def test_gain_scale(x_grad: bool, delta_grad: bool, held: int) -> None:
     x, delta = torch.randn(*LEAD, IN, requires_grad=x_grad), torch.zeros(IN, requires_grad=delta_grad)
     kept = saved_bytes(lambda: gain_scale(x, delta), exclude=[delta], inputs=[x])
@@ -87,7 +93,9 @@ def test_a_transposed_weight_is_kept_as_a_view(side: str, save: str) -> None:
     x = torch.randn(T, IN, requires_grad=True)
     stored = torch.randn(IN, OUT)
     delta = torch.zeros(OUT if side == "output" else IN, requires_grad=True)
-    kept = saved_bytes(lambda: gain_linear(x, stored.t(), delta, side=side, save=save), exclude=[stored, delta], inputs=[x])
+    kept = saved_bytes(
+        lambda: gain_linear(x, stored.t(), delta, side=side, save=save), exclude=[stored, delta], inputs=[x]
+    )
     assert kept.new == (T * OUT * 4 if save == "output" else 0)
 
 

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from gain_ops.kernels.config import GemmConfig
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+from gain_ops.kernels.config import GemmConfig
 
 
 @triton.jit

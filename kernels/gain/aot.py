@@ -24,13 +24,14 @@ from unittest import mock
 
 import torch
 import triton
-from gain_ops.kernels import config, linear_forward, matmul_reduce, partials, rows
-from gain_ops.kernels.config import GemmConfig
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+from gain_ops.kernels import config, linear_forward, matmul_reduce, partials, rows
+from gain_ops.kernels.config import GemmConfig
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from gain_ops.kernels import tuning
 from gain_ops.kernels._common import (
     aligned,
@@ -23,7 +25,6 @@ from gain_ops.kernels._common import (
     tiled,
 )
 from gain_ops.kernels.config import GemmConfig
-from torch import Tensor
 
 
 @triton.jit

@@ -13,6 +13,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from gain_ops.kernels import tuning
 from gain_ops.kernels._common import (
     aligned,
@@ -28,7 +30,6 @@ from gain_ops.kernels._common import (
 )
 from gain_ops.kernels.config import GemmConfig
 from gain_ops.kernels.partials import sum_partials
-from torch import Tensor
 
 
 @triton.jit

@@ -8,8 +8,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from gain_ops.kernels._common import on_device_of, options
 from torch import Tensor
+
+from gain_ops.kernels._common import on_device_of, options
 
 BLOCK_C = 32
 BLOCK_N = 64

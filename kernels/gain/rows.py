@@ -15,10 +15,11 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from gain_ops.kernels._common import load_gain, on_device_of, options
 from gain_ops.kernels.config import ROWS, RowsConfig
 from gain_ops.kernels.partials import sum_partials
-from torch import Tensor
 
 
 @triton.jit

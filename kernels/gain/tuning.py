@@ -22,10 +22,11 @@ from typing import Any
 
 import torch
 import triton
+from torch import Tensor
+
 from gain_ops.kernels import config as heuristics
 from gain_ops.kernels._common import input_precision, multiprocessors
 from gain_ops.kernels.config import GemmConfig
-from torch import Tensor
 
 FORMAT = 1
 

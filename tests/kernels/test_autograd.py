@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from rules import assert_no_worse_than_torch
 from torch import Tensor
 
 from gain_ops import gain_linear, gain_scale, reference
+
+from rules import assert_no_worse_than_torch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])

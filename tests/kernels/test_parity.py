@@ -7,14 +7,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rules import assert_no_worse_than_torch
-from shapes import EMPTY, SMALL
 from torch import Tensor
 
 from gain_ops import kernels, reference
-from gain_ops.kernels import linear_forward, matmul_reduce
+from gain_ops.kernels import linear_forward, matmul_reduce, rows
 from gain_ops.kernels._common import aligned
 from gain_ops.kernels.config import GemmConfig
+
+from rules import assert_no_worse_than_torch
+from shapes import EMPTY, SMALL
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
@@ -87,7 +88,9 @@ def test_any_shape_and_strides(call: str, data: st.DataObject) -> None:
     dtype = data.draw(st.sampled_from(DTYPES), label="dtype")
     tensors = _tensors(t, i, o, dtype)
     for name in ("x", "weight", "dy", "z"):
-        layout = data.draw(st.sampled_from(["contiguous", "transposed", "padded", "every other", "expanded"]), label=name)
+        layout = data.draw(
+            st.sampled_from(["contiguous", "transposed", "padded", "every other", "expanded"]), label=name
+        )
         tensors[name] = _laid_out(tensors[name], layout)
     _compare(call, tensors)
 
@@ -171,6 +174,26 @@ def test_every_path_of_the_gemm_kernels(
         if writes == "acc":
             unbiased = reference.linear(*exact[:3], None)
             assert_no_worse_than_torch("gain * acc", out, reference.linear(x, weight, delta, None), unbiased)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(("t", "scaled"), [(16, (16, 24)), (40, (40, 24)), (41, (40, 24))])
+def test_the_input_side_scales_the_smaller_operand_in_one_pass(
+    t: int, scaled: tuple[int, int], transposed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = _tensors(t, 24, 40, torch.float32)
+    if transposed:
+        tensors["weight"] = _laid_out(tensors["weight"], "transposed")
+    passes: list[tuple[int, ...]] = []
+    one_pass = rows._scale
+
+    def record(x: Tensor, *arguments: object, **options: object) -> Tensor:
+        passes.append(tuple(sorted(x.shape, reverse=True)))
+        return one_pass(x, *arguments, **options)
+
+    monkeypatch.setattr(rows, "_scale", record)
+    _compare("linear_input", tensors)
+    assert passes == [tuple(sorted(scaled, reverse=True))]
 
 
 @pytest.mark.gpu
