@@ -1,0 +1,84 @@
+"""What counts as a linear map, and which of them GainLinear can take over: questions, nothing is changed."""
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+_FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+# nn.Linear subclasses of other packages whose own forward is x @ W.T + b.
+_SAME_MAP = ("transformers.models.falcon.modeling_falcon.FalconLinear",)
+
+_CONV1D = "transformers.pytorch_utils.Conv1D"
+
+
+def sizes(module: nn.Module) -> tuple[int, int] | None:
+    """(in_features, out_features) of a linear map, or None for a module that does not say it is one."""
+    if is_conv1d(module):
+        return cast(int, module.nx), cast(int, module.nf)
+    n_in, n_out = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    return (n_in, n_out) if isinstance(n_in, int) and isinstance(n_out, int) else None
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether it is nn.Linear's own map on a floating [out, in] weight that is a plain Parameter."""
+    if not isinstance(module, nn.Linear) or "forward" in vars(module):  # accelerate puts a forward on the instance
+        return False
+    same_map = type(module).forward is nn.Linear.forward or _qualified_name(type(module)) in _SAME_MAP
+    return same_map and has_plain_weight(module)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether it is transformers' Conv1D, weight [in, out], itself; asks without importing transformers."""
+    return _qualified_name(type(module)) == _CONV1D and "forward" not in vars(module)
+
+
+def has_plain_weight(module: nn.Module) -> bool:
+    """Whether ``module.weight`` is an ordinary floating Parameter of two dimensions, the layer's sizes in either order.
+
+    Not so: packed and other quantised weights, tensor subclasses, parametrised weights, other float formats.
+    """
+    weight = module._parameters.get("weight")
+    if weight is None or weight.dtype not in _FLOATING or not (type(weight) is nn.Parameter or is_sharded(weight)):
+        return False
+    n_in, n_out = sizes(module) or (0, 0)
+    # ZeRO-3 holds a parameter partitioned, and its shape in ds_shape.
+    return tuple(getattr(weight, "ds_shape", weight.shape)) == ((n_in, n_out) if is_conv1d(module) else (n_out, n_in))
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor; asks without importing torch.distributed."""
+    return type(tensor).__name__ == "DTensor"
+
+
+def refuse_sharded(module: nn.Module) -> None:
+    """Raise ValueError if a parameter is a DTensor: a plain delta beside it cannot work."""
+    for name, parameter in module.named_parameters():
+        if is_sharded(parameter):
+            raise ValueError(
+                f"{name} of {type(module).__name__} is already sharded (a DTensor). Put the gains on first and "
+                "shard after (fully_shard, parallelize_module), so that delta is sharded with the weight."
+            )
+
+
+def refuse_fsdp(model: nn.Module, action: str) -> None:
+    """Raise ValueError if fully_shard() was called in the model: it keeps the modules and swaps their parameters."""
+    for name, module in model.named_modules():
+        if any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__):
+            raise ValueError(
+                f"cannot {action} after fully_shard() ({name or type(model).__name__} is sharded). Do it before "
+                "sharding, or save the gains and load them into an unsharded model."
+            )
+
+
+def describe(module: nn.Module) -> str:
+    """The class and weight of a module, for an error message."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor):
+        return type(module).__name__
+    return f"{type(module).__name__} with a {type(weight).__name__} of shape {tuple(weight.shape)} and {weight.dtype}"
+
+
+def _qualified_name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"

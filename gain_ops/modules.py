@@ -1,0 +1,332 @@
+"""The layers: a linear map with a frozen weight and a learned gain, in the place of an nn.Linear or round another one.
+
+::
+
+    output side:   y = gain * (x @ W.T) + b         gain [out_features]
+    input side:    y = (x * gain) @ W.T + b         gain [in_features]         gain = 1 + delta
+
+``delta`` is the only learned parameter: 1-D, contiguous, zeros at the start, float32 (float64 beside a float64 weight).
+It stays float32 when the model is cast to half precision, where small updates would be lost.
+"""
+
+from collections.abc import Callable
+from typing import Any, Self, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from gain_ops.dispatch import BACKENDS
+from gain_ops.functional import SAVES, SIDES, gain_linear, gain_scale
+from gain_ops.linears import describe, is_conv1d, is_plain_linear, refuse_sharded, sizes
+
+_Linear = TypeVar("_Linear", bound=nn.Module)
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+)
+
+
+class Gained(nn.Module):
+    """What the layers with a gain share: ``delta``, ``gain``, ``side``, and the way back to the plain layer.
+
+    GainLinear, GainWrapper and gain_ops.integrations.transformers.GainConv1D; not built by itself.
+    """
+
+    delta: nn.Parameter
+    in_features: int
+    out_features: int
+    side: str
+    save: str
+    backend: str
+    _original: tuple[nn.Module, ...] = ()
+
+    @property
+    def gain(self) -> Tensor:
+        """``1 + delta``: [out_features] on the output side, [in_features] on the input side."""
+        return 1 + self.delta
+
+    @property
+    def features(self) -> int:
+        """The length of delta, from the layer's sizes and not from the parameter, which ZeRO-3 holds partitioned."""
+        return self.out_features if self.side == "output" else self.in_features
+
+    @property
+    def gained_dim(self) -> int:
+        """The dimension of the stored weight that the gain scales: 0, or 1 if that holds the gain's features."""
+        return 0 if self.side == "output" else 1
+
+    @property
+    def placed(self) -> bool:
+        """Whether gain_ops.apply or load_gains put the layer where it is, so that remove() knows what was there."""
+        return bool(self._original)
+
+    def plain(self) -> nn.Module:
+        """The layer without its gain, with the present parameters and mode: the very module replaced, if one was."""
+        raise NotImplementedError(f"{type(self).__name__} has no plain layer")
+
+    def stand_in_for(self, original: nn.Module) -> None:
+        """Remember the module replaced, for plain(), without its parameters.
+
+        They live here meanwhile: a second reference would keep a weight alive that a device move, fully_shard or
+        load_state_dict(assign=True) has replaced.
+        """
+        self._original = (original,)  # in a tuple, or nn.Module would register it as a child
+        for name in self._parameters.keys() & original._parameters.keys():
+            original._parameters[name] = None
+
+    def _new_delta(self, device: torch.device | None, dtype: torch.dtype) -> nn.Parameter:
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        return nn.Parameter(torch.zeros(self.features, dtype=wide, device=device))
+
+    def _take_over(self, linear: nn.Module) -> None:
+        """Share linear's weight and bias, now frozen, its hooks and its training mode."""
+        refuse_sharded(linear)
+        linear.requires_grad_(False)
+        weight = cast(nn.Parameter, linear.weight)
+        self._parameters.update(weight=weight, bias=linear._parameters["bias"])
+        self.delta = self._new_delta(weight.device, weight.dtype)
+        self.training = linear.training
+        share_hooks(linear, self)
+
+    def _give_back(self, linear: _Linear) -> _Linear:
+        """Hand the present parameters and the training mode to linear."""
+        for name in linear._parameters:
+            linear._parameters[name] = self._parameters[name]
+        linear.training = self.training
+        return linear
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        delta = self.delta.detach()
+        grad = None if self.delta.grad is None else self.delta.grad.detach()  # its own handle: a cast swaps grad.data
+        super()._apply(fn, recurse)
+        if self.delta.dtype in (torch.bfloat16, torch.float16):
+            self.delta.data = delta.to(self.delta.device)
+            self.delta.grad = None if grad is None else grad.to(self.delta.device)
+        return self
+
+
+class GainLinear(Gained, nn.Linear):
+    """``y = gain * (x @ W.T) + b`` (output side) or ``y = (x * gain) @ W.T + b`` (input side), ``gain = 1 + delta``.
+
+    An nn.Linear with a frozen weight and bias and a learned ``delta``; at delta = 0 it is the plain linear.
+
+    Args:
+        in_features: the last size of x.
+        out_features: the last size of y.
+        bias: whether there is a (frozen) bias. The gain does not scale it.
+        side: which features the gain scales, "output" or "input".
+        save: what is kept for backward, "auto", "output" or "input"; see gain_ops.gain_linear.
+        backend: "auto", "eager" or "triton"; see gain_ops.dispatch.
+        device: where the parameters are made; "meta" works, with to_empty() and reset_parameters() after it.
+        dtype: of weight and bias. delta is float32, or float64 beside a float64 weight.
+
+    Shapes: x [..., in_features] -> y [..., out_features]; weight [out_features, in_features]; bias [out_features];
+    delta [out_features] or [in_features].
+
+    Raises:
+        ValueError: a side, save or backend that does not exist, or save="output" on the input side.
+
+    Source: GAIN, arXiv 2604.04516.
+
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        side: str = "output",
+        save: str = "auto",
+        backend: str = "auto",
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        check_options(side, save, backend)
+        super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
+        self.requires_grad_(False)
+        self.side, self.save, self.backend = side, save, backend
+        self.delta = self._new_delta(self.weight.device, self.weight.dtype)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, *, side: str = "output", save: str = "auto", backend: str = "auto") -> Self:
+        """A GainLinear round linear's own weight and bias: the same Parameters, now frozen; nothing is copied.
+
+        Training mode and hooks are kept. A linear on the meta device gives a layer on the meta device.
+
+        Raises:
+            TypeError: not nn.Linear's own forward on a floating [out, in] weight; GainWrapper takes those.
+            ValueError: a weight already sharded, or options that do not exist.
+
+        """
+        if not is_plain_linear(linear):
+            raise TypeError(
+                "from_linear takes nn.Linear's own forward on an ordinary floating [out, in] weight, got "
+                f"{describe(linear)}. Wrap it: gain_ops.modules.GainWrapper."
+            )
+        layer = cls(
+            linear.in_features,
+            linear.out_features,
+            linear.bias is not None,
+            side=side,
+            save=save,
+            backend=backend,
+            device="meta",  # nothing is allocated
+        )
+        layer._take_over(linear)
+        return layer
+
+    def forward(self, input: Tensor) -> Tensor:
+        """x [..., in_features] -> y [..., out_features]."""
+        return gain_linear(
+            input, self.weight, self.delta, self.bias, side=self.side, save=self.save, backend=self.backend
+        )
+
+    def reset_parameters(self) -> None:
+        """Draw weight and bias as nn.Linear does, set the gain to 1: for a layer made on "meta", after to_empty()."""
+        super().reset_parameters()
+        if "delta" in self._parameters:  # nn.Linear's __init__ comes here before there is one
+            nn.init.zeros_(self.delta)
+
+    def plain(self) -> nn.Linear:
+        """The nn.Linear without the gain, on the same Parameters: the very module that was replaced, if one was."""
+        if self.placed:
+            return self._give_back(cast(nn.Linear, self._original[0]))
+        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        share_hooks(self, linear)
+        return self._give_back(linear)
+
+    def extra_repr(self) -> str:
+        """nn.Linear's, with the side and what is kept for backward."""
+        return f"{super().extra_repr()}, side={self.side}, save={self.save}"
+
+
+class GainWrapper(Gained):
+    """A gain round a linear map that is not a plain nn.Linear: a quantised one, say, or one with a forward of its own.
+
+    ::
+
+        output side:   y = gain * (base(x) - b) + b  =  base(x) + delta * (base(x) - b)
+        input side:    y = base(x * gain)
+
+    with b = base.bias; without one y = gain * base(x). The form on the right is what is computed: it is exactly base(x)
+    at delta = 0.
+
+    Args:
+        base: the module, linear in x but for ``base.bias``. It is frozen, and keeps its hooks.
+        in_features: the last size of x.
+        out_features: the last size of base(x).
+        side: which features the gain scales, "output" or "input".
+        backend: "auto", "eager" or "triton"; see gain_ops.dispatch.
+
+    Shapes: x [..., in_features] -> y [..., out_features] in base's output dtype; delta [out_features] or [in_features].
+    Besides what base keeps, backward keeps one activation: base(x) - b on the output side, x on the input side.
+
+    Raises:
+        ValueError: a side or backend that does not exist, or a base already sharded.
+
+    """
+
+    def __init__(
+        self, base: nn.Module, in_features: int, out_features: int, *, side: str = "output", backend: str = "auto"
+    ) -> None:
+        check_options(side, "auto", backend)
+        super().__init__()
+        refuse_sharded(base)
+        self.in_features, self.out_features = in_features, out_features
+        self.base = base.requires_grad_(False)
+        self.side, self.save, self.backend = side, "auto", backend
+        tensors = list(raw_tensors(base).values())
+        device = tensors[0].device if tensors else None
+        dtype = next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.float32)
+        self.delta = self._new_delta(device, dtype)
+        self.training = base.training
+
+    @property
+    def weight(self) -> Any:
+        """The base's weight, whatever it is: some models ask a projection for its dtype."""
+        return getattr(self.base, "weight", None)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base's bias, which the gain does not scale."""
+        bias = getattr(self.base, "bias", None)
+        return bias() if callable(bias) else bias  # a method in torch's own quantised layers
+
+    def forward(self, input: Tensor) -> Tensor:
+        """x [..., in_features] -> y [..., out_features]."""
+        if self.side == "input":
+            return cast(Tensor, self.base(gain_scale(input, self.delta, backend=self.backend)))
+        y = cast(Tensor, self.base(input))
+        bias = self.bias
+        if bias is None:
+            return gain_scale(y, self.delta, backend=self.backend)
+        # gain_scale multiplies by one plus what it gets: this is y + delta * (y - b).
+        return y + gain_scale(y - bias.to(y.dtype), self.delta - 1, backend=self.backend)
+
+    def plain(self) -> nn.Module:
+        """The base."""
+        return self.base
+
+    def stand_in_for(self, original: nn.Module) -> None:
+        """Remember that the wrapper stands where its base was; the base keeps its parameters."""
+        self._original = (original,)
+
+    def extra_repr(self) -> str:
+        """Sizes and side."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, side={self.side}"
+
+
+def gain_layer(module: nn.Module, *, side: str = "output", save: str = "auto", backend: str = "auto") -> Gained:
+    """The layer with a gain for any linear map: GainLinear, GainConv1D or, for everything else, GainWrapper.
+
+    Raises:
+        TypeError: a module without in_features and out_features.
+        ValueError: a module already sharded, or options that do not exist.
+
+    """
+    if is_plain_linear(module):
+        return GainLinear.from_linear(cast(nn.Linear, module), side=side, save=save, backend=backend)
+    if is_conv1d(module):
+        from gain_ops.integrations.transformers import GainConv1D  # the module comes from there, so it is installed
+
+        return GainConv1D.from_conv1d(module, side=side, save=save, backend=backend)
+    features = sizes(module)
+    if features is None:
+        raise TypeError(f"{describe(module)} has no in_features and out_features: wrap it by hand in GainWrapper")
+    return GainWrapper(module, *features, side=side, backend=backend)
+
+
+def check_options(side: str, save: str, backend: str) -> None:
+    """Raise ValueError for a side, save or backend that does not exist, or that do not go together."""
+    for name, value, known in (("side", side, SIDES), ("save", save, SAVES), ("backend", backend, BACKENDS)):
+        if value not in known:
+            raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, known))}")
+    if side == "input" and save == "output":
+        raise ValueError("save='output' has no use on the input side, which keeps x: use save='auto' or 'input'")
+
+
+def raw_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """The parameters and buffers of a module by name, tensor subclasses taken apart into the plain tensors in them."""
+    tensors: dict[str, Tensor] = {}
+    pending = [*module.named_parameters(), *module.named_buffers()]
+    for name, tensor in pending:
+        if hasattr(tensor, "__tensor_flatten__"):
+            inner, _ = tensor.__tensor_flatten__()
+            pending.extend((f"{name}.{part}", getattr(tensor, part)) for part in inner)
+        else:
+            tensors[name] = tensor
+    return tensors
+
+
+def share_hooks(source: nn.Module, target: nn.Module) -> None:
+    """Target runs source's hooks; the dictionaries are shared, so a handle removes its hook from both."""
+    for name in _HOOKS:
+        setattr(target, name, getattr(source, name))
