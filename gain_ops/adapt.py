@@ -1,0 +1,218 @@
+"""Put gains on a model, and take them off again: apply() and remove()."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from gain_ops.architectures import Site, pattern_sites, preset_sites, refuse_bypassed
+from gain_ops.linears import refuse_fsdp, refuse_sharded, sizes
+from gain_ops.modules import Gained, check_options, gain_layer
+
+PRESETS = ("gain", "gain-ffn")
+MEMORIES = ("fast", "lean")
+
+# Components that torch.compile, activation checkpointing and FSDP1 put into module names.
+_WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
+
+_RECORD = "_gain_ops_record"
+
+
+@dataclass(frozen=True)
+class Applied:
+    """What apply() did.
+
+    Attributes:
+        names: the modules that got a gain, in the model's order.
+        side: "output", "input", or "mixed" when a gain file holds both.
+        targets: as given: "gain", "gain-ffn", or the patterns.
+        trained: how many parameters are now trained, all of them gains.
+
+    """
+
+    names: tuple[str, ...]
+    side: str
+    targets: str | tuple[str, ...]
+    trained: int
+
+    def __repr__(self) -> str:
+        targets = self.targets if isinstance(self.targets, str) else ", ".join(self.targets)
+        layers = f"{len(self.names)} layer" + ("s" if len(self.names) != 1 else "")
+        return f"Applied({layers}, {self.side} side, targets {targets}: {self.trained:,} trained parameters)"
+
+
+@dataclass
+class _Record:
+    """Kept on the model, so that it goes along with a copy or a pickle."""
+
+    applied: Applied
+    requires_grad: dict[str, bool]
+
+
+def apply(
+    model: nn.Module,
+    targets: str | Sequence[str] = "gain",
+    *,
+    side: str = "output",
+    memory: str = "fast",
+    backend: str = "auto",
+) -> Applied:
+    r"""Put a gain on the chosen projections of a model, in place, and freeze everything else.
+
+    ::
+
+        side="output":  W_new = diag(gain) @ W            side="input":  W_new = W @ diag(gain)
+
+    Args:
+        model: any module. Its architecture is read from its transformers config, or else from names and shapes.
+        targets: "gain", the attention output projections; "gain-ffn", those and the FFN down projections; or a list of
+            regular expressions for the end of a module's name, matched by whole components: "o_proj" is every o_proj,
+            r"layers\.[0-3]\.self_attn\.o_proj" four of them, ".*" every linear module.
+        side: which features the gain scales, "output" or "input" (features of the linear map, for Conv1D as well).
+        memory: "fast" keeps z = x @ W.T for backward at output-side sites. "lean" keeps x at attention output
+            projections, where scaled-dot-product attention keeps it anyway, for one more GEMM in the backward, and
+            elsewhere the smaller of the two. The input side always keeps x.
+        backend: "auto", "eager" or "triton"; see gain_ops.dispatch.
+
+    Returns:
+        Applied: the names, the side, the targets and the number of parameters now trained.
+
+    A module that several names reach gets one gain, under every name. nn.Linear becomes GainLinear and transformers'
+    Conv1D becomes GainConv1D, on the same Parameters; another linear map, say a quantised one, is wrapped.
+
+    Raises:
+        ValueError: nothing matched, or nothing matched one of the patterns; the model has gains already; it would
+            ignore a gain at a chosen module; "gain-ffn" on a mixture with fused experts; or an unknown option.
+
+    """
+    check_options(side, "auto", backend)
+    _check_memory(memory)
+    refuse_gained(model)
+    if not isinstance(targets, str):
+        targets = tuple(targets)
+        sites = pattern_sites(model, targets)
+    elif targets in PRESETS:
+        sites = preset_sites(model, ffn=targets == "gain-ffn")
+    else:
+        raise ValueError(
+            f"targets={targets!r} is not one of {', '.join(map(repr, PRESETS))}; patterns go in a list: [{targets!r}]"
+        )
+    if not sites:
+        raise ValueError("targets is empty: give 'gain', 'gain-ffn' or at least one pattern")
+    return place(model, [(site, side) for site in sites], targets, memory, backend)
+
+
+def remove(model: nn.Module) -> None:
+    """Take every gain off a model, in place, as if apply() had never been called; what the gains learned is dropped.
+
+    The original modules come back with their hooks and with the present weights and biases; state dict keys and every
+    requires_grad flag are as before. Works on a copy and on an unpickled model. A GainLinear that was built by hand
+    becomes an nn.Linear, still frozen.
+
+    Raises:
+        ValueError: the model has no gains; they were applied to a larger model that this one is a part of; or the model
+            has been sharded since.
+
+    """
+    gained = {id(module): module for module in model.modules() if isinstance(module, Gained)}
+    holders = [module for module in model.modules() if _RECORD in vars(module)]
+    if not gained:
+        raise ValueError(f"{type(model).__name__} has no gains to remove")
+    if any(module.placed for module in gained.values()) and not holders:
+        raise ValueError("the gains were applied to a larger model: call remove() on that one")
+    refuse_fsdp(model, "remove gains")
+    _replace(model, {key: module.plain() for key, module in gained.items()})
+    for holder in holders:
+        record: _Record = vars(holder).pop(_RECORD)
+        for name, parameter in holder.named_parameters(remove_duplicate=False):
+            parameter.requires_grad_(record.requires_grad.get(name, parameter.requires_grad))
+
+
+def place(
+    model: nn.Module, sites: Iterable[tuple[Site, str]], targets: str | tuple[str, ...], memory: str, backend: str
+) -> Applied:
+    """Put gains on (site, side) pairs, in place: what apply() and load_gains() share. The sides must exist."""
+    sites = list(sites)
+    _check_memory(memory)
+    refuse_fsdp(model, "put gains on")
+    refuse_bypassed(model, (site for site, _ in sites))
+    for site, _ in sites:
+        refuse_sharded(site.module)
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters(remove_duplicate=False)}
+    gains: dict[int, Gained] = {}
+    for site, side in sites:
+        gain = gain_layer(site.module, side=side, save=_save(site, side, memory), backend=backend)
+        gains[id(site.module)] = gain
+        gain.stand_in_for(site.module)
+    model.requires_grad_(False)  # before the gains are in it
+    _replace(model, gains)
+    sides = {side for _, side in sites}
+    applied = Applied(
+        names=tuple(canonical_name(site.name) for site, _ in sites),
+        side=sides.pop() if len(sides) == 1 else "mixed",
+        targets=targets,
+        trained=sum(gain.features for gain in gains.values()),
+    )
+    setattr(model, _RECORD, _Record(applied, flags))
+    return applied
+
+
+def gained_modules(model: nn.Module) -> dict[str, Gained]:
+    """The layers with a gain by name, in the model's order, a shared one under its first name.
+
+    Names are those that apply() gave: relative to the model it was called on, if that is now inside another (DDP, say),
+    and without the components that torch.compile, activation checkpointing and FSDP1 add.
+    """
+    root = record_holder(model) or model
+    return {canonical_name(name): module for name, module in root.named_modules() if isinstance(module, Gained)}
+
+
+def record_holder(model: nn.Module) -> nn.Module | None:
+    """The module that apply() was called on, if there is exactly one such in the model."""
+    holders = [module for module in model.modules() if _RECORD in vars(module)]
+    return holders[0] if len(holders) == 1 else None
+
+
+def applied_record(model: nn.Module) -> Applied | None:
+    """What apply() returned for this model, or None for gains put on by hand."""
+    holder = record_holder(model)
+    record: _Record | None = vars(holder)[_RECORD] if holder is not None else None
+    return record.applied if record is not None else None
+
+
+def canonical_name(name: str) -> str:
+    """A module's name without the components that torch.compile, activation checkpointing and FSDP1 put in."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def refuse_gained(model: nn.Module) -> None:
+    """Raise ValueError if the model has a gain somewhere."""
+    count = sum(isinstance(module, Gained) for module in model.modules())
+    if count:
+        raise ValueError(
+            f"{type(model).__name__} already has gains on {count} layers: gain_ops.absorb() them into the weights or "
+            "gain_ops.remove() them first"
+        )
+
+
+def _save(site: Site, side: str, memory: str) -> str:
+    """What the site keeps for backward."""
+    if side == "input" or memory == "fast":
+        return "auto"
+    n_in, n_out = sizes(site.module) or (0, 0)
+    return "input" if site.attention or n_out > n_in else "output"
+
+
+def _check_memory(memory: str) -> None:
+    if memory not in MEMORIES:
+        raise ValueError(f"memory={memory!r} is not one of {', '.join(map(repr, MEMORIES))}")
+
+
+def _replace(model: nn.Module, replacements: Mapping[int, nn.Module]) -> None:
+    """Put replacements[id(child)] for every child that has one, under each of its names."""
+    for parent in list(model.modules()):
+        if isinstance(parent, Gained):
+            continue  # a wrapper's base is not a child to replace
+        for name, child in list(parent._modules.items()):  # named_children() skips a child's second name
+            if id(child) in replacements:
+                setattr(parent, name, replacements[id(child)])
