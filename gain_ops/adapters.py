@@ -1,0 +1,343 @@
+"""Gain files: save what the gains of a model learned, and load it.
+
+A gain file is a safetensors file. Its tensors are ``<module name>.delta``, float32, 1-D. Its one metadata key,
+"gain_ops", holds JSON::
+
+    {"format": "gain_ops.gains", "version": 1, "package": "0.1.0", "targets": "gain-ffn", "base_model": "SmolLM2-135M",
+     "layers": {"model.layers.0.self_attn.o_proj": {"side": "output", "base": "<fingerprint>"}, ...}}
+
+``base`` is the fingerprint of the frozen weight that the gain was trained on, see fingerprint(); null where there was
+nothing to sample. ``base_model`` is null where it is not known.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from types import MethodType
+from typing import TYPE_CHECKING, Any, cast
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from gain_ops._version import __version__
+from gain_ops.adapt import Applied, applied_record, canonical_name, gained_modules, place
+from gain_ops.architectures import Site, linear_modules, names_attention_output
+from gain_ops.functional import SIDES
+from gain_ops.linears import has_plain_weight, is_sharded, sizes
+from gain_ops.modules import Gained, GainWrapper, check_options, raw_tensors
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+FORMAT = "gain_ops.gains"
+VERSION = 1
+SAMPLES = 4096
+
+_SUFFIX = ".delta"
+_SHOWN = 4
+
+
+class GainFileError(ValueError):
+    """A gain file that cannot be read, or that does not fit the model; nothing was changed."""
+
+
+@dataclass(frozen=True)
+class GainFile:
+    """What a gain file holds: deltas by module name, and what its header says of them."""
+
+    deltas: dict[str, Tensor]
+    sides: dict[str, str]
+    fingerprints: dict[str, str | None]
+    targets: str | tuple[str, ...]
+    base_model: str | None
+    package: str
+
+
+def save_gains(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write the gains of a model to a gain file (a few hundred kilobytes; the format is in this module's docstring).
+
+    The file is written beside ``path`` and moved into place, so an interrupted save leaves an old file whole. Deltas of
+    other dtypes are rounded to float32. Under FSDP2 or tensor parallelism every rank must call it, as the deltas are
+    gathered, each with a path of its own.
+
+    Args:
+        model: a model with gains, by apply(), load_gains() or by hand.
+        path: the file to write; its folder must exist.
+
+    Raises:
+        ValueError: the model has no gains, or a delta that is not finite, on the meta device or partitioned by ZeRO-3.
+
+    """
+    layers = gained_modules(model)
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no gains to save: put them on with gain_ops.apply()")
+    tensors = {f"{name}{_SUFFIX}": _saveable(name, layer) for name, layer in layers.items()}
+    applied = applied_record(model)
+    header = {
+        "format": FORMAT,
+        "version": VERSION,
+        "package": __version__,
+        "targets": list(layers) if applied is None else applied.targets,
+        "base_model": _base_model(model),
+        "layers": {name: {"side": layer.side, "base": fingerprint(layer)} for name, layer in layers.items()},
+    }
+    _write(Path(path), safetensors.torch.save(tensors, metadata={"gain_ops": json.dumps(header)}))
+
+
+def load_gains(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    check_base: bool = True,
+    memory: str = "fast",
+    backend: str = "auto",
+) -> Applied | None:
+    """Load a gain file into a model: into the gains that it has, or else put them on first as apply() does.
+
+    The file is checked against the model before anything is changed: layers, sides, sizes, finite values, and that each
+    frozen weight is the one the gain was trained on.
+
+    Args:
+        model: with gains on the very layers of the file and on the same sides, or with none.
+        path: a file written by save_gains().
+        check_base: whether each layer's frozen weight must have the fingerprint in the file. False to use gains on
+            another rounding of the weights (quantised, or stored in float16), or knowingly on other weights.
+        memory: as in apply(), for a model without gains.
+        backend: as in apply(), for a model without gains.
+
+    Returns:
+        Applied as from apply(), or None for gains put on by hand.
+
+    Raises:
+        GainFileError: not a gain file, damaged, of a later version, not finite, or not fitting the model.
+        ValueError: options that do not exist.
+        FileNotFoundError: no such file.
+
+    """
+    check_options("output", "auto", backend)
+    file = read_gains(path)
+    gained = gained_modules(model)
+    found: dict[str, nn.Module] = dict(gained) if gained else dict(_linears(model))
+    _check_layers(file, found, exact=bool(gained), path=path)
+    if check_base:
+        _check_base(file, found, model, path)
+    applied = applied_record(model)
+    if not gained:
+        sites = [(Site(n, found[n], names_attention_output(n)), file.sides[n]) for n in file.deltas]
+        applied = place(model, sites, file.targets, memory, backend)
+        gained = gained_modules(model)
+    with torch.no_grad():
+        _reshard(model)
+        for name, delta in file.deltas.items():
+            _copy(delta, gained[name].delta)
+    return applied
+
+
+def read_gains(path: str | os.PathLike[str]) -> GainFile:
+    """Read and check a gain file by itself, without a model.
+
+    Raises:
+        GainFileError: not a gain file, damaged, of a later version, or with values that are not finite.
+        FileNotFoundError: no such file.
+
+    """
+    try:
+        with safetensors.safe_open(os.fspath(path), framework="pt") as opened:
+            names: list[str] = opened.keys()
+            header = (opened.metadata() or {}).get("gain_ops")
+            tensors = {} if header is None else {name: opened.get_tensor(name) for name in names}
+    except safetensors.SafetensorError as error:
+        raise GainFileError(f"{path} is not a whole safetensors file: {error}") from error
+    if header is None:
+        raise GainFileError(
+            f"{path} is not a gain file: it has no gain_ops header, and holds {_some(names) or 'nothing'}. Gain "
+            "files are written by gain_ops.save_gains()."
+        )
+    try:
+        file = _parse(json.loads(header), tensors, path)
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise GainFileError(f"{path} has a damaged gain_ops header: {error!r}") from error
+    bad = [name for name, delta in file.deltas.items() if not delta.isfinite().all()]
+    if bad:
+        raise GainFileError(f"{path} holds gains that are not finite, in {_some(bad)}")
+    return file
+
+
+def fingerprint(layer: nn.Module) -> str | None:
+    """A short hash of a layer's frozen weight, cheap to take and to take again without torch.
+
+    ::
+
+        blake2b(text + bytes, digest_size=16) in hex, over every tensor in turn
+        text  = "<name>:<shape>;"                 as in "weight:576,1536;"
+        bytes = every k-th value in row-major order, k = ceil(n / 4096), as little-endian bfloat16
+
+    A floating weight is sampled alone, rounded to bfloat16 (to nearest, ties to even), so that one checkpoint loaded in
+    float32 and in bfloat16 gives one fingerprint. Of a quantised layer all parameters and buffers are sampled, in order
+    of their names; values that are not floating are taken as they are stored.
+
+    Returns:
+        32 hexadecimal digits, or None where there is nothing to sample: no tensors, or tensors on the meta device.
+
+    """
+    base = layer.base if isinstance(layer, GainWrapper) else layer
+    if isinstance(base, Gained) or has_plain_weight(base):
+        tensors = {"weight": _whole(cast(Tensor, base.weight))}
+    else:
+        tensors = {name: _whole(tensor) for name, tensor in sorted(raw_tensors(base).items())}
+    if not tensors or any(tensor.is_meta for tensor in tensors.values()):
+        return None
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in tensors.items():
+        digest.update(f"{name}:{','.join(map(str, tensor.shape))};".encode())
+        digest.update(_sample(tensor))
+    return digest.hexdigest()
+
+
+def _sample(tensor: Tensor) -> bytes:
+    flat = tensor.detach().reshape(-1)
+    sample = flat[:: max(1, -(-flat.numel() // SAMPLES))].contiguous()
+    if sample.is_floating_point():
+        sample = sample.to(torch.bfloat16)
+    return bytes(sample.view(torch.uint8).tolist())
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """The full tensor of a DTensor, or the tensor itself."""
+    return cast("DTensor", tensor).full_tensor() if is_sharded(tensor) else tensor
+
+
+def _reshard(model: nn.Module) -> None:
+    """After a forward, FSDP2 may still show the gathered parameters; what is written into those is lost."""
+    for module in model.modules():
+        if isinstance(reshard := getattr(module, "reshard", None), MethodType):
+            reshard()
+
+
+def _copy(delta: Tensor, into: Tensor) -> None:
+    if is_sharded(into):
+        from torch.distributed.tensor import distribute_tensor
+
+        sharded = cast("DTensor", into)
+        delta = distribute_tensor(delta.to(into.device), sharded.device_mesh, sharded.placements)
+    into.copy_(delta)
+
+
+def _saveable(name: str, layer: Gained) -> Tensor:
+    delta = _whole(layer.delta.detach())
+    if delta.is_meta or delta.numel() != layer.features:
+        where = "on the meta device" if delta.is_meta else "partitioned: save inside deepspeed.zero.GatheredParameters"
+        raise ValueError(f"cannot save {name}: its delta is {where}")
+    if not delta.isfinite().all():
+        raise ValueError(f"cannot save {name}: its delta is not finite; the training has diverged")
+    return delta.to("cpu", torch.float32, copy=True)
+
+
+def _base_model(model: nn.Module) -> str | None:
+    paths = (getattr(getattr(module, "config", None), "_name_or_path", None) for module in model.modules())
+    return next((Path(path).name for path in paths if isinstance(path, str) and path), None)
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write beside and move into place."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _parse(header: dict[str, Any], tensors: dict[str, Tensor], path: object) -> GainFile:
+    if header["format"] != FORMAT:
+        raise GainFileError(f"{path} has format {header['format']!r}, expected {FORMAT!r}")
+    if header["version"] != VERSION:
+        raise GainFileError(
+            f"{path} has format version {header['version']!r}, written by gain_ops {header['package']}; gain_ops "
+            f"{__version__} reads version {VERSION}: upgrade gain_ops, or save the gains again with this version"
+        )
+    layers: dict[str, dict[str, Any]] = header["layers"]
+    expected = {f"{name}{_SUFFIX}" for name in layers}
+    if expected != tensors.keys():
+        raise GainFileError(
+            f"{path} is damaged: its header and its tensors disagree on {_some(expected ^ tensors.keys())}"
+        )
+    deltas = {name: tensors[f"{name}{_SUFFIX}"] for name in layers}
+    for name, delta in deltas.items():
+        if delta.dtype != torch.float32 or delta.dim() != 1 or layers[name]["side"] not in SIDES:
+            raise GainFileError(
+                f"{path} is damaged: {name} has a delta of shape {tuple(delta.shape)} and {delta.dtype} on side "
+                f"{layers[name]['side']!r}, expected a 1-D float32 tensor on side 'output' or 'input'"
+            )
+    targets = header["targets"]
+    return GainFile(
+        deltas=deltas,
+        sides={name: layer["side"] for name, layer in layers.items()},
+        fingerprints={name: layer["base"] for name, layer in layers.items()},
+        targets=targets if isinstance(targets, str) else tuple(targets),
+        base_model=header["base_model"],
+        package=header["package"],
+    )
+
+
+def _linears(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    return [(canonical_name(name), module) for name, module in linear_modules(model)]
+
+
+def _check_layers(file: GainFile, found: dict[str, nn.Module], *, exact: bool, path: object) -> None:
+    """Names, sides and sizes; with ``exact`` the model must have no other gains than the file."""
+    problems = []
+    missing = [name for name in file.deltas if name not in found]
+    if missing:
+        problems.append(f"layers of the file that the model does not have: {_some(missing)}")
+    surplus = [name for name in found if name not in file.deltas] if exact else []
+    if surplus:
+        problems.append(f"gains of the model that the file does not have: {_some(surplus)}")
+    for name in (name for name in file.deltas if name in found):
+        layer, side = found[name], file.sides[name]
+        if isinstance(layer, Gained) and layer.side != side:
+            problems.append(f"{name} has its gain on the {layer.side} side, in the file on the {side} side")
+            continue
+        if isinstance(layer, Gained) and layer.delta.numel() != layer.features:
+            problems.append(f"{name} has a partitioned delta: load inside deepspeed.zero.GatheredParameters")
+            continue
+        n_in, n_out = cast(tuple[int, int], sizes(layer))
+        features = n_out if side == "output" else n_in
+        if file.deltas[name].numel() != features:
+            problems.append(
+                f"{name} takes {features} gains on the {side} side, the file has {file.deltas[name].numel()}"
+            )
+    if problems:
+        shown = "; ".join(problems[:_SHOWN]) + (
+            f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+        )
+        raise GainFileError(f"{path} does not fit the model: {shown}")
+
+
+def _check_base(file: GainFile, found: dict[str, nn.Module], model: nn.Module, path: object) -> None:
+    """That every frozen weight is the one the gain was trained on."""
+    differing = [
+        name
+        for name, expected in file.fingerprints.items()
+        if expected is not None and fingerprint(found[name]) != expected
+    ]
+    if differing:
+        raise GainFileError(
+            f"{path} was trained on other weights (base model {file.base_model or 'unknown'}; this one is "
+            f"{_base_model(model) or 'unknown'}): the frozen weights differ in {len(differing)} of {len(file.deltas)} "
+            f"layers, {_some(differing)}. Load the base it was trained on, or pass check_base=False to use them anyway."
+        )
+
+
+def _some(names: Iterable[str]) -> str:
+    """The first few names, and how many more."""
+    ordered = sorted(names)
+    return ", ".join(ordered[:_SHOWN]) + (f" and {len(ordered) - _SHOWN} more" if len(ordered) > _SHOWN else "")
