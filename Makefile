@@ -25,7 +25,8 @@ lint: $(VENV)/.dev
 	cd build/types && $(CURDIR)/$(VENV)/bin/mypy -p gain_ops
 
 triton36: $(VENV)/.dev .triton36/.done
-	PYTHONPATH=.triton36 $(PY) -m pytest -n 2 --dist loadfile tests/kernels $(ARGS)
+	PYTHONPATH=$(CURDIR)/.triton36 $(PY) -c 'import triton; assert triton.__version__.startswith("3.6"), triton'
+	PYTHONPATH=$(CURDIR)/.triton36 $(PY) -m pytest -n 2 --dist loadfile tests/kernels $(ARGS)
 
 $(PY):
 	$(PYTHON) -m venv $(VENV)

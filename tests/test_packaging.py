@@ -17,18 +17,11 @@ def test_no_kernels_package_at_the_root() -> None:
 
 
 @pytest.fixture(scope="module")
-def archives(tmp_path_factory: pytest.TempPathFactory) -> tuple[set[str], set[str]]:
-    """Names in a wheel and in an sdist, built from a copy: a build leaves folders behind."""
-    folder = tmp_path_factory.mktemp("build")
-    source = folder / "source"
-    listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.split()
-    for name in listed:
+def archives(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A wheel and an sdist, built from a copy: a build leaves folders behind."""
+    source = tmp_path_factory.mktemp("build") / "source"
+    listing = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    for name in subprocess.run(listing, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split():
         if (ROOT / name).is_file():
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             (source / name).write_bytes((ROOT / name).read_bytes())
@@ -36,13 +29,19 @@ def archives(tmp_path_factory: pytest.TempPathFactory) -> tuple[set[str], set[st
     subprocess.run([sys.executable, "-c", build], cwd=source, check=True, capture_output=True)
     (wheel,) = (source / "out").glob("*.whl")
     (sdist,) = (source / "out").glob("*.tar.gz")
-    with tarfile.open(sdist) as tar:
-        names = {name.partition("/")[2] for name in tar.getnames()}
-    return set(zipfile.ZipFile(wheel).namelist()), names
+    return wheel, sdist
 
 
-def test_the_wheel_holds_the_kernels_under_our_name_alone(archives: tuple[set[str], set[str]]) -> None:
-    wheel, _ = archives
+@pytest.fixture(scope="module")
+def installed(archives: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the wheel unpacked: what a plain, not editable, install puts on the path."""
+    folder = tmp_path_factory.mktemp("installed")
+    zipfile.ZipFile(archives[0]).extractall(folder)
+    return folder
+
+
+def test_the_wheel_holds_the_kernels_under_our_name_alone(archives: tuple[Path, Path]) -> None:
+    wheel = set(zipfile.ZipFile(archives[0]).namelist())
     assert {
         "gain_ops/__init__.py",
         "gain_ops/py.typed",
@@ -55,8 +54,9 @@ def test_the_wheel_holds_the_kernels_under_our_name_alone(archives: tuple[set[st
     assert ours <= wheel
 
 
-def test_the_sdist_holds_what_a_build_and_a_reader_need(archives: tuple[set[str], set[str]]) -> None:
-    _, sdist = archives
+def test_the_sdist_holds_what_a_build_and_a_reader_need(archives: tuple[Path, Path]) -> None:
+    with tarfile.open(archives[1]) as tar:
+        sdist = {name.partition("/")[2] for name in tar.getnames()}
     expected = {
         "kernels/gain/__init__.py",
         "kernels/README.md",
@@ -68,19 +68,47 @@ def test_the_sdist_holds_what_a_build_and_a_reader_need(archives: tuple[set[str]
     assert expected <= sdist
 
 
-@pytest.mark.parametrize("interpreter", [["-c"], ["-P", "-c"]])
-def test_transformers_finds_its_own_kernels_package_from_the_root(interpreter: list[str]) -> None:
-    """From the repository's root a kernels folder is on the path; transformers asks for a package of that name."""
-    code = (
-        "import sys\n"
-        "from transformers.utils.import_utils import is_kernels_available\n"
-        "print(is_kernels_available())\n"
-        "from transformers import LlamaForCausalLM, Trainer\n"
-        "import gain_ops, gain_ops.kernels\n"
-        "print(gain_ops.kernels.__name__, getattr(sys.modules.get('kernels'), '__file__', None))\n"
-    )
+_UNHARMED = """
+import sys
+from transformers.utils.import_utils import is_kernels_available
+print(is_kernels_available())
+from transformers import LlamaForCausalLM, Trainer
+import gain_ops
+print(gain_ops.__file__, getattr(sys.modules.get("kernels"), "__file__", None))
+"""
+
+
+def _from_the_root(*arguments: str, path: Path | None = None) -> list[str]:
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    run = subprocess.run(
-        [sys.executable, *interpreter, code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
-    )
-    assert run.stdout.split() == ["False", "gain_ops.kernels", "None"]
+    if path is not None:
+        environment["PYTHONPATH"] = str(path)
+    command = [sys.executable, *arguments]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    return run.stdout.split()
+
+
+@pytest.mark.parametrize("interpreter", [["-c"], ["-P", "-c"]])
+def test_transformers_is_unharmed_from_the_root_with_an_editable_install(interpreter: list[str]) -> None:
+    """From the repository's root a kernels folder is on the path, and transformers asks for a package of that name."""
+    assert _from_the_root(*interpreter, _UNHARMED) == ["False", str(ROOT / "gain_ops" / "__init__.py"), "None"]
+    assert _from_the_root(*interpreter, "import gain_ops.kernels as k; print(k.__name__)") == ["gain_ops.kernels"]
+
+
+@pytest.mark.parametrize("interpreter", [["-c"], ["-P", "-c"]])
+def test_transformers_is_unharmed_from_the_root_with_a_plain_install(interpreter: list[str], installed: Path) -> None:
+    where = installed if "-P" in interpreter else ROOT  # without -P the root itself comes first
+    assert _from_the_root(*interpreter, _UNHARMED, path=installed) == [
+        "False",
+        str(where / "gain_ops" / "__init__.py"),
+        "None",
+    ]
+    code = "import gain_ops.kernels as k; print(k.__file__)"
+    assert _from_the_root("-P", "-c", code, path=installed) == [str(installed / "gain_ops" / "kernels" / "__init__.py")]
+
+
+def test_an_installed_kernels_package_wins_over_our_folder(tmp_path: Path) -> None:
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("")
+    code = "import importlib.util as u; print(u.find_spec('kernels').origin)"
+    assert _from_the_root("-c", code, path=tmp_path) == [str(tmp_path / "kernels" / "__init__.py")]
