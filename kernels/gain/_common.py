@@ -195,6 +195,6 @@ def multiprocessors(index: int | None) -> int:
 
 def input_precision(dtype: torch.dtype) -> str:
     """How a dot reads fp32: as torch's own matmul does, tf32 only when the user allowed it."""
-    if dtype != torch.float32 or torch.version.hip is not None or not torch.backends.cuda.matmul.allow_tf32:
-        return "ieee"
-    return "tf32"
+    # allow_tf32 raises once fp32_precision was set; fp32_precision can always be read and follows both
+    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if allowed and dtype == torch.float32 and torch.version.hip is None else "ieee"

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gain_ops.kernels import config
+from gain_ops.kernels._common import input_precision
 
 PRECISIONS = [(torch.bfloat16, "ieee"), (torch.float16, "ieee"), (torch.float32, "ieee"), (torch.float32, "tf32")]
 
@@ -41,3 +42,26 @@ def test_k_order_does_not_depend_on_the_tokens() -> None:
     for arch in config.ARCHITECTURES:
         aligned = {c.block_k for c, wide in config.choices(arch, torch.bfloat16, "ieee") if wide}
         assert len(aligned) == 1 or arch == "sm_80"
+
+
+@pytest.fixture
+def precision():
+    """torch's own switches, put back as they were."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    yield torch.backends.cuda.matmul
+    torch.backends.cuda.matmul.fp32_precision = before
+    torch.backends.fp32_precision = "none"
+
+
+def test_tf32_only_when_torch_allows_it_by_either_of_its_switches(precision) -> None:
+    assert input_precision(torch.float32) == "ieee"
+    precision.allow_tf32 = True
+    assert input_precision(torch.float32) == "tf32"
+    assert input_precision(torch.bfloat16) == "ieee", "bf16 operands have nothing to reduce"
+    precision.allow_tf32 = False
+    assert input_precision(torch.float32) == "ieee"
+    precision.fp32_precision = "tf32"
+    assert input_precision(torch.float32) == "tf32"
+    precision.fp32_precision = "none"
+    torch.backends.fp32_precision = "tf32"
+    assert input_precision(torch.float32) == "tf32"
