@@ -6,8 +6,8 @@
 ``auto``     the first of triton, eager that can run; a GPU that has to do with eager is told why, once.
 
 An explicit backend that cannot run raises BackendUnavailable with the reason. The environment variable GAIN_OPS_BACKEND
-replaces ``auto`` (not an explicit choice). The choice is made when an op runs, by the tensors it gets, so a compiled or
-exported graph holds no decision of the machine it was traced on.
+replaces ``auto`` (not an explicit choice); it is read when a device and dtype are first met. The choice is made when an op
+runs, by the tensors it gets, so a compiled or exported graph holds no decision of the machine it was traced on.
 """
 
 import functools
@@ -55,9 +55,8 @@ def implementation(backend: str, like: Tensor) -> Backend:
         BackendUnavailable: a backend asked for by name that cannot run on this device and dtype.
 
     """
-    if backend == "auto":
-        backend = os.environ.get("GAIN_OPS_BACKEND", "auto")
-    return _implementation(backend, like.device.type, like.device.index, like.dtype)
+    device = like.device
+    return _implementation(backend, device.type, device.index, like.dtype)
 
 
 def explain(device_type: str, dtype: torch.dtype) -> list[tuple[str, str, str]]:
@@ -77,6 +76,8 @@ def explain(device_type: str, dtype: torch.dtype) -> list[tuple[str, str, str]]:
 
 @functools.cache
 def _implementation(backend: str, device_type: str, index: int | None, dtype: torch.dtype) -> Backend:
+    if backend == "auto":
+        backend = os.environ.get("GAIN_OPS_BACKEND", "auto")
     _check_name(backend)
     if backend == "eager":
         return reference
