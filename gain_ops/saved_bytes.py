@@ -1,0 +1,88 @@
+"""Counts what a forward pass keeps for its backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["SavedBytes", "SavedTensor", "saved_bytes"]
+
+
+@dataclass(frozen=True)
+class SavedTensor:
+    """One storage that autograd keeps: shape and dtype of the tensor first saved with it, and its whole size."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    nbytes: int
+    is_input: bool
+
+
+@dataclass(frozen=True)
+class SavedBytes:
+    """What one forward pass keeps for backward, each storage once.
+
+    ``new`` is the storages that the pass itself made, in bytes. ``inputs`` is the storages of the given inputs that it
+    keeps alive: they cost nothing where the caller holds them anyway.
+    """
+
+    tensors: tuple[SavedTensor, ...]
+
+    @property
+    def new(self) -> int:
+        """Bytes of the storages made by the pass."""
+        return sum(saved.nbytes for saved in self.tensors if not saved.is_input)
+
+    @property
+    def inputs(self) -> int:
+        """Bytes of the input storages kept alive by the pass."""
+        return sum(saved.nbytes for saved in self.tensors if saved.is_input)
+
+    @property
+    def total(self) -> int:
+        """``new + inputs``, in bytes."""
+        return self.new + self.inputs
+
+
+def saved_bytes(
+    forward: Callable[[], object], *, exclude: nn.Module | Iterable[Tensor] = (), inputs: Iterable[Tensor] = ()
+) -> SavedBytes:
+    """Run ``forward()`` and count the storages that autograd saves for its backward.
+
+    A tensor counts by its storage: two views of one storage are one, and a view costs its whole storage. What a custom
+    ``autograd.Function`` hides in attributes of ``ctx``, rather than in ``save_for_backward``, is not seen.
+
+    Args:
+        forward: called once, with gradients on; what it returns is dropped.
+        exclude: a module (its parameters and buffers) or tensors whose storages do not count, as the weights are there
+            with or without a backward.
+        inputs: tensors whose storages are told apart, as ``SavedBytes.inputs``.
+
+    Returns:
+        The storages in the order in which they were first saved.
+    """
+    tensors = [*exclude.parameters(), *exclude.buffers()] if isinstance(exclude, nn.Module) else list(exclude)
+    excluded = {_key(tensor) for tensor in tensors}
+    given = {_key(tensor) for tensor in inputs}
+    found: dict[int, SavedTensor] = {}
+    alive: list[torch.UntypedStorage] = []  # an address that is freed during the pass could be handed out again
+
+    def pack(tensor: Tensor) -> Tensor:
+        key = _key(tensor)
+        if key not in excluded and key not in found:
+            storage = tensor.untyped_storage()
+            alive.append(storage)
+            found[key] = SavedTensor(tuple(tensor.shape), tensor.dtype, storage.nbytes(), key in given)
+        return tensor
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        forward()
+    return SavedBytes(tuple(found.values()))
+
+
+def _key(tensor: Tensor) -> int:
+    # The address of the storage object, not of its data: every meta tensor's data is at address 0.
+    return int(tensor.untyped_storage()._cdata)
