@@ -1,0 +1,93 @@
+"""Perplexity and logits of a causal language model on fixed windows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["in_mode", "largest_difference", "logits", "next_token_loss", "perplexity"]
+
+_NOT_PREDICTED = -100
+
+
+def logits(model: nn.Module, ids: Tensor) -> Tensor:
+    """``model(ids)``'s logits, without a key-value cache.
+
+    Args:
+        model: a causal language model of transformers, or one that is called and answers alike.
+        ids: int64 [windows, tokens], on any device.
+
+    Returns:
+        [windows, tokens, vocabulary], in the dtype and on the device of the model.
+    """
+    device = next(model.parameters()).device
+    output: Tensor = model(input_ids=ids.to(device), use_cache=False).logits
+    return output
+
+
+def next_token_loss(model: nn.Module, ids: Tensor) -> Tensor:
+    """Mean over all positions but the last of ``-log p(ids[:, t + 1] | ids[:, : t + 1])``, in nats.
+
+    Args:
+        model: as in :func:`logits`.
+        ids: int64 [windows, tokens], at least two tokens.
+
+    Returns:
+        fp32 scalar.
+    """
+    predicted = logits(model, ids).flatten(0, 1).float()
+    # The last position predicts nothing. Leaving it out of the targets spares a copy of the logits without it.
+    targets = ids.roll(-1, dims=1)
+    targets[:, -1] = _NOT_PREDICTED
+    return nn.functional.cross_entropy(predicted, targets.flatten().to(predicted.device), ignore_index=_NOT_PREDICTED)
+
+
+def perplexity(model: nn.Module, windows: Tensor, *, batch_size: int = 4) -> float:
+    """``exp`` of the mean next-token loss over the windows; no gradients, evaluation mode.
+
+    Every window weighs the same, so the result does not depend on ``batch_size`` but for rounding. The training mode of
+    the model and of each module in it is put back.
+
+    Args:
+        model: as in :func:`logits`.
+        windows: int64 [windows, tokens], at least one window of at least two tokens.
+        batch_size: windows in one forward pass.
+
+    Raises:
+        ValueError: there are no windows, or they are shorter than two tokens.
+        FloatingPointError: the model's loss is not finite.
+    """
+    if windows.ndim != 2 or windows.shape[0] < 1 or windows.shape[1] < 2:
+        raise ValueError(
+            f"windows of shape {tuple(windows.shape)} came; perplexity needs [windows, tokens], at least one window of "
+            "two tokens: give a longer text or a shorter window"
+        )
+    total = 0.0
+    with in_mode(model, training=False), torch.no_grad():
+        for batch in windows.split(batch_size):
+            total += next_token_loss(model, batch).item() * len(batch)
+    mean = total / len(windows)
+    if not math.isfinite(mean):
+        raise FloatingPointError(f"the mean loss is {mean}: the model's logits are not finite; try it in float32")
+    return math.exp(mean)
+
+
+def largest_difference(one: Tensor, other: Tensor) -> float:
+    """``max |one - other|`` in fp32, over tensors of one shape."""
+    return (one.float() - other.float()).abs().max().item()
+
+
+@contextmanager
+def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """The model in training or evaluation mode; every module's own mode is put back at the end."""
+    modes = {module: module.training for module in model.modules()}
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

@@ -1,0 +1,67 @@
+"""The door of the command: what is imported, and what is said where an extra is missing."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+_BLOCKED = """
+import sys
+import importlib.abc
+
+class Block(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name in {blocked!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Block())
+from gain_ops.cli import main
+sys.argv = ["gain-ops", *{arguments!r}]
+main()
+"""
+
+
+def _python(program: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run a program; a variable given as "" is unset."""
+    environment = {name: value for name, value in {**os.environ, **variables}.items() if value}
+    call = [sys.executable, "-c", program]
+    return subprocess.run(call, capture_output=True, text=True, timeout=120, check=False, env=environment)
+
+
+@pytest.mark.parametrize(
+    ("blocked", "named"),
+    [
+        (["typer"], "typer"),
+        (["typer", "rich", "transformers"], "typer, rich, transformers"),
+    ],
+)
+def test_a_missing_extra_gives_one_line_with_the_command_to_install_it(blocked, named):
+    done = _python(_BLOCKED.format(blocked=blocked, arguments=["info"]))
+    assert done.returncode == 1
+    assert done.stderr == f'gain-ops needs {named}, not installed here: pip install "gain-ops[cli]"\n'
+    assert done.stdout == ""
+
+
+def test_importing_the_package_loads_none_of_the_extras():
+    heavy = "typer", "rich", "transformers", "matplotlib", "peft", "gguf"
+    done = _python(f"import sys, gain_ops, gain_ops.cli; print([name for name in {heavy!r} if name in sys.modules])")
+    assert done.stdout == "[]\n", done.stderr
+
+
+def test_the_command_keeps_off_the_network_unless_told_otherwise():
+    program = (
+        "import sys; sys.argv = ['gain-ops', 'info']\n"
+        "from gain_ops.cli import main\n"
+        "try:\n    main()\n"
+        "finally:\n    import huggingface_hub.constants as hub; print('offline', hub.HF_HUB_OFFLINE)"
+    )
+    assert "offline True" in _python(program, HF_HUB_OFFLINE="").stdout
+    assert "offline False" in _python(program, HF_HUB_OFFLINE="0").stdout
+
+
+def test_a_call_that_does_not_parse_ends_with_two_and_no_traceback():
+    done = _python("import sys; sys.argv = ['gain-ops', 'dance']; from gain_ops.cli import main; main()")
+    assert done.returncode == 2
+    assert "dance" in done.stderr
+    assert "Traceback" not in done.stderr
