@@ -7,6 +7,9 @@ import torch
 
 # cuBLAS asks for it under deterministic algorithms, which `poisoned` turns on
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # the workers share the cores
+    torch.set_num_threads(1)
 if not torch.cuda.is_available():
     # read when a kernel is decorated, so before gain_ops.kernels is imported
     os.environ["TRITON_INTERPRET"] = "1"

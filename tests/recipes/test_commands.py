@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -135,6 +136,14 @@ def test_without_peft_the_report_says_so_by_name(
     result = _adapt(tiny_model, code_folder, tmp_path / "out", "--steps", 1)
     assert result.exit_code == 0
     assert "the package peft is not installed" in result.output
+
+
+@pytest.fixture(autouse=True)
+def _ctrl_c_as_on_a_terminal() -> Iterator[None]:
+    """A process started in the background of a shell ignores SIGINT, and so would these tests."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 class _Interrupt:
