@@ -7,6 +7,8 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --quiet
 PACKAGING := pyproject.toml setup.py constraints.txt
+# two workers, a file at a time, the longest (tests/kernels/test_aot.py) first, as it is collected first
+PYTEST := $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test lint triton36 clean
 
@@ -14,7 +16,7 @@ demo: $(VENV)/.cli
 	$(VENV)/bin/gain-ops adapt --out demo-out $(ARGS)
 
 test: $(VENV)/.dev
-	$(PY) -m pytest -n 2 --dist loadfile $(ARGS)
+	$(PYTEST) $(ARGS)
 
 # mypy does not follow package_dir: it is shown the package as it is installed
 lint: $(VENV)/.dev
@@ -26,7 +28,7 @@ lint: $(VENV)/.dev
 
 triton36: $(VENV)/.dev .triton36/.done
 	PYTHONPATH=$(CURDIR)/.triton36 $(PY) -c 'import triton; assert triton.__version__.startswith("3.6"), triton'
-	PYTHONPATH=$(CURDIR)/.triton36 $(PY) -m pytest -n 2 --dist loadfile tests/kernels $(ARGS)
+	PYTHONPATH=$(CURDIR)/.triton36 $(PYTEST) tests/kernels $(ARGS)
 
 $(PY):
 	$(PYTHON) -m venv $(VENV)

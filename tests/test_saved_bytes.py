@@ -63,6 +63,12 @@ def test_a_tensor_freed_during_the_pass_does_not_hide_the_next_one():
     assert saved_bytes(forward).new == 5 * (1 << 16) * FLOAT
 
 
+def test_a_storage_is_described_as_it_was_first_saved():
+    base = torch.randn(10, 4, requires_grad=True)
+    (saved,) = saved_bytes(lambda: (base[:2].sin().sum(), base.sin().sum())).tensors
+    assert saved.shape == (2, 4)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_each_storage_says_shape_dtype_and_size(dtype):
     x = torch.randn(2, 3, dtype=dtype, requires_grad=True)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import gain_ops
 from gain_ops.recipes import commands, domains
 from gain_ops.recipes.commands import app
 from gain_ops.recipes.evaluation import perplexity
-from gain_ops.recipes.models import load_model
+from gain_ops.recipes.models import LoadedModel, load_model
 from gain_ops.recipes.training import Step
 
 CPU = torch.device("cpu")
@@ -116,8 +117,24 @@ def test_sides_targets_memory_and_dtype_are_handed_on(tiny_model: Path, code_fol
     deltas = load_file(tmp_path / "out" / "gains.safetensors")
     assert {delta.shape for delta in deltas.values()} == {(128,)}
     assert {delta.dtype for delta in deltas.values()} == {torch.float32}
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["absorbing"]["max_weight_error"] > 1e-6  # the rounding of bfloat16; float32's is 1e-9
     assert "down_proj gains on the input side" in result.output
     assert "bfloat16" in result.output
+
+
+def test_dropout_follows_the_seed(tiny_model: Path, code_folder: Path, tmp_path: Path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, attention_dropout=0.5)
+    model.save_pretrained(tmp_path / "dropout")
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / "dropout")
+    losses = []
+    for name, folder in (("one", tmp_path / "dropout"), ("two", tmp_path / "dropout"), ("none", tiny_model)):
+        assert _adapt(folder, code_folder, tmp_path / name, "--steps", 2).exit_code == 0
+        losses.append(json.loads((tmp_path / name / "report.json").read_text())["training"]["losses"])
+    assert losses[0] == losses[1]
+    assert losses[0] != losses[2]
 
 
 def test_an_earlier_result_is_replaced_and_other_files_stay(tiny_model: Path, code_folder: Path, tmp_path: Path):
@@ -329,7 +346,8 @@ def test_absorb_writes_a_plain_model_with_the_same_logits(adapted, tiny_model: P
     result = _run("absorb", "--model", tiny_model, "--gains", gains, "--out", out)
     assert result.exit_code == 0, result.output
     assert "absorbed 4 layers" in result.output
-    assert "verified in plain transformers" in result.output
+    (difference,) = re.findall(r"verified in plain transformers: largest logit difference (\S+)", result.output)
+    assert float(difference) < 1e-4
 
     plain = AutoModelForCausalLM.from_pretrained(out, local_files_only=True)
     assert type(plain) is LlamaForCausalLM
@@ -343,6 +361,23 @@ def test_absorb_writes_a_plain_model_with_the_same_logits(adapted, tiny_model: P
         assert (plain(ids).logits - untouched).abs().max() > 0.1
     tokenizer = AutoTokenizer.from_pretrained(out, local_files_only=True)
     assert tokenizer.decode(tokenizer.encode("fox", add_special_tokens=False)) == "fox"
+
+
+def test_absorb_keeps_nothing_that_does_not_reload_as_it_was(
+    adapted, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def spoiling(path: Path, **options: object) -> LoadedModel:
+        loaded = load_model(path, **options)
+        if path != tiny_model:
+            with torch.no_grad():
+                loaded.model.get_input_embeddings().weight.mul_(1.5)
+        return loaded
+
+    monkeypatch.setattr("gain_ops.recipes.absorbing.load_model", spoiling)
+    gains = adapted[1] / "gains.safetensors"
+    line = _one_line(_run("absorb", "--model", tiny_model, "--gains", gains, "--out", tmp_path / "plain"))
+    assert "not the absorbed one" in line
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_absorb_in_bfloat16_rounds_once_and_says_how_much(adapted, tiny_model: Path, tmp_path: Path):

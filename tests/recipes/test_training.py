@@ -73,6 +73,19 @@ def test_the_loss_falls_and_only_what_requires_a_gradient_is_trained():
     assert not history.stopped
 
 
+def test_the_steps_are_those_of_adamw_on_clipped_gradients():
+    model, other = Table(), Table()
+    train(model, _batches(6), lr=0.1, warmup=2, max_grad_norm=0.05)
+    optimizer = torch.optim.AdamW([other.table], weight_decay=0.0)
+    for number, ids in enumerate(_batches(6), start=1):
+        optimizer.param_groups[0]["lr"] = learning_rate(number, steps=6, peak=0.1, warmup=2)
+        loss = nn.functional.cross_entropy(other.table[ids[:, :-1]].flatten(0, 1), ids[:, 1:].flatten())
+        (gradient,) = torch.autograd.grad(loss, other.table)
+        other.table.grad = gradient * min(1.0, 0.05 / gradient.norm().item())
+        optimizer.step()
+    torch.testing.assert_close(model.table, other.table, rtol=1e-3, atol=1e-5)
+
+
 def test_two_runs_give_the_same_bits():
     models = Table(), Table()
     histories = [train(model, _batches(10), lr=0.1) for model in models]
