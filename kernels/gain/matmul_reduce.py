@@ -160,7 +160,9 @@ def launch(
     if m == 0 or n == 0:
         return torch.zeros(n, dtype=torch.float32, device=c.device)
     if config is None:
-        config = tuning.gemm_config("matmul_reduce", a, weight, aligned(a, weight, c, *(() if out is None else (out,))))
+        config = tuning.gemm_config(
+            f"matmul_reduce {writes}", a, weight, aligned(a, weight, c, *(() if out is None else (out,)))
+        )
     partials = torch.empty((triton.cdiv(m, config.block_m), n), dtype=torch.float32, device=c.device)
     with on_device_of(a):
         matmul_reduce_kernel[gemm_grid(a, weight, config)](

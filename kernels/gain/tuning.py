@@ -38,15 +38,19 @@ def gemm_config(kernel: str, a: Tensor, weight: Tensor, aligned: bool) -> GemmCo
 
     ``aligned`` says whether every operand has unit-stride, 16-byte aligned rows; an entry is for one or the other.
     """
-    index = a.device.index
-    m, (n, k) = a.shape[0], weight.shape
+    return _pick(kernel, a.device.index, a.dtype, input_precision(a.dtype), aligned, a.shape[0], *weight.shape)
+
+
+@functools.lru_cache(maxsize=4096)
+def _pick(
+    kernel: str, index: int | None, dtype: torch.dtype, precision: str, aligned: bool, m: int, n: int, k: int
+) -> GemmConfig:
+    if index is not None:
+        tuned = _table(table_path(index), index).get(_key(kernel, dtype, precision, aligned, m, n, k))
+        if tuned is not None:
+            return tuned
     arch = heuristics.architecture(index)
-    precision = input_precision(a.dtype)
-    picked = heuristics.gemm_config(arch, a.dtype, precision, m, n, aligned, multiprocessors(index))
-    if index is None:
-        return picked
-    tuned = _table(table_path(index), index).get(_key(kernel, a.dtype, precision, aligned, m, n, k))
-    return picked if tuned is None else tuned
+    return heuristics.gemm_config(arch, dtype, precision, m, n, aligned, multiprocessors(index))
 
 
 def tune(
@@ -62,7 +66,7 @@ def tune(
     """Time every candidate for one problem and keep the fastest in the table.
 
     Args:
-        kernel: "linear" or "matmul_reduce".
+        kernel: "linear", or "matmul_reduce" with what it writes: "matmul_reduce c", "matmul_reduce acc".
         run: launches the kernel with a configuration and returns its result.
         a, weight: [M, K] and [N, K], the problem.
         aligned: whether every operand has unit-stride, 16-byte aligned rows.
@@ -163,6 +167,7 @@ def _write(path: Path, index: int | None, entries: dict[str, GemmConfig]) -> Non
         beside.write(text)
     os.replace(beside.name, path)
     _table.cache_clear()
+    _pick.cache_clear()
 
 
 def _relative_error(result: Tensor, truth: Tensor) -> float:
@@ -205,8 +210,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     problems = (
         ("linear", forward, x, weight, (y,)),
-        ("matmul_reduce", recompute, x, weight, (dy, dz)),
-        ("matmul_reduce", input_side, dy, weight.t(), (x, dx)),
+        ("matmul_reduce c", recompute, x, weight, (dy, dz)),
+        ("matmul_reduce acc", input_side, dy, weight.t(), (x, dx)),
     )
     for kernel, run, a, w, tiles in problems:
         winner = tune(kernel, run, a, w, aligned=aligned(a, w, *tiles), timer=triton.testing.do_bench)

@@ -88,3 +88,18 @@ def test_the_command_says_that_it_needs_a_gpu(capsys: pytest.CaptureFixture[str]
         tuning.main(["--tokens", "8", "--out-features", "8", "--in-features", "8"])
     assert stop.value.code == 2
     assert "GPU" in capsys.readouterr().err
+
+
+def test_a_tuned_entry_is_picked_for_its_device_at_once(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU of index 0, whose name, architecture and size are given here."""
+    monkeypatch.setattr(tuning, "_device_name", lambda index: "a device")
+    monkeypatch.setattr(tuning.heuristics, "architecture", lambda index: "sm_90")
+    monkeypatch.setattr(tuning, "multiprocessors", lambda index: 132)
+    tuning._pick.cache_clear()
+    problem = ("linear", 0, torch.bfloat16, "ieee", True, 8192, 4096, 4096)
+    by_heuristic = tuning._pick(*problem)
+    tuned = _config(64, num_stages=5)
+    tuning._write(table, 0, {tuning._key("linear", torch.bfloat16, "ieee", True, 8000, 4096, 4096): tuned})
+    assert tuning._pick(*problem) == tuned != by_heuristic
+    assert tuning._pick(*problem[:4], False, *problem[5:]) != tuned, "an entry is for aligned operands or for others"
+    tuning._pick.cache_clear()
