@@ -27,7 +27,7 @@ SMALL = ["--batch-tokens", "128", "--sequence-length", "32", "--lr", "0.05"]
 
 
 def _run(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200"})
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 def _adapt(model: Path, data: Path, out: Path, *more: object) -> Result:
@@ -153,6 +153,13 @@ def test_without_peft_the_report_says_so_by_name(
     result = _adapt(tiny_model, code_folder, tmp_path / "out", "--steps", 1)
     assert result.exit_code == 0
     assert "the package peft is not installed" in result.output
+
+
+@pytest.fixture(autouse=True)
+def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rich takes COLUMNS for good where it is set at import, as it is in a worker of xdist."""
+    for console in (commands._out, commands._err):
+        monkeypatch.setattr(console, "_width", 200)
 
 
 @pytest.fixture(autouse=True)
