@@ -62,7 +62,7 @@ def implementation(backend: str, like: Tensor) -> Backend:
 def explain(device_type: str, dtype: torch.dtype) -> list[tuple[str, str, str]]:
     """Rows (op, backend, reason) that ``auto`` gives on the current device of that type: what ``gain-ops info`` prints."""
     requested = os.environ.get("GAIN_OPS_BACKEND", "auto")
-    _check_name(requested)
+    check_name(requested)
     obstacle = _triton_obstacle(device_type, None, dtype, by_name=requested == "triton")
     if requested != "auto":
         blocked = requested == "triton" and obstacle
@@ -78,7 +78,7 @@ def explain(device_type: str, dtype: torch.dtype) -> list[tuple[str, str, str]]:
 def _implementation(backend: str, device_type: str, index: int | None, dtype: torch.dtype) -> Backend:
     if backend == "auto":
         backend = os.environ.get("GAIN_OPS_BACKEND", "auto")
-    _check_name(backend)
+    check_name(backend)
     if backend == "eager":
         return reference
     obstacle = _triton_obstacle(device_type, index, dtype, by_name=backend == "triton")
@@ -102,7 +102,8 @@ def _kernels() -> Backend:
     return kernels
 
 
-def _check_name(backend: str) -> None:
+def check_name(backend: str) -> None:
+    """Raise ValueError for a backend that does not exist."""
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is not one of {', '.join(BACKENDS)} (argument or GAIN_OPS_BACKEND)")
 

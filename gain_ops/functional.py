@@ -114,6 +114,16 @@ def gain_scale(x: Tensor, delta: Tensor, *, backend: str = "auto") -> Tensor:
     return _unflatten(y, x)
 
 
+def check_side_and_save(side: str, save: str) -> None:
+    """Raise ValueError for a side or save that does not exist, or that do not go together."""
+    if side not in SIDES:
+        raise ValueError(f"side={side!r} is not one of {', '.join(map(repr, SIDES))}")
+    if save not in SAVES:
+        raise ValueError(f"save={save!r} is not one of {', '.join(map(repr, SAVES))}")
+    if side == "input" and save == "output":
+        raise ValueError("save='output' has no use on the input side, which keeps x: use save='auto' or 'input'")
+
+
 def _apply(
     x: Tensor,
     weight: Tensor,
@@ -155,12 +165,7 @@ def _transformed() -> bool:
 
 
 def _check(x: Tensor, weight: Tensor, delta: Tensor, bias: Tensor | None, side: str, save: str) -> None:
-    if side not in SIDES:
-        raise ValueError(f"side={side!r} is not one of {', '.join(map(repr, SIDES))}")
-    if save not in SAVES:
-        raise ValueError(f"save={save!r} is not one of {', '.join(map(repr, SAVES))}")
-    if side == "input" and save == "output":
-        raise ValueError("save='output' has no use on the input side, which keeps x: use save='auto' or 'input'")
+    check_side_and_save(side, save)
     if weight.dim() != 2:
         raise ValueError(f"weight must be [out_features, in_features], got shape {tuple(weight.shape)}")
     if x.dim() == 0 or x.shape[-1] != weight.shape[1]:

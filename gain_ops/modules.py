@@ -15,8 +15,8 @@ from typing import Any, Self, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from gain_ops.dispatch import BACKENDS
-from gain_ops.functional import SAVES, SIDES, gain_linear, gain_scale
+from gain_ops.dispatch import check_name
+from gain_ops.functional import check_side_and_save, gain_linear, gain_scale
 from gain_ops.linears import describe, is_conv1d, is_plain_linear, refuse_sharded, sizes
 
 _Linear = TypeVar("_Linear", bound=nn.Module)
@@ -306,11 +306,8 @@ def gain_layer(module: nn.Module, *, side: str = "output", save: str = "auto", b
 
 def check_options(side: str, save: str, backend: str) -> None:
     """Raise ValueError for a side, save or backend that does not exist, or that do not go together."""
-    for name, value, known in (("side", side, SIDES), ("save", save, SAVES), ("backend", backend, BACKENDS)):
-        if value not in known:
-            raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, known))}")
-    if side == "input" and save == "output":
-        raise ValueError("save='output' has no use on the input side, which keeps x: use save='auto' or 'input'")
+    check_side_and_save(side, save)
+    check_name(backend)
 
 
 def raw_tensors(module: nn.Module) -> dict[str, Tensor]:
