@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -14,6 +15,12 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def test_no_kernels_package_at_the_root() -> None:
     assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_what_an_install_asks_for() -> None:
+    """torch in a range, so that none is replaced; numpy, which safetensors needs to write and does not ask for."""
+    asked = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    assert asked == ["torch>=2.10", "safetensors>=0.4", "numpy>=1.26"]
 
 
 @pytest.fixture(scope="module")
