@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from gain_ops._version import __version__
 from gain_ops.adapt import Applied, applied_record, canonical_name, gained_modules, place
 from gain_ops.architectures import Site, linear_modules, names_attention_output
+from gain_ops.files import replace_file
 from gain_ops.functional import SIDES
 from gain_ops.linears import has_plain_weight, is_sharded, sizes
 from gain_ops.modules import Gained, GainWrapper, check_options, raw_tensors
@@ -86,7 +87,8 @@ def save_gains(model: nn.Module, path: str | os.PathLike[str]) -> None:
         "base_model": _base_model(model),
         "layers": {name: {"side": layer.side, "base": fingerprint(layer)} for name, layer in layers.items()},
     }
-    _write(Path(path), safetensors.torch.save(tensors, metadata={"gain_ops": json.dumps(header)}))
+    content = safetensors.torch.save(tensors, metadata={"gain_ops": json.dumps(header)})
+    replace_file(Path(path), lambda beside: beside.write_bytes(content))
 
 
 def load_gains(
@@ -241,19 +243,6 @@ def _saveable(name: str, layer: Gained) -> Tensor:
 def _base_model(model: nn.Module) -> str | None:
     paths = (getattr(getattr(module, "config", None), "_name_or_path", None) for module in model.modules())
     return next((Path(path).name for path in paths if isinstance(path, str) and path), None)
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write beside and move into place."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _parse(header: dict[str, Any], tensors: dict[str, Tensor], path: object) -> GainFile:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import gain_ops
+from gain_ops.files import replace_folder
 from gain_ops.recipes.evaluation import largest_difference, logits
-from gain_ops.recipes.files import replace_folder
 from gain_ops.recipes.models import load_model
 
 __all__ = ["AbsorbReport", "absorb_to_folder"]

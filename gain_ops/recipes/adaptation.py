@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 import gain_ops
 from gain_ops.adapt import PRESETS
+from gain_ops.files import replace_file
 from gain_ops.recipes import domains, environment
 from gain_ops.recipes.domains import Domain, Tokenizer
 from gain_ops.recipes.evaluation import largest_difference, logits, perplexity
-from gain_ops.recipes.files import replace_file
 from gain_ops.recipes.memory import backward_bytes, lora_backward_bytes
 from gain_ops.recipes.models import bundled_model, load_model, resolve_device, resolve_dtype
 from gain_ops.recipes.report import (

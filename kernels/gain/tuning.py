@@ -14,7 +14,6 @@ import json
 import logging
 import os
 import re
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -24,6 +23,7 @@ import torch
 import triton
 from torch import Tensor
 
+from gain_ops.files import replace_file
 from gain_ops.kernels import config as heuristics
 from gain_ops.kernels._common import input_precision, multiprocessors
 from gain_ops.kernels.config import GemmConfig
@@ -163,9 +163,7 @@ def _table(path: Path, index: int | None) -> dict[str, GemmConfig]:
 def _write(path: Path, index: int | None, entries: dict[str, GemmConfig]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(_header(index) | {"configs": {key: asdict(c) for key, c in sorted(entries.items())}}, indent=1)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as beside:
-        beside.write(text)
-    os.replace(beside.name, path)
+    replace_file(path, lambda beside: beside.write_text(text))
     _table.cache_clear()
     _pick.cache_clear()
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from gain_ops.recipes.files import replace_file, replace_folder
+from gain_ops.files import replace_file, replace_folder
 
 
 def test_a_file_is_replaced(tmp_path: Path):

@@ -12,13 +12,15 @@ __all__ = ["replace_file", "replace_folder"]
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Call ``write`` with a path beside ``path``, then move what it wrote to ``path``.
+    """Call ``write`` with a path beside ``path``, then move what it wrote, once it is on the disk, to ``path``.
 
     An error in ``write`` leaves an earlier file at ``path`` as it was.
     """
     beside = path.with_name(f".part-{os.getpid()}-{path.name}")  # the suffix stays: writers choose a format by it
     try:
         write(beside)
+        with beside.open("rb+") as written:
+            os.fsync(written.fileno())
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
