@@ -38,7 +38,12 @@ def replace_folder(path: Path) -> Iterator[Path]:
         yield beside
         if path.exists():
             path.rename(old)
-        beside.rename(path)
+        try:
+            beside.rename(path)
+        except OSError:
+            if old.exists():
+                old.rename(path)
+            raise
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)

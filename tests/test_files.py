@@ -53,3 +53,26 @@ def test_an_error_leaves_the_old_folder_and_nothing_else(tmp_path: Path):
         fail()
     assert [file.name for file in path.iterdir()] == ["old"]
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_that_cannot_be_moved_into_place_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = tmp_path / "model"
+    path.mkdir()
+    (path / "old").touch()
+    rename = Path.rename
+
+    def refuse_the_new(self: Path, target: Path) -> Path:
+        if self.name.startswith(".part-"):
+            raise OSError("moved away")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", refuse_the_new)
+
+    def replace() -> None:
+        with replace_folder(path) as beside:
+            (beside / "new").touch()
+
+    with pytest.raises(OSError, match="moved away"):
+        replace()
+    assert [file.name for file in path.iterdir()] == ["old"]
+    assert list(tmp_path.iterdir()) == [path]
