@@ -1,0 +1,36 @@
+// The ops of the dispatcher's namespace gain_ops_cuda; the functions of gain_ops/reference.py that a kernel computes
+// whole. gain_ops/cuda.py composes the rest. Activations [T, in] or [T, out], delta fp32 contiguous; results are
+// contiguous.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+
+#include <optional>
+#include <tuple>
+
+#include "tensor.h"
+
+namespace gain_ops {
+
+// rows.cpp: any strides, every card from sm_80 on
+Tensor scale(
+    const Tensor& x, const Tensor& delta, const std::optional<Tensor>& bias);  // gain * x + b: [T, n], [n], [n]
+Tensor scale_rows(const Tensor& x, const Tensor& delta);                       // gain[:, None] * x: [n, k], [n]
+std::tuple<Tensor, Tensor> backward(
+    const Tensor& dy, const Tensor& z, const Tensor& delta);  // dz [T, out], ddelta [out]
+Tensor ddelta(const Tensor& dy, const Tensor& z);             // [out]
+
+// matmul.cpp: sm_90, 16 bits, 16-byte aligned rows, weight [out, in] or a transposed view of [in, out]
+Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& delta, const std::optional<Tensor>& bias);
+std::tuple<Tensor, Tensor> linear_z(
+    const Tensor& x, const Tensor& weight, const Tensor& delta, const std::optional<Tensor>& bias);
+std::tuple<Tensor, Tensor> backward_recompute(
+    const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& delta);  // dz [T, out], ddelta [out]
+std::tuple<Tensor, Tensor> backward_input(
+    const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& delta);  // dx [T, in], ddelta [in]
+
+// Schemas and functions of all of these that were compiled, into a library of the dispatcher.
+void define_ops(torch::stable::detail::StableLibrary& library);
+void implement_ops(torch::stable::detail::StableLibrary& library);
+
+}  // namespace gain_ops

@@ -1,0 +1,146 @@
+// The launchers on a CPU, for tests. The row kernels are the functions that the device runs (blocks.h), a block and a
+// thread at a time; the GEMMs are loops over what `Matmul` says, with sums that fall where CUTLASS puts them.
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+#include "../blocks.h"
+#include "../matmul.h"
+
+namespace gain_ops {
+
+namespace {
+
+template <class Block, class Problem>
+void run_reduction(const Problem& problem) {
+  for (int64_t block = 0; block < Block::blocks(problem); ++block) {
+    typename Block::Shared shared;
+    for (int thread = 0; thread < kRowThreads; ++thread) Block::accumulate(problem, block, thread, shared);
+    for (int thread = 0; thread < kRowThreads; ++thread) Block::finish(problem, block, thread, shared);
+  }
+}
+
+template <class T, int kWidth>
+void backward_rows(const BackwardRows& problem) {
+  if (problem.out.data != nullptr) {
+    run_reduction<BackwardBlock<T, kWidth, true>>(problem);
+  } else {
+    run_reduction<BackwardBlock<T, kWidth, false>>(problem);
+  }
+}
+
+template <class T, int kWidth>
+void scale_rows(const ScaleRows& problem) {
+  using Block = ScaleBlock<T, kWidth>;
+  for (int64_t block = 0; block < Block::blocks(problem); ++block) {
+    for (int thread = 0; thread < kRowThreads; ++thread) Block::run(problem, block, thread);
+  }
+}
+
+}  // namespace
+
+void launch_backward_rows(const BackwardRows& problem, Dtype dtype, int width, cudaStream_t) {
+  switch (dtype) {
+    case Dtype::float32: return width == 1 ? backward_rows<float, 1>(problem) : backward_rows<float, 4>(problem);
+    case Dtype::float16: return width == 1 ? backward_rows<__half, 1>(problem) : backward_rows<__half, 8>(problem);
+    case Dtype::bfloat16:
+      return width == 1 ? backward_rows<__nv_bfloat16, 1>(problem) : backward_rows<__nv_bfloat16, 8>(problem);
+  }
+}
+
+void launch_scale_rows(const ScaleRows& problem, Dtype dtype, int width, cudaStream_t) {
+  switch (dtype) {
+    case Dtype::float32: return width == 1 ? scale_rows<float, 1>(problem) : scale_rows<float, 4>(problem);
+    case Dtype::float16: return width == 1 ? scale_rows<__half, 1>(problem) : scale_rows<__half, 8>(problem);
+    case Dtype::bfloat16:
+      return width == 1 ? scale_rows<__nv_bfloat16, 1>(problem) : scale_rows<__nv_bfloat16, 8>(problem);
+  }
+}
+
+void launch_sum_partials(const float* partials, PartialLayout layout, int64_t cols, float* sums, cudaStream_t) {
+  for (int64_t block = 0; block < PartialsBlock::blocks(cols); ++block) {
+    PartialsBlock::Shared shared;
+    for (int thread = 0; thread < PartialsBlock::kThreads; ++thread) {
+      PartialsBlock::accumulate(partials, layout, cols, block, thread, shared);
+    }
+    for (int thread = 0; thread < PartialsBlock::kThreads; ++thread) {
+      PartialsBlock::finish(cols, block, thread, shared, sums);
+    }
+  }
+}
+
+namespace {
+
+template <class T>
+struct HostMatmul {
+  static float at(const void* data, int64_t offset) { return to_float(static_cast<const T*>(data)[offset]); }
+
+  static float accumulator(const Matmul& p, int64_t row, int64_t col) {
+    float sum = 0.0f;
+    for (int64_t k = 0; k < p.k; ++k) {
+      sum += at(p.a, row * p.a_stride + k) * at(p.b, p.b_is_kn ? k * p.b_stride + col : col * p.b_stride + k);
+    }
+    return sum;
+  }
+
+  template <Epilogue kEpilogue, Tile kTile>
+  static void run(const Matmul& p, void*, cudaStream_t) {
+    // what cuTensorMapEncodeTiled asks for
+    for (const int64_t stride : {p.a_stride, p.b_stride, p.c_stride, p.n}) {
+      if (stride % 8 != 0) throw std::runtime_error("a stride of " + std::to_string(stride) + " elements");
+    }
+    constexpr TileShape shape = tile_shape(kTile);
+    const int64_t width = round_up(p.n, shape.n);
+    constexpr bool reduces = kEpilogue == Epilogue::recompute || kEpilogue == Epilogue::input;
+    if constexpr (reduces) {
+      // CUTLASS stores whole tiles: what is past n is written too
+      std::fill_n(p.partials, ceil_div(p.m, shape.m) * width, 0.0f);
+    }
+    for (int64_t row = 0; row < p.m; ++row) {
+      for (int64_t col = 0; col < p.n; ++col) {
+        const float acc = accumulator(p, row, col);
+        const float gain = 1.0f + p.delta[col];
+        float out = gain * acc;
+        if constexpr (reduces) {
+          const float c = at(p.c, row * p.c_stride + col);
+          if (kEpilogue == Epilogue::recompute) out = gain * c;
+          p.partials[row / shape.m * width + col] += acc * c;
+        } else {
+          out += p.bias ? at(p.bias, col) : -0.0f;
+          if (kEpilogue == Epilogue::linear_z) static_cast<T*>(p.z)[row * p.n + col] = from_float<T>(acc);
+        }
+        static_cast<T*>(p.out)[row * p.n + col] = from_float<T>(out);
+      }
+    }
+  }
+
+  static size_t workspace(const Matmul&) { return 16; }
+
+  static bool can_run(const Matmul& p) { return p.n % 8 == 0 && p.k % 8 == 0; }
+
+  template <Epilogue kEpilogue>
+  static MatmulKernel kernel(Tile tile) {
+    return {
+        workspace, can_run,
+        tile == Tile::large_128x256 ? run<kEpilogue, Tile::large_128x256> : run<kEpilogue, Tile::small_128x128>};
+  }
+
+  static MatmulKernel kernel(Epilogue epilogue, Tile tile) {
+    switch (epilogue) {
+      case Epilogue::linear: return kernel<Epilogue::linear>(tile);
+      case Epilogue::linear_z: return kernel<Epilogue::linear_z>(tile);
+      case Epilogue::recompute: return kernel<Epilogue::recompute>(tile);
+      case Epilogue::input: return kernel<Epilogue::input>(tile);
+    }
+    return {};
+  }
+};
+
+}  // namespace
+
+MatmulKernel sm90_kernel(Epilogue epilogue, Dtype dtype, Tile tile, bool) {
+  return dtype == Dtype::float16 ? HostMatmul<__half>::kernel(epilogue, tile)
+                                 : HostMatmul<__nv_bfloat16>::kernel(epilogue, tile);
+}
+
+}  // namespace gain_ops

@@ -1,0 +1,202 @@
+// plan.h: every decision of the host before a launch.
+#include <doctest/doctest.h>
+
+#include <cstdint>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#include "../plan.h"
+
+namespace gain_ops {
+namespace {
+
+// Ints, so that doctest prints them.
+enum { kLarge = static_cast<int>(Tile::large_128x256), kSmall = static_cast<int>(Tile::small_128x128) };
+
+int chosen(int64_t m, int64_t n, int multiprocessors) { return static_cast<int>(choose_tile(m, n, multiprocessors)); }
+
+TEST_CASE("ceil_div and round_up at the boundaries, and beyond 32 bits") {
+  static_assert(std::is_same_v<decltype(ceil_div(1, 1)), int64_t>);
+  CHECK(ceil_div(0, 8) == 0);
+  CHECK(ceil_div(1, 8) == 1);
+  CHECK(ceil_div(8, 8) == 1);
+  CHECK(ceil_div(9, 8) == 2);
+  CHECK(ceil_div((int64_t{1} << 40) + 1, 1 << 10) == (int64_t{1} << 30) + 1);
+  CHECK(round_up(0, 256) == 0);
+  CHECK(round_up(1, 256) == 256);
+  CHECK(round_up(256, 256) == 256);
+  CHECK(round_up(257, 256) == 512);
+  CHECK(round_up((int64_t{1} << 40) + 1, 256) == (int64_t{1} << 40) + 256);
+}
+
+TEST_CASE("element_size") {
+  CHECK(element_size(Dtype::float32) == 4);
+  CHECK(element_size(Dtype::float16) == 2);
+  CHECK(element_size(Dtype::bfloat16) == 2);
+}
+
+TEST_CASE("tile_shape says what the tile's name says") {
+  constexpr TileShape large = tile_shape(Tile::large_128x256), small = tile_shape(Tile::small_128x128);
+  CHECK(large.m == 128);
+  CHECK(large.n == 256);
+  CHECK(large.cluster_m == 2);
+  CHECK(small.m == 128);
+  CHECK(small.n == 128);
+  CHECK(small.cluster_m == 1);
+}
+
+TEST_CASE("choose_tile: large for large problems, small where large tiles leave the chip idle") {
+  for (int multiprocessors : {78, 132}) {
+    CAPTURE(multiprocessors);
+    for (int64_t n : {2048, 4096, 11008, 28672, 128256}) {
+      CAPTURE(n);
+      CHECK(chosen(65536, n, multiprocessors) == kLarge);
+      CHECK(chosen(int64_t{1} << 33, n, multiprocessors) == kLarge);  // up to 2^35 tiles
+    }
+    for (int64_t n : {128, 1024, 4096}) {
+      CAPTURE(n);
+      CHECK(chosen(1, n, multiprocessors) == kSmall);
+      CHECK(chosen(128, n, multiprocessors) == kSmall);
+    }
+    CHECK(chosen(512, 512, multiprocessors) == kSmall);
+  }
+}
+
+TEST_CASE("choose_tile counts waves") {
+  struct Case {
+    int64_t m, n;
+    int multiprocessors, expected;
+    const char* why;
+  };
+  for (const Case& c : std::vector<Case>{
+           {1024, 4096, 132, kLarge, "128 large in 1 wave, 256 small in 2"},
+           {1025, 4096, 132, kSmall, "160 large in 2 waves, 288 small in 3"},
+           {640, 4096, 132, kLarge, "96 large in 1 wave, 160 small in 2"},
+           {640, 4096, 78, kSmall, "96 large in 2 waves, 160 small in 3"},
+           {512, 4096, 78, kLarge, "64 large in 1 wave, 128 small in 2"},
+           {128, 33792, 132, kSmall, "a cluster is two tiles high: 264 large in 2 waves, 264 small in 2"},
+           {2816, 8448, 132, kSmall, "6 large waves cost 12, 11 small ones 11.88"},
+           {3328, 8448, 132, kLarge, "7 large waves cost 14, 13 small ones 14.04"},
+       }) {
+    CAPTURE(std::string(c.why));
+    CHECK(chosen(c.m, c.n, c.multiprocessors) == c.expected);
+  }
+}
+
+TEST_CASE("choose_tile is a function of its arguments alone") {
+  std::vector<int> first;
+  const auto every = [](auto visit) {
+    for (int64_t m : {1, 127, 300, 1024, 5000}) {
+      for (int64_t n : {8, 2048, 4104}) {
+        for (int multiprocessors : {78, 132}) visit(chosen(m, n, multiprocessors));
+      }
+    }
+  };
+  every([&](int tile) { first.push_back(tile); });
+  size_t i = 0;
+  every([&](int tile) { CHECK(tile == first[i++]); });
+}
+
+TEST_CASE("matmul_partials: a row a tile row, whole tiles wide, no more than needed") {
+  for (Tile tile : {Tile::large_128x256, Tile::small_128x128}) {
+    const TileShape shape = tile_shape(tile);
+    CAPTURE(shape.n);
+    for (int64_t m : {int64_t{1}, shape.m - 1, shape.m, shape.m + 1, 7 * shape.m, int64_t{1} << 33}) {
+      for (int64_t n : {int64_t{1}, shape.n - 1, shape.n, shape.n + 1, 3 * shape.n, (int64_t{1} << 33) + 8}) {
+        CAPTURE(m);
+        CAPTURE(n);
+        const PartialLayout layout = matmul_partials(m, n, tile);
+        CHECK(layout.rows * shape.m >= m);
+        CHECK((layout.rows - 1) * shape.m < m);
+        CHECK(layout.width % shape.n == 0);
+        CHECK(layout.width >= n);
+        CHECK(layout.width - n < shape.n);
+      }
+    }
+    // A tile row that only fills up a cluster stores nothing, so it has no row here.
+    CHECK(matmul_partials(shape.m, shape.n, tile).rows == 1);
+    CHECK(matmul_partials(shape.m + 1, shape.n + 1, tile).elements() == 2 * 2 * shape.n);
+  }
+  CHECK(PartialLayout{1 << 20, 1 << 20}.elements() == int64_t{1} << 40);
+}
+
+TEST_CASE("row_partials: every row in exactly one chunk") {
+  const int64_t big = int64_t{1} << 31;
+  for (int64_t rows :
+       {int64_t{1}, int64_t{31}, int64_t{32}, int64_t{33}, int64_t{2047}, int64_t{2048}, int64_t{2049}, int64_t{2176},
+        int64_t{2177}, big - 1, big, big + 1, big << 9}) {
+    CAPTURE(rows);
+    const PartialLayout layout = row_partials(rows, 520);
+    CHECK(layout.rows * rows_per_chunk(rows) >= rows);
+    CHECK((layout.rows - 1) * rows_per_chunk(rows) < rows);
+    CHECK(layout.width == 520);
+    for (int64_t cols : {int64_t{1}, int64_t{8}, big + 8}) {
+      CAPTURE(cols);
+      CHECK(row_partials(rows, cols).rows == layout.rows);  // the sums' grouping does not depend on the columns
+      CHECK(row_partials(rows, cols).width == cols);
+    }
+  }
+}
+
+TEST_CASE("rows_per_chunk is known from the rows: short up to 2048, long beyond, whole rounds of the warps") {
+  static_assert(rows_per_chunk(1) == 32 && rows_per_chunk(2048) == 32);
+  static_assert(rows_per_chunk(2049) == 128 && rows_per_chunk(int64_t{1} << 40) == 128);
+  static_assert(rows_per_chunk(1) % kWarps == 0 && rows_per_chunk(2049) % kWarps == 0);
+  static_assert(kRowThreads == kLanes * kWarps && kRowThreads <= 1024);
+}
+
+TEST_CASE("vector_width: 16 bytes of aligned rows that divide into them, otherwise one element") {
+  struct Case {
+    Dtype dtype;
+    int64_t cols;
+    int aligned;
+  };
+  for (const Case& c : std::vector<Case>{
+           {Dtype::float32, 4, 4},
+           {Dtype::float32, 8, 4},
+           {Dtype::float32, 6, 1},
+           {Dtype::float32, 1, 1},
+           {Dtype::float16, 8, 8},
+           {Dtype::float16, 4, 1},
+           {Dtype::float16, 12, 1},
+           {Dtype::float16, 520, 8},
+           {Dtype::bfloat16, 8, 8},
+           {Dtype::bfloat16, 4, 1},
+           {Dtype::bfloat16, 29, 1},
+           {Dtype::bfloat16, (int64_t{1} << 33) + 8, 8},
+           {Dtype::bfloat16, (int64_t{1} << 33) + 1, 1}}) {
+    CAPTURE(static_cast<int>(c.dtype));
+    CAPTURE(c.cols);
+    CHECK(vector_width(c.dtype, c.cols, true) == c.aligned);
+    CHECK(vector_width(c.dtype, c.cols, false) == 1);
+  }
+}
+
+TEST_CASE("rows_aligned") {
+  alignas(16) static const char memory[32] = {};
+  const int64_t big = int64_t{1} << 32;
+  CHECK(rows_aligned(memory, 5, 8, 1, 2));
+  CHECK(rows_aligned(memory, 5, 4, 1, 4));
+  CHECK(rows_aligned(memory, 5, -8, 1, 2));
+  CHECK(rows_aligned(memory, 5, big, 1, 2));
+  CHECK(rows_aligned(memory + 16, 5, 8, 1, 2));
+
+  CHECK_FALSE(rows_aligned(memory + 2, 5, 8, 1, 2));
+  CHECK_FALSE(rows_aligned(memory + 8, 5, 8, 1, 2));
+  CHECK_FALSE(rows_aligned(memory, 5, 9, 1, 2));
+  CHECK_FALSE(rows_aligned(memory, 5, 4, 1, 2));
+  CHECK_FALSE(rows_aligned(memory, 2, 6, 1, 4));
+  CHECK_FALSE(rows_aligned(memory, 5, big + 1, 1, 2));
+
+  CHECK(rows_aligned(memory, 5, 0, 1, 2));  // an expanded row
+  CHECK_FALSE(rows_aligned(memory + 2, 5, 0, 1, 2));
+  for (int64_t col_stride : {0, 2, 8, -1}) CHECK_FALSE(rows_aligned(memory, 5, 8, col_stride, 2));
+
+  CHECK(rows_aligned(memory, 1, 9, 1, 2));  // one row: its stride leads nowhere
+  CHECK_FALSE(rows_aligned(memory + 2, 1, 8, 1, 2));
+  CHECK_FALSE(rows_aligned(memory, 1, 8, 5, 2));
+}
+
+}  // namespace
+}  // namespace gain_ops
