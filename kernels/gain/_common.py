@@ -102,22 +102,6 @@ def store_tile(out, tile, row, col, M, N, HEIGHT: tl.constexpr, WIDTH: tl.conste
         tl.store(out + offsets, tile.to(out.dtype.element_ty), mask=mask)
 
 
-def aligned(a: Tensor, weight: Tensor, *tiles: Tensor) -> bool:
-    """Whether TMA and wide loads can read all of a GEMM's tensors: weight in either orientation, the others row-major."""
-    return (_row_major(weight) or _row_major(weight.t())) and all(_row_major(t) for t in (a, *tiles))
-
-
-def _row_major(t: Tensor) -> bool:
-    """Elements, unit-stride rows that do not overlap, 16-byte steps between them and a 16-byte base."""
-    return (
-        t.numel() > 0
-        and t.stride(1) == 1
-        and t.stride(0) >= t.shape[1]
-        and t.stride(0) * t.element_size() % 16 == 0
-        and t.data_ptr() % 16 == 0
-    )
-
-
 def descriptor(t: Tensor, block: tuple[int, int]) -> TensorDescriptor:
     """A TMA descriptor of a row-major 2-D tensor whose tiles are ``block``."""
     return TensorDescriptor(t, list(t.shape), list(t.stride()), list(block))

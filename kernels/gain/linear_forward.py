@@ -13,7 +13,6 @@ from torch import Tensor
 
 from gain_ops.kernels import tuning
 from gain_ops.kernels._common import (
-    aligned,
     gemm_grid,
     gemm_operands,
     grouped_tile,
@@ -25,6 +24,7 @@ from gain_ops.kernels._common import (
     tiled,
 )
 from gain_ops.kernels.config import GemmConfig
+from gain_ops.operands import aligned
 
 
 @triton.jit

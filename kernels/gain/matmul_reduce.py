@@ -17,7 +17,6 @@ from torch import Tensor
 
 from gain_ops.kernels import tuning
 from gain_ops.kernels._common import (
-    aligned,
     gemm_grid,
     gemm_operands,
     grouped_tile,
@@ -30,6 +29,7 @@ from gain_ops.kernels._common import (
 )
 from gain_ops.kernels.config import GemmConfig
 from gain_ops.kernels.partials import sum_partials
+from gain_ops.operands import aligned
 
 
 @triton.jit

@@ -12,11 +12,11 @@ for all but small layers, and the GEMM stays the vendor's (the count is in bench
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from gain_ops import operands
 from gain_ops.kernels._common import load_gain, on_device_of, options
 from gain_ops.kernels.config import ROWS, RowsConfig
 from gain_ops.kernels.partials import sum_partials
@@ -133,15 +133,14 @@ def scale(x: Tensor, delta: Tensor) -> Tensor:
     return _scale(x, delta, by_row=False)
 
 
+def scale_rows(x: Tensor, delta: Tensor) -> Tensor:
+    """gain[:, None] * x: x [n, k], delta [n] -> [n, k] contiguous."""
+    return _scale(x, delta, by_row=True)
+
+
 def linear_input(x: Tensor, weight: Tensor, delta: Tensor, bias: Tensor | None) -> Tensor:
     """``(x * gain) @ W.T + b``: x [T, in], weight [out, in], delta [in] -> [T, out], the smaller operand scaled first."""
-    bias = None if bias is None else bias.to(x.dtype)
-    if x.shape[0] <= weight.shape[0]:
-        return F.linear(scale(x, delta), weight, bias)
-    if weight.stride(0) == 1:
-        # a transposed view keeps its layout: its memory has the gain along the rows
-        return F.linear(x, _scale(weight.t(), delta, by_row=True).t(), bias)
-    return F.linear(x, scale(weight, delta), bias)
+    return operands.linear_input(x, weight, delta, bias, scale, scale_rows)
 
 
 def _scale(x: Tensor, delta: Tensor, by_row: bool, config: RowsConfig = ROWS) -> Tensor:

@@ -176,7 +176,7 @@ def _relative_error(result: Tensor, truth: Tensor) -> float:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Tune both GEMM kernels for one layer on the current GPU and print the winners."""
     from gain_ops.kernels import linear_forward, matmul_reduce
-    from gain_ops.kernels._common import aligned
+    from gain_ops.operands import aligned
 
     parser = argparse.ArgumentParser(prog="python -m gain_ops.kernels.tuning", description=main.__doc__)
     parser.add_argument("--tokens", type=int, required=True)

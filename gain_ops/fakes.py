@@ -1,0 +1,59 @@
+"""What every function of reference.py returns, without computing it: shape, dtype, device, contiguous strides."""
+
+import torch
+from torch import Tensor
+
+from gain_ops.reference import accumulation_dtype
+
+
+def _empty(like: Tensor, *shape: int | torch.SymInt) -> Tensor:
+    return torch.empty(shape, dtype=like.dtype, device=like.device)
+
+
+def _sums(like: Tensor, size: int | torch.SymInt) -> Tensor:
+    return torch.empty((size,), dtype=accumulation_dtype(like.dtype), device=like.device)
+
+
+def scale(x: Tensor, delta: Tensor) -> Tensor:
+    """[T, n]."""
+    return _empty(x, *x.shape)
+
+
+def linear(x: Tensor, weight: Tensor, delta: Tensor, bias: Tensor | None) -> Tensor:
+    """y [T, out]."""
+    return _empty(x, x.shape[0], weight.shape[0])
+
+
+def linear_z(x: Tensor, weight: Tensor, delta: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """y and z, [T, out] each."""
+    return linear(x, weight, delta, bias), linear(x, weight, delta, bias)
+
+
+def linear_input(x: Tensor, weight: Tensor, delta: Tensor, bias: Tensor | None) -> Tensor:
+    """y [T, out]."""
+    return linear(x, weight, delta, bias)
+
+
+def backward(dy: Tensor, z: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+    """dz [T, out], ddelta [out]."""
+    return _empty(dy, *dy.shape), _sums(dy, dy.shape[1])
+
+
+def ddelta(dy: Tensor, z: Tensor) -> Tensor:
+    """ddelta [out]."""
+    return _sums(dy, dy.shape[1])
+
+
+def backward_recompute(dy: Tensor, x: Tensor, weight: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+    """dz [T, out], ddelta [out]."""
+    return _empty(dy, *dy.shape), _sums(dy, dy.shape[1])
+
+
+def ddelta_recompute(dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """ddelta [out]."""
+    return _sums(dy, dy.shape[1])
+
+
+def backward_input(dy: Tensor, x: Tensor, weight: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+    """dx [T, in], ddelta [in]."""
+    return _empty(x, *x.shape), _sums(x, x.shape[1])

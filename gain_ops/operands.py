@@ -1,0 +1,44 @@
+"""What the fused backends decide of a GEMM's operands: whether wide accesses can read them, and which one to scale."""
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def aligned(a: Tensor, weight: Tensor, *tiles: Tensor) -> bool:
+    """Whether TMA and wide loads can read all of a GEMM's tensors: weight in either orientation, the others row-major."""
+    return (_row_major(weight) or _row_major(weight.t())) and all(_row_major(t) for t in (a, *tiles))
+
+
+def _row_major(t: Tensor) -> bool:
+    """Elements, unit-stride rows that do not overlap, 16-byte steps between them and a 16-byte base."""
+    return (
+        t.numel() > 0
+        and t.stride(1) == 1
+        and t.stride(0) >= t.shape[1]
+        and t.stride(0) * t.element_size() % 16 == 0
+        and t.data_ptr() % 16 == 0
+    )
+
+
+def linear_input(
+    x: Tensor,
+    weight: Tensor,
+    delta: Tensor,
+    bias: Tensor | None,
+    scale: Callable[[Tensor, Tensor], Tensor],
+    scale_rows: Callable[[Tensor, Tensor], Tensor],
+) -> Tensor:
+    """``(x * gain) @ W.T + b``, line (5): x [T, in], weight [out, in], delta [in] -> [T, out].
+
+    ``scale(x, delta)`` is the pass ``gain * x`` and ``scale_rows`` ``gain[:, None] * x``. The smaller of x and W goes through
+    one of them, the GEMM stays the vendor's (the count is in benchmarks/NOTES.md).
+    """
+    bias = None if bias is None else bias.to(x.dtype)
+    if x.shape[0] <= weight.shape[0]:
+        return F.linear(scale(x, delta), weight, bias)
+    if weight.stride(0) == 1:
+        # a transposed view keeps its layout: its memory has the gain along the rows
+        return F.linear(x, scale_rows(weight.t(), delta).t(), bias)
+    return F.linear(x, scale(weight, delta), bias)
