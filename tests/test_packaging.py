@@ -33,7 +33,8 @@ def archives(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             (source / name).write_bytes((ROOT / name).read_bytes())
     build = "from setuptools.build_meta import build_sdist, build_wheel; build_sdist('out'); build_wheel('out')"
-    subprocess.run([sys.executable, "-c", build], cwd=source, check=True, capture_output=True)
+    environment = os.environ | {"GAIN_OPS_BUILD_CUDA": "0"}
+    subprocess.run([sys.executable, "-c", build], cwd=source, env=environment, check=True, capture_output=True)
     (wheel,) = (source / "out").glob("*.whl")
     (sdist,) = (source / "out").glob("*.tar.gz")
     return wheel, sdist
@@ -54,7 +55,10 @@ def test_the_wheel_holds_the_kernels_under_our_name_alone(archives: tuple[Path, 
         "gain_ops/py.typed",
         "gain_ops/kernels/__init__.py",
         "gain_ops/kernels/rows.py",
+        "gain_ops/csrc/rows.cu",
+        "gain_ops/csrc/sm90/linear_bfloat16.cu",
     } <= wheel
+    assert not [name for name in wheel if name.endswith(".so") or "csrc/tests" in name]
     tops = {name.split("/")[0] for name in wheel if ".dist-info/" not in name}
     assert tops == {"gain_ops"}
     ours = {str(path.relative_to(ROOT)) for path in (ROOT / "gain_ops").rglob("*.py")}
@@ -67,6 +71,8 @@ def test_the_sdist_holds_what_a_build_and_a_reader_need(archives: tuple[Path, Pa
     expected = {
         "kernels/gain/__init__.py",
         "kernels/README.md",
+        "csrc/matmul_sm90.h",
+        "csrc/tests/test_plan.cpp",
         "LICENSE",
         "CHANGELOG.md",
         "tests/conftest.py",
