@@ -3,7 +3,8 @@
 ``eager``    plain torch (reference.py): every device and dtype, and the only one on a CPU.
 ``triton``   the fused kernels: CUDA from sm_80 on and ROCm from gfx90a on, in bf16, fp16 and fp32; on a CPU only by name and
              under Triton's interpreter (TRITON_INTERPRET=1), to test them.
-``auto``     the first of triton, eager that can run; a GPU that has to do with eager is told why, once.
+``cuda``     the compiled kernels of csrc/ (cuda.py), where they are built: CUDA from sm_80 on, GEMMs fused on sm_90.
+``auto``     the first of triton, cuda, eager that can run; a GPU that has to do with eager is told why, once.
 
 An explicit backend that cannot run raises BackendUnavailable with the reason. The environment variable GAIN_OPS_BACKEND
 replaces ``auto`` (not an explicit choice); it is read when a device and dtype are first met. The choice is made when an op
@@ -11,17 +12,19 @@ runs, by the tensors it gets, so a compiled or exported graph holds no decision 
 """
 
 import functools
+import importlib
 import importlib.util
 import logging
 import os
-from typing import Protocol
+from collections.abc import Callable
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
 
-from gain_ops import reference
+from gain_ops import extension
 
-BACKENDS = ("auto", "eager", "triton")
+BACKENDS = ("auto", "eager", "triton", "cuda")
 
 _log = logging.getLogger("gain_ops")
 
@@ -63,14 +66,11 @@ def explain(device_type: str, dtype: torch.dtype) -> list[tuple[str, str, str]]:
     """Rows (op, backend, reason) that ``auto`` gives on the current device of that type: what ``gain-ops info`` prints."""
     requested = os.environ.get("GAIN_OPS_BACKEND", "auto")
     check_name(requested)
-    obstacle = _triton_obstacle(device_type, None, dtype, by_name=requested == "triton")
-    if requested != "auto":
-        blocked = requested == "triton" and obstacle
-        chosen, reason = requested, "GAIN_OPS_BACKEND" + (f", but it cannot run: {obstacle}" if blocked else "")
-    elif obstacle:
-        chosen, reason = "eager", obstacle
+    if requested == "auto":
+        chosen, reason = _first_that_runs(device_type, None, dtype)
     else:
-        chosen, reason = "triton", "the fused kernels serve this device and dtype"
+        obstacle = _OBSTACLES[requested](device_type, None, dtype, True) if requested in _OBSTACLES else None
+        chosen, reason = requested, "GAIN_OPS_BACKEND" + (f", but it cannot run: {obstacle}" if obstacle else "")
     return [(op, chosen, reason) for op in OPS]
 
 
@@ -79,27 +79,26 @@ def _implementation(backend: str, device_type: str, index: int | None, dtype: to
     if backend == "auto":
         backend = os.environ.get("GAIN_OPS_BACKEND", "auto")
     check_name(backend)
-    if backend == "eager":
-        return reference
-    obstacle = _triton_obstacle(device_type, index, dtype, by_name=backend == "triton")
-    if obstacle is None:
-        return _kernels()
-    if backend == "triton":
-        raise BackendUnavailable(f"backend='triton' cannot run here: {obstacle}. Use backend='auto' or 'eager'.")
-    _log.log(
-        logging.INFO if device_type == "cpu" else logging.WARNING,
-        "gain_ops runs its eager backend on %s in %s: %s",
-        device_type,
-        dtype,
-        obstacle,
-    )
-    return reference
+    if backend == "auto":
+        backend, reason = _first_that_runs(device_type, index, dtype)
+        if backend == "eager":
+            level = logging.INFO if device_type == "cpu" else logging.WARNING
+            _log.log(level, "gain_ops runs its eager backend on %s in %s: %s", device_type, dtype, reason)
+    elif backend in _OBSTACLES and (obstacle := _OBSTACLES[backend](device_type, index, dtype, True)):
+        raise BackendUnavailable(f"backend={backend!r} cannot run here: {obstacle}. Use backend='auto' or 'eager'.")
+    return cast(Backend, importlib.import_module(_MODULES[backend]))
 
 
-def _kernels() -> Backend:
-    from gain_ops import kernels
-
-    return kernels
+def _first_that_runs(device_type: str, index: int | None, dtype: torch.dtype) -> tuple[str, str]:
+    """What ``auto`` means, and why."""
+    obstacles = []
+    for backend, obstacle_of in _OBSTACLES.items():
+        obstacle = obstacle_of(device_type, index, dtype, False)
+        if obstacle is None:
+            return backend, "the fused kernels serve this device and dtype"
+        if obstacle not in obstacles:
+            obstacles.append(obstacle)
+    return "eager", "; ".join(obstacles)
 
 
 def check_name(backend: str) -> None:
@@ -114,7 +113,7 @@ def _triton_obstacle(device_type: str, index: int | None, dtype: torch.dtype, by
         return 'triton is not installed (pip install "gain-ops[triton]")'
     if importlib.util.find_spec("gain_ops.kernels") is None:
         return "gain_ops.kernels is missing: this is an uninstalled checkout (pip install -e .)"
-    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+    if dtype not in _DTYPES:
         return f"the kernels compute in bfloat16, float16 and float32, not {dtype}"
     import triton
 
@@ -123,6 +122,17 @@ def _triton_obstacle(device_type: str, index: int | None, dtype: torch.dtype, by
     if device_type != "cuda":
         return f"the kernels need a GPU and the tensors are on {device_type}"
     return _gpu_obstacle(index)
+
+
+def _cuda_obstacle(device_type: str, index: int | None, dtype: torch.dtype, by_name: bool) -> str | None:
+    """Why the compiled kernels cannot run, or None when they can."""
+    if dtype not in _DTYPES:
+        return f"the kernels compute in bfloat16, float16 and float32, not {dtype}"
+    if device_type != "cuda":
+        return f"the kernels need a GPU and the tensors are on {device_type}"
+    if torch.version.hip is not None:
+        return "the kernels are CUDA's and this is ROCm (the triton backend serves it)"
+    return _gpu_obstacle(index) or extension.obstacle()
 
 
 def _gpu_obstacle(index: int | None) -> str | None:
@@ -134,3 +144,12 @@ def _gpu_obstacle(index: int | None) -> str | None:
     if capability < (8, 0):
         return f"the kernels need compute capability 8.0 and this device has {capability[0]}.{capability[1]}"
     return None
+
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_MODULES = {"eager": "gain_ops.reference", "triton": "gain_ops.kernels", "cuda": "gain_ops.cuda"}
+# in the order of ``auto``: neither has been measured against the other, and triton needs no build
+_OBSTACLES: dict[str, Callable[[str, int | None, torch.dtype, bool], str | None]] = {
+    "triton": _triton_obstacle,
+    "cuda": _cuda_obstacle,
+}

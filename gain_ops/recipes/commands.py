@@ -133,7 +133,7 @@ def absorb(
 @app.command()
 def info() -> None:
     """Versions, devices, environment variables, and the backend that each op would use."""
-    _print_pairs("versions", environment.versions())
+    _print_pairs("versions", environment.versions() | {"cuda kernels": environment.compiled_kernels()})
     _print_pairs("devices", {str(device): environment.describe_device(device) for device in environment.devices()})
     _print_pairs("environment", environment.variables() or {"GAIN_OPS_*": "none set"})
     dtypes = {"cpu": [torch.float32], "cuda": [torch.bfloat16, torch.float32]}

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import torch
 
+from gain_ops import extension
 from gain_ops._version import __version__
 
-__all__ = ["NOT_INSTALLED", "describe_device", "devices", "variables", "versions"]
+__all__ = ["NOT_INSTALLED", "compiled_kernels", "describe_device", "devices", "variables", "versions"]
 
 NOT_INSTALLED = "not installed"
 
@@ -25,6 +26,11 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             found[package] = NOT_INSTALLED
     return found
+
+
+def compiled_kernels() -> str:
+    """Whether csrc/ is built, for what, or why not."""
+    return extension.obstacle() or f"built for {extension.architectures()}"
 
 
 def devices() -> list[torch.device]:

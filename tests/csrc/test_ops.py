@@ -1,0 +1,191 @@
+"""The ops of csrc/ in torch's dispatcher: schemas, fakes, what is said of arguments that cannot be served, no GPU needed."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import host_extension
+from parity import LAYOUTS, laid_out
+
+ARGUMENTS = {
+    "scale": ("x", "delta_in", "bias_in"),
+    "scale_rows": ("weight", "delta_out"),
+    "backward": ("dy", "z", "delta_out"),
+    "ddelta": ("dy", "z"),
+    "linear": ("x", "weight", "delta_out", "bias"),
+    "linear_z": ("x", "weight", "delta_out", "bias"),
+    "backward_recompute": ("dy", "x", "weight", "delta_out"),
+    "backward_input": ("dy", "x", "weight", "delta_in"),
+}
+ANY_STRIDES = ("scale", "scale_rows", "backward", "ddelta")
+
+
+def _tensors(dtype: torch.dtype = torch.bfloat16, t: int = 5, i: int = 16, o: int = 24) -> dict[str, Tensor]:
+    shapes = {"x": (t, i), "weight": (o, i), "dy": (t, o), "z": (t, o), "bias": (o,), "bias_in": (i,)}
+    return {name: torch.randn(shape).to(dtype) for name, shape in shapes.items()} | {
+        "delta_out": torch.randn(o),
+        "delta_in": torch.randn(i),
+    }
+
+
+def _op(name: str) -> torch._ops.OpOverload:
+    host_extension.load()
+    return getattr(torch.ops.gain_ops_host, name).default
+
+
+def _call(name: str, **changed: Tensor | None) -> object:
+    given = _tensors() | changed
+    return _op(name)(*(given[argument] for argument in ARGUMENTS[name]))
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_opcheck(name: str, dtype: torch.dtype) -> None:
+    given = _tensors(dtype)
+    arguments = [given[argument] for argument in ARGUMENTS[name]]
+    torch.library.opcheck(_op(name), arguments)
+    if "bias" in ARGUMENTS[name][-1]:
+        torch.library.opcheck(_op(name), [*arguments[:-1], None])
+
+
+@pytest.mark.parametrize("name", ANY_STRIDES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_opcheck_of_the_passes_in_any_layout_and_float32(name: str, layout: str) -> None:
+    given = _tensors(torch.float32, i=15, o=29)
+    arguments = [laid_out(t, layout) if t.dim() == 2 else t for t in (given[a] for a in ARGUMENTS[name])]
+    torch.library.opcheck(_op(name), arguments)
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_what_ships_has_the_same_schemas_and_fakes(name: str) -> None:
+    """opcheck needs an op that runs on this machine: that of the host, of the same objects. The shipped one is held to it."""
+    host_extension.compiled()
+    shipped, host = getattr(torch.ops.gain_ops_cuda, name).default, _op(name)
+    assert str(shipped._schema).replace("gain_ops_cuda", "gain_ops_host") == str(host._schema)
+    keys = {"CPU", "CUDA", "Meta"}
+    assert {key for key in keys if torch._C._dispatch_has_kernel_for_dispatch_key(shipped.name(), key)} >= {
+        "CPU",
+        "CUDA",
+    }
+    with FakeTensorMode():
+        given = _tensors()
+        arguments = [given[argument] for argument in ARGUMENTS[name]]
+        results = [op(*arguments) for op in (shipped, host)]
+    ours, theirs = (r if isinstance(r, tuple) else (r,) for r in results)
+    assert [(t.shape, t.stride(), t.dtype) for t in ours] == [(t.shape, t.stride(), t.dtype) for t in theirs]
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_a_cpu_tensor_is_told_what_is_missing(name: str) -> None:
+    host_extension.compiled()
+    given = _tensors()
+    with pytest.raises(
+        RuntimeError, match=rf"gain_ops_cuda::{name}: \w+ is on cpu, and the CUDA kernels take tensors on"
+    ):
+        getattr(torch.ops.gain_ops_cuda, name)(*(given[argument] for argument in ARGUMENTS[name]))
+
+
+_BAD = [
+    (
+        "linear",
+        {"x": torch.zeros(5, 16, dtype=torch.float64)},
+        "x is Double, and the CUDA kernels compute in Float, Half",
+    ),
+    (
+        "linear",
+        {"x": torch.zeros(2, 5, 16, dtype=torch.bfloat16)},
+        r"x has shape \[2, 5, 16\], expected two dimensions",
+    ),
+    (
+        "linear",
+        {"weight": torch.zeros(24, 8, dtype=torch.bfloat16)},
+        r"weight has shape \[24, 8\], expected \[24, 16\]",
+    ),
+    ("linear", {"weight": torch.zeros(24, 16)}, "weight is Float and x is BFloat16; they must agree"),
+    ("linear", {"delta_out": torch.zeros(23)}, r"delta has shape \[23\], expected \[24\]"),
+    ("linear", {"delta_out": torch.zeros(24).bfloat16()}, "delta is BFloat16, expected Float"),
+    ("linear", {"delta_out": torch.zeros(48)[::2]}, "delta has stride 2, expected contiguous"),
+    ("linear", {"bias": torch.zeros(24)}, "bias is Float, expected BFloat16"),
+    ("linear", {"x": torch.zeros(5, 18, dtype=torch.bfloat16)[:, 2:]}, r"x has strides \[18, 1\] and a base at"),
+    ("linear", {"x": torch.zeros(16, 5, dtype=torch.bfloat16).t()}, r"x has strides \[1, 5\]"),
+    ("linear_z", {"weight": torch.zeros(24, 32, dtype=torch.bfloat16)[:, ::2]}, r"weight has strides \[32, 2\]"),
+    ("backward", {"z": torch.zeros(5, 23, dtype=torch.bfloat16)}, r"z has shape \[5, 23\], expected \[5, 24\]"),
+    ("backward", {"z": torch.zeros(5, 24)}, "z is Float and dy is BFloat16"),
+    ("ddelta", {"z": torch.zeros(4, 24, dtype=torch.bfloat16)}, r"z has shape \[4, 24\], expected \[5, 24\]"),
+    (
+        "backward_recompute",
+        {"x": torch.zeros(6, 16, dtype=torch.bfloat16)},
+        r"x has shape \[6, 16\], expected \[5, 16\]",
+    ),
+    ("backward_recompute", {"dy": torch.zeros(24, 5, dtype=torch.bfloat16).t()}, r"dy has strides \[1, 5\]"),
+    ("backward_input", {"delta_in": torch.zeros(24)}, r"delta has shape \[24\], expected \[16\]"),
+    ("scale_rows", {"delta_out": torch.zeros(16)}, r"delta has shape \[16\], expected \[24\]"),
+    ("scale", {"bias_in": torch.zeros(24).bfloat16()}, r"bias has shape \[24\], expected \[16\]"),
+]
+
+
+@pytest.mark.parametrize(("name", "changed", "message"), _BAD, ids=range(len(_BAD)))
+def test_every_argument_is_checked_and_the_message_says_what_came(
+    name: str, changed: dict[str, Tensor], message: str
+) -> None:
+    with pytest.raises(RuntimeError, match=f"gain_ops_cuda::{name}: {message}"):
+        _call(name, **changed)
+
+
+@pytest.mark.parametrize(("i", "o"), [(12, 24), (16, 20)])
+def test_rows_that_tma_cannot_address_are_refused_by_the_fused_ops(i: int, o: int) -> None:
+    given = _tensors(i=i, o=o)
+    for name in ("linear", "backward_recompute", "backward_input"):
+        with pytest.raises(RuntimeError, match="multiples of"):
+            _op(name)(*(given[argument] for argument in ARGUMENTS[name]))
+
+
+def test_one_row_of_any_stride_is_served() -> None:
+    """There is no next row, and TMA would still refuse the distance to it."""
+    x = torch.randn(4, 17).bfloat16()[:1, :16]
+    dy = torch.randn(4, 33).bfloat16()[:1, :24]
+    given = _tensors(t=1) | {"x": x, "dy": dy}
+    for name in ("linear", "backward_recompute", "backward_input"):
+        results = [_op(name)(*(tensors[a] for a in ARGUMENTS[name])) for tensors in (given, _contiguous(given))]
+        ours, theirs = (r if isinstance(r, tuple) else (r,) for r in results)
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def _contiguous(given: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: t.clone(memory_format=torch.contiguous_format) for name, t in given.items()}
+
+
+def test_float32_is_refused_by_the_fused_ops() -> None:
+    given = _tensors(torch.float32)
+    with pytest.raises(RuntimeError, match="the operands are Float and the fused GEMM computes in Half and BFloat16"):
+        _op("linear")(*(given[argument] for argument in ARGUMENTS["linear"]))
+
+
+def test_another_card_is_referred_to_triton() -> None:
+    code = (
+        "import host_extension, torch\n"
+        "host_extension.load()\n"
+        "x = torch.zeros(8, 16, dtype=torch.bfloat16)\n"
+        "try:\n"
+        "    torch.ops.gain_ops_host.linear(x, x, torch.zeros(8), None)\n"
+        "except RuntimeError as error:\n"
+        "    print(error)\n"
+    )
+    environment = os.environ | {
+        "GAIN_OPS_TEST_CAPABILITY": "80",
+        "PYTHONPATH": str(Path(host_extension.__file__).parent),
+    }
+    host_extension.parameters()
+    told = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    ).stdout
+    assert re.search(
+        r"compute capability 8.0 and the fused GEMM needs sm_90: the triton backend serves this card", told
+    )

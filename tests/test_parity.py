@@ -1,0 +1,141 @@
+"""The fused backends against reference.py in fp64: on a GPU where there is one, else on the CPU.
+
+There Triton's kernels run under its interpreter, which computes wrong bfloat16 dots, and those of csrc/ as
+host_extension.py says, in every dtype.
+"""
+
+from types import ModuleType
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gain_ops import kernels, reference
+
+import host_extension
+from parity import CALLS, DEVICE, LAYOUTS, compare, laid_out, run, tensors
+from rules import assert_no_worse_than_torch
+from shapes import EMPTY, SMALL
+
+DTYPES = {
+    "triton": [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else []),
+    "cuda": [torch.float32, torch.float16, torch.bfloat16],
+}
+BACKENDS = list(DTYPES)
+BACKEND_DTYPES = [pytest.param(b, d, id=f"{b}-{str(d)[6:]}") for b in BACKENDS for d in DTYPES[b]]
+# sizes that the fused GEMMs take: rows of 16 bytes, more than one tile of either kind, partial tiles
+FUSED = [(8, 16, 8), (300, 72, 264), (129, 64, 520)]
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+
+def _module(backend: str) -> ModuleType:
+    return kernels if backend == "triton" else host_extension.backend()
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize(("backend", "dtype"), BACKEND_DTYPES)
+@pytest.mark.parametrize("shape", SMALL)
+def test_no_worse_than_plain_torch(call: str, backend: str, dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
+    compare(_module(backend), call, tensors(*shape, dtype))
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", EMPTY)
+def test_empty(call: str, backend: str, shape: tuple[int, int, int]) -> None:
+    for dtype in DTYPES[backend]:
+        compare(_module(backend), call, tensors(*shape, dtype))
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_any_shape_and_strides(call: str, backend: str, data: st.DataObject) -> None:
+    t, i, o = (data.draw(st.integers(1, 70), label=name) for name in ("T", "in", "out"))
+    torch.manual_seed(t + 100 * i + 10_000 * o)
+    dtype = data.draw(st.sampled_from(DTYPES[backend]), label="dtype")
+    arguments = tensors(t, i, o, dtype)
+    for name in ("x", "weight", "dy", "z"):
+        arguments[name] = laid_out(arguments[name], data.draw(st.sampled_from(LAYOUTS), label=name))
+    compare(_module(backend), call, arguments)
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", FUSED)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_operands_that_the_cuda_backend_fuses(
+    call: str, dtype: torch.dtype, shape: tuple[int, int, int], transposed: bool
+) -> None:
+    arguments = tensors(*shape, dtype)
+    if transposed:
+        arguments["weight"] = laid_out(arguments["weight"], "transposed")
+    compare(host_extension.backend(), call, arguments)
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize(("backend", "dtype"), BACKEND_DTYPES)
+def test_the_same_bits_on_a_second_run(call: str, backend: str, dtype: torch.dtype) -> None:
+    arguments = tensors(200, 48, 40, dtype)
+    first, second = (run(_module(backend), call, arguments) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize(("backend", "dtype"), BACKEND_DTYPES)
+def test_dead_gains_and_dead_rows(backend: str, dtype: torch.dtype) -> None:
+    t = tensors(40, 32, 32, dtype)
+    t["delta_out"][:5], t["delta_in"][:5] = -1, -1
+    t["weight"][3:9] = 0
+    t["z"][:, 3:9] = 0
+    for call in CALLS:
+        compare(_module(backend), call, t)
+    _, ddelta = _module(backend).backward_recompute(t["dy"], t["x"], t["weight"], t["delta_out"])
+    assert torch.equal(ddelta[3:9], torch.zeros(6, device=DEVICE)), "an all-zero row of W has a zero gradient, exactly"
+
+
+@pytest.mark.parametrize(("backend", "dtype"), BACKEND_DTYPES)
+def test_a_zero_delta_gives_the_bits_of_the_plain_product(backend: str, dtype: torch.dtype) -> None:
+    t = tensors(40, 32, 48, dtype)
+    t["delta_out"].zero_()
+    y, z = _module(backend).linear_z(t["x"], t["weight"], t["delta_out"], None)
+    assert torch.equal(y, z)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_non_finite_values_stay_in_their_row_and_column(backend: str) -> None:
+    for dtype in DTYPES[backend]:
+        t = tensors(20, 16, 24, dtype)
+        t["x"][3, 5], t["weight"][7, 2] = float("inf"), float("nan")
+        (y,) = run(_module(backend), "linear", t)
+        assert torch.equal(y.isfinite(), run(reference, "linear", t)[0].isfinite())
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_addresses_past_two_to_the_31(backend: str) -> None:
+    t, n = 140_000, 16_384
+    dy = torch.randn(t, n, device="cuda", dtype=torch.bfloat16)
+    delta = torch.randn(n, device="cuda")
+    dz, ddelta = _module(backend).backward(dy, dy, delta)
+    last = slice(t - 128, t)
+    assert torch.equal(dz[last], reference.scale(dy[last], delta))
+    exact = torch.stack([part.double().square().sum(0) for part in dy.split(1024)]).sum(0)
+    assert_no_worse_than_torch("ddelta", ddelta, dy.float().square().sum(0), exact)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_launches_follow_the_stream_and_can_be_captured(backend: str) -> None:
+    arguments = tensors(256, 512, 256, torch.bfloat16)
+    expected = [run(_module(backend), call, arguments) for call in CALLS]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = [run(_module(backend), call, arguments) for call in CALLS]
+    graph.replay()
+    torch.cuda.synchronize()
+    for got, wanted in zip(captured, expected, strict=True):
+        assert all(torch.equal(g, w) for g, w in zip(got, wanted, strict=True))
