@@ -1,6 +1,7 @@
 # make demo    adapt a real language model, from nothing (ARGS="--data FILE" for your own text)
 # make test    the whole test suite, from nothing
-# make lint    ruff and mypy
+# make cuda    csrc/ compiled into the package, where there is nvcc
+# make lint    ruff, mypy and clang-format
 # make triton36   the kernel tests again, under Triton 3.6
 PYTHON ?= python3
 VENV := .venv
@@ -10,18 +11,23 @@ PACKAGING := pyproject.toml setup.py constraints.txt
 # two workers, a file at a time, the longest (tests/kernels/test_aot.py) first, as it is collected first
 PYTEST := $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test lint triton36 clean
+.PHONY: demo test cuda lint triton36 clean
 
 demo: $(VENV)/.cli
 	$(VENV)/bin/gain-ops adapt --out demo-out $(ARGS)
 
-test: $(VENV)/.dev
+test: cuda
 	$(PYTEST) $(ARGS)
+
+# ninja knows what is up to date; ccache, where it is installed, keeps the objects of other checkouts
+cuda: $(VENV)/.dev
+	@if command -v nvcc >/dev/null; then $(PY) -m gain_ops.build; else echo "no nvcc: the CUDA kernels are not built"; fi
 
 # mypy does not follow package_dir: it is shown the package as it is installed
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/clang-format --dry-run -Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
 	rm -rf build/types && mkdir -p build/types
 	cp -r gain_ops pyproject.toml build/types/ && cp -r kernels/gain build/types/gain_ops/kernels
 	cd build/types && $(CURDIR)/$(VENV)/bin/mypy -p gain_ops
@@ -29,9 +35,13 @@ lint: $(VENV)/.dev
 triton36: $(VENV)/.dev .triton36/.done
 	PYTHONPATH=$(CURDIR)/.triton36 $(PY) -c 'import triton; assert triton.__version__.startswith("3.6"), triton'
 	PYTHONPATH=$(CURDIR)/.triton36 $(PYTEST) tests/kernels $(ARGS)
+	PYTHONPATH=$(CURDIR)/.triton36 $(PYTEST) tests/test_parity.py -k "not cuda" $(ARGS)
 
 $(PY):
 	$(PYTHON) -m venv $(VENV)
+
+# an editable install would build csrc/ too: `make cuda` does, where objects are kept
+export GAIN_OPS_BUILD_CUDA ?= 0
 
 # torch first and by itself: everything after finds it there and leaves it
 $(VENV)/.torch: $(PY) constraints.txt
@@ -46,6 +56,7 @@ $(VENV)/.cli: $(VENV)/.torch $(PACKAGING)
 
 $(VENV)/.dev: $(VENV)/.cli
 	$(PIP) install -c constraints.txt -e '.[dev]'
+	$(PIP) install --no-deps nvidia-cutlass==4.2.0.0
 	touch $@
 
 # over the environment, not in it: found first through PYTHONPATH
