@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TESTS = (
     "tests/test_parity.py",
     "tests/kernels",
-    "tests/csrc/test_ops.py",
+    "tests/csrc/test_cuda_ops.py",
     "tests/test_dispatch.py",
     "tests/test_functional.py",
 )

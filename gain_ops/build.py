@@ -289,7 +289,10 @@ def build(made_of: Parameters, output: Path, folder: Path, *objects: str) -> Non
         write_ninja(made_of, output.resolve(), folder)
         for line in made_of.left_out:
             print(f"gain_ops: left out {line}", file=sys.stderr)
-        run = subprocess.run([_ninja(), "-C", str(folder), "-j", str(jobs()), *objects], stdout=sys.stderr)
+        # ccache then takes another checkout of the same sources for the same
+        environment = {"CCACHE_BASEDIR": str(made_of.csrc.parent), "CCACHE_NOHASHDIR": "1"} | os.environ
+        command = [_ninja(), "-C", str(folder), "-j", str(jobs()), *objects]
+        run = subprocess.run(command, env=environment, stdout=sys.stderr)
     if run.returncode:
         raise CannotBuild(f"the compilers failed (exit code {run.returncode}); their messages are above")
 

@@ -44,6 +44,14 @@ def test_an_explicit_backend_that_cannot_run_raises_and_says_why(dtype: torch.dt
         _call("triton", dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_cuda_backend_refuses_cpu_tensors(dtype: torch.dtype) -> None:
+    with pytest.raises(
+        BackendUnavailable, match="backend='cuda' cannot run here: the kernels need a GPU and the tensors"
+    ):
+        _call("cuda", dtype)
+
+
 def test_without_the_interpreter_a_cpu_tensor_is_refused() -> None:
     code = (
         "import torch, gain_ops\n"
@@ -90,7 +98,7 @@ def test_the_environment_replaces_auto_and_not_an_explicit_choice(monkeypatch: p
     assert dispatch.implementation("eager", torch.zeros(1)) is reference
     monkeypatch.setenv("GAIN_OPS_BACKEND", "fastest")
     dispatch._implementation.cache_clear()
-    with pytest.raises(ValueError, match="'fastest' is not one of auto, eager, triton"):
+    with pytest.raises(ValueError, match="'fastest' is not one of auto, eager, triton, cuda"):
         _call("auto")
 
 
