@@ -6,7 +6,8 @@
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
-PIP := $(PY) -m pip --disable-pip-version-check --quiet
+# `make cuda` builds csrc/, where objects are kept: an install does not
+PIP := GAIN_OPS_BUILD_CUDA=0 $(PY) -m pip --disable-pip-version-check --quiet
 PACKAGING := pyproject.toml setup.py constraints.txt
 # two workers, a file at a time, the longest (tests/kernels/test_aot.py) first, as it is collected first
 PYTEST := $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
@@ -39,9 +40,6 @@ triton36: $(VENV)/.dev .triton36/.done
 
 $(PY):
 	$(PYTHON) -m venv $(VENV)
-
-# an editable install would build csrc/ too: `make cuda` does, where objects are kept
-export GAIN_OPS_BUILD_CUDA ?= 0
 
 # torch first and by itself: everything after finds it there and leaves it
 $(VENV)/.torch: $(PY) constraints.txt
