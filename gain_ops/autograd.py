@@ -26,9 +26,13 @@ from gain_ops import ops, reference
 Gradients = tuple[Tensor | None, ...]
 
 
+# asked once: torch.compile cannot trace the question in torch 2.10
+_AUTOCAST_TYPES = tuple(name for name in ("cpu", "cuda", "xpu", "mps", "hpu") if torch.amp.is_autocast_available(name))
+
+
 def autocast_enabled(device_type: str) -> bool:
     """Whether autocast is on for a device type; never for one that has none, such as meta."""
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return device_type in _AUTOCAST_TYPES and torch.is_autocast_enabled(device_type)
 
 
 def _outside_autocast(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:

@@ -121,3 +121,11 @@ def test_export_holds_no_backend_of_the_machine() -> None:
     assert [node.args[-1] for node in calls] == ["auto"]
     x = torch.randn(5, 16)
     assert torch.equal(program.module()(x), gain_linear(x, weight, delta))
+
+
+def test_no_call_asks_what_torch_2_10_cannot_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dynamo of torch 2.10 breaks the graph at this question; later ones trace it, so it is made to fail here."""
+    monkeypatch.setattr(torch.amp, "is_autocast_available", None)
+    weight, delta, bias = _parameters("output")
+    gain_linear(torch.randn(3, 16), weight, delta, bias).sum().backward()
+    assert delta.grad is not None
