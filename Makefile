@@ -1,5 +1,6 @@
 # make demo    adapt a real language model, from nothing (ARGS="--data FILE" for your own text)
 # make test    the whole test suite, from nothing
+# make bench   measure what this machine can, in under five minutes, and print the tables
 # make cuda    csrc/ compiled into the package, where there is nvcc
 # make lint    ruff, mypy and clang-format
 # make triton36   the kernel tests again, under Triton 3.6
@@ -12,13 +13,16 @@ PACKAGING := pyproject.toml setup.py constraints.txt
 # two workers, a file at a time, the longest (tests/kernels/test_aot.py) first, as it is collected first
 PYTEST := $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test cuda lint triton36 clean
+.PHONY: demo test bench cuda lint triton36 clean
 
 demo: $(VENV)/.cli
 	$(VENV)/bin/gain-ops adapt --out demo-out $(ARGS)
 
 test: cuda
 	$(PYTEST) $(ARGS)
+
+bench: $(VENV)/.dev
+	$(PY) -m benchmarks run $(ARGS)
 
 # ninja knows what is up to date; ccache, where it is installed, keeps the objects of other checkouts
 cuda: $(VENV)/.dev

@@ -1,0 +1,93 @@
+"""python -m benchmarks run | gpu | report: measure what the machine can, all of it on a GPU, or make tables of results."""
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from benchmarks import results
+from benchmarks.results import Row
+
+RESULTS = Path(__file__).resolve().parent / "results"
+README = Path(__file__).resolve().parent.parent / "README.md"
+
+
+def main() -> None:
+    """Read the command line and run."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run", help="what this machine can, in minutes, and print the tables")
+    run.add_argument("--out", type=Path, default=Path("build/bench/results.csv"), help="the results file; replaced")
+    run.add_argument("--minutes", type=float, default=4.0)
+    gpu = commands.add_parser("gpu", help="everything, on a GPU")
+    gpu.add_argument("--out", type=Path, required=True, help="the folder for results.csv and parts.json")
+    gpu.add_argument("--minutes", type=float, default=9.0)
+    gpu.add_argument("--resume", action="store_true", help="go on after the parts that were finished")
+    report = commands.add_parser("report", help="tables and plots from results files")
+    report.add_argument("files", type=Path, nargs="*", help="default: benchmarks/results/*.csv")
+    report.add_argument("--plots", type=Path, default=None, help="a folder for the plots")
+    report.add_argument("--readme", action="store_true", help="write the tables into README.md, between its markers")
+    arguments = parser.parse_args()
+    if arguments.command == "run":
+        _run(arguments.out, arguments.minutes)
+    elif arguments.command == "gpu":
+        from benchmarks import gpu
+
+        sys.exit(not gpu.run(arguments.out, arguments.minutes, arguments.resume))
+    else:
+        _report(arguments.files or sorted(RESULTS.glob("*.csv")), arguments.plots, arguments.readme)
+
+
+def _run(out: Path, minutes: float) -> None:
+    out.unlink(missing_ok=True)
+    started = time.monotonic()
+    for row in _rows(60 * minutes):
+        results.append(out, [row])
+    print(f"{out} in {time.monotonic() - started:.0f} s\n")
+    _report([out], None, False)
+
+
+def _rows(budget_s: float) -> Iterator[Row]:
+    """Times at the sites that this device measures in the time, memory at true size on any."""
+    from benchmarks import ceilings, layers, memory, ops, roofline, sites, steps
+
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda" if cuda else "cpu")
+    dtype = torch.bfloat16 if cuda else torch.float32
+    where, tokens = (sites.SITES, [2048, 8192]) if cuda else (sites.SMALL_SITES, sites.SMALL_TOKENS)
+    found = list(ceilings.rows(device, 0.05 * budget_s))
+    yield from found
+    limits = roofline.measured(found)
+    for t in tokens:
+        yield from layers.rows(where, t, dtype, device, 0.35 * budget_s / len(tokens), ceilings=limits)
+    yield from ops.rows(where, tokens, dtype, device, 0.15 * budget_s, ceilings=limits)
+    yield from memory.rows()
+    yield from steps.rows(device, 0.25 * budget_s)
+
+
+def _report(files: list[Path], plots_folder: Path | None, readme: bool) -> None:
+    from benchmarks import plots, report
+
+    rows = results.read(files)
+    if readme:
+        report.update_readme(README, report.tables(filter(_for_the_readme, rows)))
+    else:
+        print("\n\n".join(report.tables(rows).values()))
+    if plots_folder is not None:
+        for path in plots.draw(rows, plots_folder):
+            print(f"wrote {path}")
+
+
+def _for_the_readme(row: Row) -> bool:
+    """What a reader decides by: the memory of two whole models, and the time of a layer at the longest common length."""
+    if row.group == "model":
+        return row.site in ("Llama-3-8B", "Llama-3-70B")
+    longest = 1024 if row.device.endswith("threads") else 8192
+    return row.group == "layer" and row.metric.startswith("forward+backward") and row.tokens == longest
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,36 @@
+"""What the device can do at most, measured: the copy of a large buffer, and the vendor's matrix product."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+from benchmarks import results, timing
+from benchmarks.results import Row
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def rows(device: torch.device, budget_s: float) -> Iterator[Row]:
+    """``copy`` in B/s, bytes read plus bytes written, and ``matmul`` in flop/s by dtype, on random data."""
+    large = device.type == "cuda"
+    about = results.environment(device)
+    spent = timing.measure(_copy(1 << 30 if large else 1 << 24, device), device, budget_s=budget_s / 4)
+    yield _row("copy", "B/s", "float32", 2 * (1 << 30 if large else 1 << 24), spent, about)
+    n = 8192 if large else 512
+    for dtype in DTYPES:
+        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+        spent = timing.measure(lambda a=a, b=b: a @ b, device, budget_s=budget_s / 4)
+        yield _row("matmul", "flop/s", str(dtype).removeprefix("torch."), 2 * n**3, spent, about)
+
+
+def _copy(size: int, device: torch.device) -> Callable[[], object]:
+    """A copy of ``size`` bytes."""
+    source, target = torch.randn(size // 4, device=device), torch.empty(size // 4, device=device)
+    return lambda: target.copy_(source)
+
+
+def _row(metric: str, unit: str, dtype: str, work: float, spent: timing.Quantiles, about: dict[str, str]) -> Row:
+    rate = [work / (us * 1e-6) for us in (spent.median, spent.q80, spent.q20)]
+    return Row(
+        "ceiling", metric, "-", "-", metric, unit, dtype, 0, 0, 0, rate[0], rate[1], rate[2], spent.samples, **about
+    )

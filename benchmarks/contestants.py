@@ -1,0 +1,148 @@
+"""Who is compared: a gain by each of our backends, and what users do instead, all on one weight and one input.
+
+Each is a layer y = f(x) round one frozen weight W [out, in], with its own trained parameters and nothing else that trains.
+"""
+
+import dataclasses
+import importlib.util
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gain_ops import BackendUnavailable, GainLinear, dispatch
+
+FROZEN = "frozen linear"  # the floor: every other figure is also given as a ratio to it
+RANK = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Contestant:
+    """A way to adapt one linear map.
+
+    build(linear) takes a frozen nn.Linear without bias, shares its weight and returns the layer to be called; obstacle(x)
+    says why it cannot run on a tensor like x, or None.
+    """
+
+    name: str
+    backend: str
+    build: Callable[[nn.Linear], nn.Module]
+    obstacle: Callable[[Tensor], str | None] = lambda x: None
+
+
+def contestants() -> list[Contestant]:
+    """All of them, the frozen linear first; who is not installed is in the list with the reason."""
+    found = [Contestant(FROZEN, "-", _Frozen)]
+    for backend in ("eager", "triton", "cuda"):
+        for side, save in (("output", "output"), ("output", "input"), ("input", "auto")):
+            kept = "" if side == "input" else f", keeps {'z' if save == 'output' else 'x'}"
+            found.append(
+                Contestant(
+                    f"gain, {side} side{kept}",
+                    backend,
+                    lambda linear, side=side, save=save, backend=backend: GainLinear.from_linear(
+                        linear, side=side, save=save, backend=backend
+                    ),
+                    lambda x, backend=backend: _backend_obstacle(backend, x),
+                )
+            )
+    return [
+        *found,
+        Contestant("F.linear(x, W) * s", "-", Scaled),
+        Contestant("torch.compile of F.linear(x, W) * s", "-", lambda linear: torch.compile(Scaled(linear))),
+        Contestant("F.linear(x, s[:, None] * W)", "-", ScaledWeight),
+        Contestant("PEFT (IA)^3, output side", "-", _ia3(feedforward=False), _missing("peft")),
+        Contestant("PEFT (IA)^3, input side", "-", _ia3(feedforward=True), _missing("peft")),
+        Contestant(f"PEFT LoRA r={RANK}", "-", _lora(dora=False), _missing("peft")),
+        Contestant(f"PEFT DoRA r={RANK}", "-", _lora(dora=True), _missing("peft")),
+        *(Contestant(name, "-", _never, lambda x, reason=reason: reason) for name, reason in _NOT_COMPARED.items()),
+    ]
+
+
+class _Frozen(nn.Module):
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x)
+
+
+class Scaled(nn.Module):
+    """What one writes first: the scale in W's dtype, a pass of its own."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.linear = linear
+        self.s = nn.Parameter(torch.ones(linear.out_features, dtype=linear.weight.dtype, device=linear.weight.device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.linear.weight) * self.s
+
+
+class ScaledWeight(nn.Module):
+    """The scale on W, made again in every forward; autograd then forms dW to reduce it."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.linear = linear
+        self.s = nn.Parameter(torch.ones(linear.out_features, dtype=linear.weight.dtype, device=linear.weight.device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.s[:, None] * self.linear.weight)
+
+
+# named all the same: a reader who knows them will look for them
+_NOT_COMPARED = {
+    "QuACK's GEMM epilogues": "not compared: no machine at hand has its DSL (a row-vector load and reduce would express both)",
+    "Liger": "does not apply: it fuses no scaled linear",
+}
+
+
+def _never(linear: nn.Linear) -> nn.Module:
+    raise AssertionError("a contestant with an obstacle is not built")
+
+
+def _missing(package: str) -> Callable[[Tensor], str | None]:
+    return lambda x: None if importlib.util.find_spec(package) else f"{package} is not installed"
+
+
+def _backend_obstacle(backend: str, x: Tensor) -> str | None:
+    try:
+        dispatch.implementation(backend, x)
+    except BackendUnavailable as reason:
+        return str(reason)
+    return None
+
+
+class _Host(nn.Module):
+    """A model of one layer: what PEFT takes."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x)
+
+
+def _ia3(feedforward: bool) -> Callable[[nn.Linear], nn.Module]:
+    def build(linear: nn.Linear) -> nn.Module:
+        import peft
+
+        targets = ["linear"]
+        config = peft.IA3Config(target_modules=targets, feedforward_modules=targets if feedforward else [])
+        return peft.get_peft_model(_Host(linear), config).base_model.model
+
+    return build
+
+
+def _lora(dora: bool) -> Callable[[nn.Linear], nn.Module]:
+    def build(linear: nn.Linear) -> nn.Module:
+        import peft
+
+        config = peft.LoraConfig(r=RANK, target_modules=["linear"], use_dora=dora)
+        return peft.get_peft_model(_Host(linear), config).base_model.model
+
+    return build

@@ -1,0 +1,212 @@
+"""No figure on a red gate: who is measured first gives the right outputs and gradients, at the very size that is measured.
+
+A result may err at most twice what plain torch errs in the same dtype, against the equations in fp64: the rule of the tests.
+A gain is set away from 1 first, so that a contestant that leaves it out is seen; LoRA and DoRA are the frozen map at their
+start and are held to that.
+"""
+
+import dataclasses
+import functools
+import runpy
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.contestants import Contestant, Scaled, ScaledWeight
+from benchmarks.results import ROOT
+from benchmarks.sites import Site
+from benchmarks.timing import first_line
+from gain_ops import ops, reference
+from gain_ops.modules import Gained
+
+NOISE = 0.3
+
+
+@functools.cache
+def _rule() -> Callable[..., None]:
+    """The rule of tests/rules.py, run by its path: tests/ is no package, and a copy could come to differ from it."""
+    if not __debug__:
+        raise RuntimeError("the gate's rule is made of assert statements: run Python without -O")
+    rule: Callable[..., None] = runpy.run_path(str(ROOT / "tests" / "rules.py"))["assert_no_worse_than_torch"]
+    return rule
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """The vector that a layer trains: ``gain = offset + parameter`` on one side."""
+
+    parameter: nn.Parameter
+    side: str
+    offset: int
+
+
+def trained_gain(layer: nn.Module) -> Trained | None:
+    """The gain of a layer, or None for one that trains something else (or nothing)."""
+    for module in layer.modules():  # torch.compile and PEFT wrap
+        if isinstance(module, Gained):
+            return Trained(module.delta, module.side, 1)
+        if isinstance(module, Scaled | ScaledWeight):
+            return Trained(module.s, "output", 0)
+        if hasattr(module, "ia3_l"):
+            return Trained(module.ia3_l["default"], "input" if module.is_feedforward else "output", 0)
+    return None
+
+
+def frozen_linear(weight: Tensor) -> nn.Linear:
+    """An nn.Linear without bias round a weight, which is shared and takes no gradient."""
+    out_features, in_features = weight.shape
+    linear = nn.Linear(in_features, out_features, bias=False, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    return linear
+
+
+def draw(site: Site, tokens: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Random x [T, in], W [out, in] and dy [T, out]; outputs are of the size of x's elements."""
+    shapes = ((tokens, site.in_features), (site.out_features, site.in_features), (tokens, site.out_features))
+    x, weight, dy = (torch.randn(shape, dtype=dtype, device=device) for shape in shapes)
+    return x, weight.div_(site.in_features**0.5), dy
+
+
+class Judge:
+    """Holds contestants to one x [T, in], W [out, in] and dy [T, out]; what is true of these is computed once."""
+
+    def __init__(self, site: Site, tokens: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.x, self.weight, self.dy = draw(site, tokens, dtype, device)
+        features = {"output": site.out_features, "input": site.in_features}
+        # exact in x's dtype, and so near 1 that gain - 1 is exact: one truth for a vector of any dtype, delta or gain
+        self._gains = {
+            side: (1 + NOISE * torch.randn(n, device=device)).clamp(0.5, 2).to(dtype) for side, n in features.items()
+        } | {None: torch.ones(site.out_features, dtype=dtype, device=device)}
+        self._truths: dict[str | None, tuple[dict[str, Tensor], dict[str, Tensor]]] = {}
+
+    def failures(self, contestant: Contestant) -> list[str]:
+        """What is wrong with its y, dx and trained gain's gradient, in words; an empty list where nothing is.
+
+        One whose y carries no gradient is held to its y.
+        """
+        weight = self.weight.clone()
+        try:
+            layer = contestant.build(frozen_linear(weight))
+            trained = trained_gain(layer)
+            if trained is not None:
+                gain = self._gains[trained.side].to(trained.parameter.dtype) - trained.offset
+                with torch.no_grad():
+                    trained.parameter.copy_(gain.view_as(trained.parameter))
+            _poison(self.x, self.dy, self.dy)
+            results = _results(layer, self.x, self.dy, trained)
+        except Exception as reason:  # whoever raises gets no figure, and the others go on
+            return [f"raised {first_line(reason)}"]
+        if not torch.equal(weight, self.weight):
+            return ["the shared weight has been changed"]
+        try:
+            truth, size = self._truth(None if trained is None else trained.side)
+            plain = self._plain(trained)
+            names = list(results)
+            return _compare(names, *([by_name[name] for name in names] for by_name in (results, plain, truth, size)))
+        except torch.OutOfMemoryError as reason:  # fp64 takes four times what is measured
+            return [f"not known to be right: {first_line(reason)}"]
+
+    def _truth(self, side: str | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The equations in fp64, and on absolute values, where x's dtype will do."""
+        if side not in self._truths:
+            given = (self.x, self.weight, self.dy, self._gains[side])
+            exact = _equations(*(t.double() for t in given), side)
+            self._truths[side] = exact, _equations(*(t.abs() for t in given), side)
+        return self._truths[side]
+
+    def _plain(self, trained: Trained | None) -> dict[str, Tensor]:
+        """What autograd makes of the lines that one writes first, in the dtypes of the contestant."""
+        x = self.x.detach().requires_grad_()
+        if trained is None:
+            y = F.linear(x, self.weight)
+            return {"y": y.detach(), "dx": torch.autograd.grad(y, x, self.dy)[0]}
+        vector = trained.parameter.detach().flatten().requires_grad_()
+        gain = trained.offset + vector
+        if trained.side == "input":
+            y = F.linear((x * gain).to(x.dtype), self.weight)
+        else:
+            y = (F.linear(x, self.weight) * gain).to(x.dtype)
+        dx, dgain = torch.autograd.grad(y, (x, vector), self.dy)
+        return {"y": y.detach(), "dx": dx, "gradient of the gain": dgain}
+
+
+def failures(contestant: Contestant, site: Site, tokens: int, dtype: torch.dtype, device: torch.device) -> list[str]:
+    """What is wrong with one contestant; see Judge.failures()."""
+    return Judge(site, tokens, dtype, device).failures(contestant)
+
+
+def op_failures(name: str, arguments: Sequence[Tensor | None], backends: Sequence[str]) -> dict[str, list[str]]:
+    """What is wrong with the results of a raw op by each backend, in words; empty lists where nothing is."""
+
+    def referenced(of: Sequence[Tensor | None]) -> list[Tensor]:
+        return _as_list(getattr(reference, name)(*of))
+
+    if not backends:
+        return {}
+    plain = referenced(arguments)
+    truth = referenced([None if a is None else a.double() for a in arguments])
+    size = referenced([None if a is None else a.abs() for a in arguments])
+    found: dict[str, list[str]] = {}
+    for backend in backends:
+        _poison(*plain)
+        try:
+            results = _as_list(getattr(ops, name)(*arguments, backend))
+        except Exception as reason:  # whoever raises gets no figure, and the others go on
+            found[backend] = [f"raised {first_line(reason)}"]
+            continue
+        names = [f"{name}[{i}]" for i in range(len(truth))]
+        found[backend] = _compare(names, results, plain, truth, size)
+    return found
+
+
+def _results(layer: nn.Module, x: Tensor, dy: Tensor, trained: Trained | None) -> dict[str, Tensor]:
+    x = x.detach().requires_grad_()
+    y: Tensor = layer(x)
+    if not y.requires_grad:
+        return {"y": y}
+    if trained is None:
+        return {"y": y.detach(), "dx": torch.autograd.grad(y, x, dy)[0]}
+    dx, dgain = torch.autograd.grad(y, (x, trained.parameter), dy)
+    return {"y": y.detach(), "dx": dx, "gradient of the gain": dgain.flatten()}
+
+
+def _equations(x: Tensor, weight: Tensor, dy: Tensor, gain: Tensor, side: str | None) -> dict[str, Tensor]:
+    """Lines (1) to (7) of gain_ops/reference.py, written out again: the truth shares no code with what it judges."""
+    wide = torch.promote_types(x.dtype, torch.float32)  # a sum over tokens overflows fp16
+    if side == "input":
+        y, back = (x * gain) @ weight.T, dy @ weight
+        return {"y": y, "dx": gain * back, "gradient of the gain": back.mul_(x).sum(0, dtype=wide)}
+    z = x @ weight.T
+    return {"y": gain * z, "dx": (dy * gain) @ weight, "gradient of the gain": z.mul_(dy).sum(0, dtype=wide)}
+
+
+def _poison(*like: Tensor) -> None:
+    """Leave NaN in memory that the allocator hands out next, for outputs that nobody writes."""
+    if like[0].is_cuda:
+        torch.cuda.empty_cache()  # a block that some earlier right result has left would do as well
+    filled = [torch.full_like(t, torch.nan) for t in like]
+    del filled
+
+
+def _compare(
+    names: Sequence[str],
+    results: Sequence[Tensor],
+    plain: Sequence[Tensor],
+    truth: Sequence[Tensor],
+    size: Sequence[Tensor],
+) -> list[str]:
+    found = []
+    for name, result, torchs, exact, magnitude in zip(names, results, plain, truth, size, strict=True):
+        if result.dtype != torchs.dtype:
+            found.append(f"{name}: dtype {result.dtype}, expected {torchs.dtype}")
+        try:
+            _rule()(name, result, torchs, exact, magnitude)
+        except AssertionError as reason:
+            found.append(str(reason))
+    return found
+
+
+def _as_list(result: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
+    return list(result) if isinstance(result, tuple) else [result]

@@ -1,0 +1,115 @@
+"""Raw ops: each function of gain_ops.ops by each backend, as times and as shares of the roofline."""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from benchmarks import gate, roofline, timing
+from benchmarks.layers import free_memory
+from benchmarks.results import Row, environment
+from benchmarks.sites import Site
+from gain_ops import BackendUnavailable, dispatch, ops
+
+BACKENDS = ("eager", "triton", "cuda")
+ARGUMENTS = {
+    "scale": ("x", "delta_in"),
+    "linear": ("x", "weight", "delta_out", "no bias"),
+    "linear_z": ("x", "weight", "delta_out", "no bias"),
+    "linear_input": ("x", "weight", "delta_in", "no bias"),
+    "backward": ("dy", "z", "delta_out"),
+    "ddelta": ("dy", "z"),
+    "backward_recompute": ("dy", "x", "weight", "delta_out"),
+    "ddelta_recompute": ("dy", "x", "weight"),
+    "backward_input": ("dy", "x", "weight", "delta_in"),
+}
+
+
+def rows(
+    sites: Sequence[Site],
+    tokens: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device,
+    budget_s: float,
+    *,
+    ceilings: roofline.Ceilings | None = None,
+    names: Sequence[str] = dispatch.OPS,
+    backends: Sequence[str] = BACKENDS,
+    graph: bool = True,
+) -> Iterator[Row]:
+    """Rows ``time`` in us with its floor, and ``achieved share of the floor`` (floor / time) where there are ceilings.
+
+    A backend that cannot run, or an op that does not pass the gate, gets one row without a figure and the reason in its note.
+    budget_s: seconds for all sites and numbers of tokens; what is in it, and the rest, is as in layers.rows().
+    """
+    ceilings = ceilings or roofline.assumed(device)
+    about = environment(device)
+    for (site, count), left in timing.shared_out([(site, count) for site in sites for count in tokens], budget_s):
+        sizes = (count, site.in_features, site.out_features)
+        row = partial(
+            Row,
+            group="op",
+            site=site.name,
+            dtype=str(dtype).removeprefix("torch."),
+            tokens=count,
+            in_features=site.in_features,
+            out_features=site.out_features,
+            **about,
+        )
+        cases, reasons = _cases(names, backends, tensors(site, count, dtype, device))
+        for (name, backend), reason in reasons.items():
+            yield row(contestant=name, backend=backend, metric="time", unit="us", note=reason, **timing.NO_FIGURE)
+        free_memory(device)
+        for (name, backend), time in timing.measure_together(cases, device, budget_s=left(), graph=graph).items():
+            floor = roofline.floor_us(roofline.op(name, *sizes, dtype.itemsize), dtype, ceilings)
+            caveat = ceilings.caveat if ceilings else ""
+            figure = partial(row, contestant=name, backend=backend, note="; ".join(filter(None, (time.note, caveat))))
+            yield figure(metric="time", unit="us", floor=floor, **time.columns())
+            if floor is not None:
+                share = timing.quantiles([floor / one for one in time.rounds])
+                yield figure(metric="achieved share of the floor", unit="share", **share.columns())
+        del cases
+        free_memory(device)
+
+
+def _cases(
+    names: Sequence[str], backends: Sequence[str], given: dict[str, Tensor | None]
+) -> tuple[dict[tuple[str, str], Callable[[], object]], dict[tuple[str, str], str]]:
+    """The calls to be timed, and why the others are not, by op and backend."""
+    cases, reasons = {}, {}
+    for name in names:
+        arguments = [given[argument] for argument in ARGUMENTS[name]]
+        for backend, reason in obstacles(name, arguments, backends).items():
+            if reason is None:
+                cases[name, backend] = partial(getattr(ops, name), *arguments, backend)
+            else:
+                reasons[name, backend] = reason
+    return cases, reasons
+
+
+def tensors(site: Site, tokens: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor | None]:
+    """Every argument of ARGUMENTS: random, and with gains away from 1."""
+    x, weight, dy = gate.draw(site, tokens, dtype, device)
+    return {
+        "x": x,
+        "weight": weight,
+        "dy": dy,
+        "z": torch.randn_like(dy),
+        "delta_in": gate.NOISE * torch.randn(site.in_features, device=device),
+        "delta_out": gate.NOISE * torch.randn(site.out_features, device=device),
+        "no bias": None,
+    }
+
+
+def obstacles(name: str, arguments: Sequence[Tensor | None], backends: Sequence[str]) -> dict[str, str | None]:
+    """By backend, why an op gets no figure: it cannot run here, or it is not right; None where nothing is in the way."""
+    found: dict[str, str | None] = {}
+    for backend in backends:
+        found[backend] = None
+        try:
+            dispatch.implementation(backend, next(a for a in arguments if a is not None))
+        except BackendUnavailable as reason:
+            found[backend] = str(reason)
+    wrong = gate.op_failures(name, arguments, [backend for backend in backends if found[backend] is None])
+    return found | {b: f"not right, so not measured: {'; '.join(words)}" for b, words in wrong.items() if words}

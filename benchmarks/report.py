@@ -1,0 +1,361 @@
+"""Markdown tables of results, and their place in the README.
+
+A table is of one device and one dtype; the versions, commits and days that its figures are from stand underneath, each once.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from benchmarks.contestants import FROZEN
+from benchmarks.models import FROZEN as FROZEN_MODEL
+from benchmarks.results import Row
+from gain_ops.recipes.report import size_text
+
+FLOORS = (FROZEN, FROZEN_MODEL)  # what the others are compared with, so never called the best
+RATIO = " / frozen"
+LESS_IS_BETTER = {"forward", "backward", "forward+backward", "saved", "optimizer", "peak"}
+MORE_IS_BETTER = {"throughput"}
+COMPARED = {"forward", "backward", "forward+backward", "throughput"}  # those that have a ratio
+TIME_COLUMNS, BYTE_COLUMNS = 4, 6  # what the width of a README holds; more sites go into a further table
+
+_NONE = "-"
+_NOTE = 240  # characters of a note: an exception may bring pages
+_MEANINGS = {
+    "saved": "kept for backward",
+    "saved, one block run again": "every block's input and all of one block: what is alive while it runs again",
+    "saved by the loss": "how much of it is the loss's",
+    "saved inputs": "kept of the input, which costs nothing where that is alive anyway",
+    "optimizer": "the gradient of what is trained, and AdamW's two moments",
+    "peak": "the most that was allocated",
+}
+_BRACKETS = "in brackets its 20 % to 80 % quantiles"
+
+
+class Who(NamedTuple):
+    """A contestant by one backend."""
+
+    contestant: str
+    backend: str
+
+    @property
+    def label(self) -> str:
+        """The name, and the backend where there is a choice of one."""
+        return self.contestant if self.backend in ("", "-") else f"{self.contestant} ({self.backend})"
+
+
+class Column(NamedTuple):
+    """A column of a table: one metric at one site."""
+
+    heading: str
+    site: str
+    metric: str
+
+
+Figures = Mapping[tuple[Who, str, str], Row]  # by contestant, site and metric
+
+
+def tables(rows: Iterable[Row]) -> dict[str, str]:
+    """Every table that has a figure, by the name of its marker in the README."""
+    kept = latest(rows)
+    made = {
+        "layers": layer_times(kept),
+        "layers-forward": layer_times(kept, "forward"),
+        "layers-backward": layer_times(kept, "backward"),
+        "layers-bytes": layer_bytes(kept),
+        "blocks": blocks(kept),
+        "models": models(kept),
+        "steps": steps(kept),
+        "ops": ops(kept),
+    }
+    return {name: text for name, text in made.items() if text}
+
+
+def layer_times(rows: Sequence[Row], metric: str = "forward+backward") -> str:
+    """Contestants by sites: the time, and its ratio to the frozen linear."""
+    made = []
+    for (device, dtype, tokens), here in split(rows, "layer", "device", "dtype", "tokens").items():
+        measured = (row for row in here if row.metric == metric and row.median is not None)
+        columns = [Column(place(row), row.site, metric) for row in measured]
+        title = f"{metric}, {dtype}, {tokens} tokens, {device}"
+        made += [_grid(title, here, part) for part in _parts(columns, TIME_COLUMNS)]
+    return "\n\n".join(made)
+
+
+def layer_bytes(rows: Sequence[Row]) -> str:
+    """Contestants by sites: what is kept for backward, how much of it is the input, and the peak."""
+    made = []
+    for (device, dtype, tokens), here in split(rows, "layer", "device", "dtype", "tokens").items():
+        columns = [
+            Column(f"{place(row)}: {row.metric}", row.site, row.metric)
+            for row in here
+            if row.metric in ("saved", "saved inputs", "peak") and row.median is not None
+        ]
+        title = f"memory of a layer, {dtype}, {tokens} tokens, {device}"
+        made += [_grid(title, here, part) for part in _parts(columns, BYTE_COLUMNS)]
+    return "\n\n".join(made)
+
+
+def blocks(rows: Sequence[Row]) -> str:
+    """Methods by what a block keeps, trains and holds."""
+    return _by_site(rows, "block", ("saved", "saved inputs", "trained", "weights", "optimizer"))
+
+
+def models(rows: Sequence[Row]) -> str:
+    """Methods by what a model keeps, trains and holds."""
+    saved = ("saved", "saved, one block run again", "saved by the loss")
+    return _by_site(rows, "model", (*saved, "trained", "weights", "optimizer"))
+
+
+def steps(rows: Sequence[Row]) -> str:
+    """Methods by throughput of whole training steps, by what they keep and by their peak."""
+    return _by_site(rows, "step", ("throughput", "saved", "peak"))
+
+
+def ops(rows: Sequence[Row]) -> str:
+    """Ops at their sites by backends: the time, and the share of it that the roofline's floor takes."""
+    made = []
+    for (device, dtype, tokens), here in split(rows, "op", "device", "dtype", "tokens").items():
+        times = {(_who(row), row.site): row for row in here if row.metric == "time"}
+        shares = {(_who(row), row.site): row for row in here if row.unit == "share"}
+        backends = list(dict.fromkeys(row.backend for row in times.values() if row.median is not None))
+        lines = []
+        for op, site, where in dict.fromkeys((row.contestant, row.site, place(row)) for row in here):
+            team = [Who(op, backend) for backend in backends]
+            leaders = best(_measured({who: times.get((who, site)) for who in team}), more=False)
+            lines.append([op, where, *(_cell(times.get((w, site)), shares.get((w, site)), w in leaders) for w in team)])
+        if backends:
+            table = [line for line in lines if set(line[2:]) != {_NONE}]
+            legend = (
+                f"After the time the share of it that the roofline's floor takes, {_BRACKETS}. "
+                "Bold: better than all others of its row by more than the spread."
+            )
+            notes = [legend, *_ceilings(rows, device, dtype), *_remarks(here, {"time"})]
+            title = f"ops, {dtype}, {tokens} tokens, {device}"
+            made.append(_assemble(title, ["op", "site", *backends], table, notes, here))
+    return "\n\n".join(made)
+
+
+def update_readme(readme: Path, tables: Mapping[str, str]) -> None:
+    """Replace what stands between ``<!-- bench:NAME -->`` and ``<!-- /bench -->`` by the table of that name.
+
+    Raises:
+        ValueError: a marker that is missing, not closed or there twice; the file is then as it was.
+
+    """
+    text = readme.read_text(encoding="utf-8")
+    for name, table in tables.items():
+        text = _replaced(text, name, table, readme)
+    readme.write_text(text, encoding="utf-8")
+
+
+def _replaced(text: str, name: str, table: str, readme: Path) -> str:
+    opening, closing = f"<!-- bench:{name} -->", "<!-- /bench -->"
+    if text.count(opening) != 1:
+        raise ValueError(f"{readme} has the marker {opening} {text.count(opening)} times, expected once")
+    before, _, rest = text.partition(opening)
+    inside, found, after = rest.partition(closing)
+    if not found or "<!-- bench:" in inside:
+        raise ValueError(f"{readme} has no {closing} that closes {opening}")
+    return f"{before}{opening}\n{table.strip()}\n{closing}{after}"
+
+
+def latest(rows: Iterable[Row]) -> list[Row]:
+    """Of figures of the same thing on the same device the one of the latest day, and of one day the one read last."""
+    kept = {}
+    for row in sorted(rows, key=lambda row: row.date):
+        shape = (row.dtype, row.tokens, row.in_features, row.out_features)
+        kept[row.device, row.group, row.site, shape, row.contestant, row.backend, row.metric] = row
+    return list(kept.values())
+
+
+def split(rows: Iterable[Row], group: str, *names: str) -> dict[tuple[str, ...], list[Row]]:
+    """The rows of a group by their values of some fields, in order of appearance."""
+    parts: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        if row.group == group:
+            key = tuple(str(getattr(row, name)) or f"{name} not recorded" for name in names)
+            parts.setdefault(key, []).append(row)
+    return parts
+
+
+def place(row: Row) -> str:
+    """The site and its shape."""
+    return f"{row.site} ({row.in_features} → {row.out_features})" if row.in_features else row.site
+
+
+def number(row: Row) -> float:
+    """The median of a row that has one."""
+    if row.median is None:
+        raise ValueError(f"{row.contestant} has no {row.metric} at {row.site}: {row.note or 'no reason given'}")
+    return row.median
+
+
+def spread(row: Row) -> tuple[float, float]:
+    """From the 20 % to the 80 % quantile; the median where they were not recorded."""
+    low, high = (number(row) if quantile is None else quantile for quantile in (row.q20, row.q80))
+    return low, high
+
+
+def best(figures: Mapping[Who, Row], more: bool) -> set[Who]:
+    """Who is better than every other by more than the spread. Exact figures may share it, but no more than half of them."""
+    if not figures:
+        return set()
+    lead = (max if more else min)(figures.values(), key=number)
+    low, high = spread(lead)
+    leaders = {who for who, row in figures.items() if row is lead or (low == high and spread(row) == (low, high))}
+    behind = [spread(row) for who, row in figures.items() if who not in leaders]
+    apart = all(upper < low if more else lower > high for lower, upper in behind)
+    return leaders if len(leaders) <= len(behind) and apart else set()
+
+
+def _by_site(rows: Sequence[Row], group: str, metrics: Sequence[str]) -> str:
+    made = []
+    for (device, dtype, tokens, site), here in split(rows, group, "device", "dtype", "tokens", "site").items():
+        seen = {row.metric for row in here if row.median is not None}
+        columns = [Column(metric, here[0].site, metric) for metric in metrics if metric in seen]
+        if columns:
+            made.append(_grid(f"{group}: {site}, {dtype}, {tokens} tokens, {device}", here, columns))
+    return "\n\n".join(made)
+
+
+def _parts(columns: Sequence[Column], width: int) -> list[list[Column]]:
+    once = list(dict.fromkeys(columns))
+    return [once[start : start + width] for start in range(0, len(once), width)]
+
+
+def _who(row: Row) -> Who:
+    return Who(row.contestant, row.backend)
+
+
+def _measured(rows: Mapping[Who, Row | None]) -> dict[Who, Row]:
+    return {who: row for who, row in rows.items() if row is not None and row.median is not None}
+
+
+def _grid(title: str, rows: Sequence[Row], columns: Sequence[Column]) -> str:
+    """Contestants by columns; who has no figure in any is named underneath."""
+    sites, metrics = ({getattr(column, name) for column in columns} for name in ("site", "metric"))
+    here = [row for row in rows if row.site in sites]
+    figures = {(_who(row), row.site, row.metric): row for row in here}
+    cells = [_column(figures, column) for column in columns]
+    lines = {who: [column[who] for column in cells] for who in dict.fromkeys(map(_who, here))}
+    table = [[who.label, *line] for who, line in lines.items() if set(line) != {_NONE}]
+    shown = [row for row in here if row.metric in metrics]
+    heads = ["", *(column.heading for column in columns)]
+    return _assemble(title, heads, table, [_legend(metrics), *_remarks(here, metrics)], shown)
+
+
+def _legend(metrics: set[str]) -> str:
+    told = [f"{metric}: {meaning}." for metric, meaning in _MEANINGS.items() if metric in metrics]
+    if metrics & COMPARED:
+        told.append(f"After the figure its ratio to the frozen one's, {_BRACKETS}.")
+    return " ".join(
+        [*told, "Bold: better than all others of its column by more than the spread, the frozen one apart."]
+    )
+
+
+def _column(figures: Figures, column: Column) -> dict[Who, str]:
+    everyone = dict.fromkeys(who for who, _, _ in figures)
+    rows = {who: figures.get((who, column.site, column.metric)) for who in everyone}
+    ratios = {who: figures.get((who, column.site, column.metric + RATIO)) for who in everyone}
+    compared = _measured(ratios) if column.metric in COMPARED else _measured(rows)
+    rivals = {who: row for who, row in compared.items() if who.contestant not in FLOORS}
+    directed = column.metric in LESS_IS_BETTER | MORE_IS_BETTER
+    leaders = best(rivals if directed else {}, column.metric in MORE_IS_BETTER)
+    cells = {who: _cell(rows[who], ratios[who], who in leaders) for who in everyone}
+    for who in _measured(rows):
+        if column.metric in COMPARED and who not in compared:
+            cells[who] += ", 1" if who.contestant in FLOORS else ", no ratio"
+    return cells
+
+
+def _cell(row: Row | None, beside: Row | None, bold: bool) -> str:
+    """A figure with its ratio or share."""
+    if row is None or row.median is None:
+        return _NONE
+    text = _amount(row)
+    if beside is not None and beside.median is not None:
+        text = f"{text}, {_relative(beside)}"
+    return f"**{text}**" if bold else text
+
+
+def _amount(row: Row) -> str:
+    value = number(row)
+    if row.unit == "B":
+        return size_text(round(value))
+    digits = 0 if value >= 100 or value == int(value) else 1 if value >= 10 else 2
+    return f"{value:,.{digits}f} {'µs' if row.unit == 'us' else row.unit}".strip()
+
+
+def _relative(row: Row) -> str:
+    """``1.08 (1.07-1.10)``, and a share as ``92 % (91-93)``; an exact one has no brackets."""
+    low, high = spread(row)
+    share = row.unit == "share"
+    median, *brackets = (f"{100 * value:.0f}" if share else f"{value:.2f}" for value in (number(row), low, high))
+    return median + " %" * share + (f" ({'-'.join(brackets)})" if low < high else "")
+
+
+def _remarks(rows: Iterable[Row], metrics: set[str]) -> list[str]:
+    """Two lists: who has no figure and why, and what was noted of a figure.
+
+    A reason may be given once, with whatever metric, for all that a contestant lacks at a site. Who has figures elsewhere in
+    the table is named with the site; a note of everyone names nobody.
+    """
+    rows = list(rows)
+    seen = {(_who(row), row.site) for row in rows if row.metric in metrics and row.median is not None}
+    present = {who for who, _ in seen}
+    missing: dict[str, dict[str, None]] = {}
+    noted: dict[str, dict[str, None]] = {}
+    for row in rows:
+        who = _who(row)
+        if row.median is None and (row.metric in metrics or (who, row.site) not in seen):
+            name = f"{who.label} at {row.site}" if who in present else who.label
+            missing.setdefault(row.note or "no reason given", {})[name] = None
+        elif row.note and row.median is not None and row.metric in metrics:
+            noted.setdefault(row.note, {})[who.label] = None
+    said = {note: names if len(names) < len(present) else ["all"] for note, names in noted.items()}
+    return [
+        "\n".join(
+            [heading, "", *(f"- {'; '.join(map(_plain, names))}: {_short(note)}" for note, names in found.items())]
+        )
+        for heading, found in (("Without a figure:", missing), ("Notes:", said))
+        if found
+    ]
+
+
+def _ceilings(rows: Iterable[Row], device: str, dtype: str) -> list[str]:
+    """What the floors are made of, where it was measured on the same device."""
+    here = split(rows, "ceiling", "device").get((device,), [])
+    told = [row for row in here if row.median is not None and (row.metric == "copy" or row.dtype == dtype)]
+    return [f"Ceilings of the device: {', '.join(f'{row.metric} {_rate(row)}' for row in told)}."] if told else []
+
+
+def _rate(row: Row) -> str:
+    scale, prefix = (1e12, "T") if number(row) >= 1e12 else (1e9, "G")
+    return f"{number(row) / scale:.3g} {prefix}{row.unit}"
+
+
+def _environments(rows: Iterable[Row]) -> list[str]:
+    found = dict.fromkeys((row.device, row.torch, row.triton, row.commit, row.date) for row in rows)
+    return [
+        _plain(f"Device: {device}; torch {torch}, Triton {triton}; commit {commit}; {date}.")
+        for device, torch, triton, commit, date in found
+    ]
+
+
+def _assemble(
+    title: str, heads: Sequence[str], lines: Iterable[Sequence[str]], notes: Iterable[str], shown: Iterable[Row]
+) -> str:
+    rule = ["---" if head in ("", "op", "site") else "---:" for head in heads]
+    table = [heads, rule, *lines]
+    body = "\n".join(f"| {' | '.join(_plain(cell) for cell in line)} |" for line in table)
+    return "\n\n".join([f"**{_plain(title)}**", body, *notes, *_environments(shown)])
+
+
+def _plain(text: str) -> str:
+    """Text that stays within its cell and its paragraph, and is not taken for HTML or a marker."""
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+
+
+def _short(note: str) -> str:
+    return _plain(note if len(note) <= _NOTE else f"{note[:_NOTE]} ...")

@@ -1,0 +1,132 @@
+"""The results file: one CSV row a figure, with everything that the figure depends on."""
+
+import csv
+import dataclasses
+import datetime
+import platform
+import subprocess
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+VERSION = 1  # of the columns; read() refuses another
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One figure.
+
+    group: op | layer | block | model | step | ceiling | proof, the part of the suite that made it.
+    site: what was measured, for instance ``Llama-3-8B o_proj``.
+    contestant: who did it, a name of contestants.py; backend: ``eager``, ``triton``, ``cuda`` or ``-``.
+    metric and unit: ``forward`` us, ``forward+backward`` us, ``saved`` B, ``peak`` B, ``throughput`` tokens/s and the like.
+    median, q20, q80: quantiles of ``samples`` measurements; equal where the figure is exact.
+    floor: the roofline's floor in the same unit, or None; note: what a reader must know, or why there is no figure.
+    """
+
+    group: str
+    site: str
+    contestant: str
+    backend: str
+    metric: str
+    unit: str
+    dtype: str
+    tokens: int
+    in_features: int
+    out_features: int
+    median: float | None
+    q20: float | None
+    q80: float | None
+    samples: int
+    floor: float | None = None
+    note: str = ""
+    device: str = ""
+    torch: str = ""
+    triton: str = ""
+    commit: str = ""
+    date: str = ""
+
+
+_KINDS: dict[str, Any] = {"tokens": int, "in_features": int, "out_features": int, "samples": int}
+_KINDS |= dict.fromkeys(("median", "q20", "q80", "floor"), float)
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """The columns that say where a figure comes from."""
+    try:
+        import triton
+
+        version = triton.__version__
+    except ImportError:
+        version = "not installed"
+    return {
+        "device": _device_name(device),
+        "torch": torch.__version__,
+        "triton": version,
+        "commit": _commit(),
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+    }
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    models = [line for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+    name = models[0].partition(":")[2].strip() if models else platform.processor()
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+
+
+def _commit() -> str:
+    """The commit, with ``+`` where the tree has changes; empty outside a checkout."""
+    try:
+        run = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty=+"], capture_output=True, text=True)
+    except OSError:
+        return ""
+    return run.stdout.strip()
+
+
+def append(path: Path, rows: Iterable[Row]) -> None:
+    """Add rows to a file, made with its header where there is none; flushed, so that a cut leaves what was measured."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = not path.exists()
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        if fresh:
+            writer.writerow(["version", *(field.name for field in dataclasses.fields(Row))])
+        for row in rows:
+            writer.writerow([VERSION, *("" if v is None else v for v in dataclasses.astuple(row))])
+        file.flush()
+
+
+def read(paths: Sequence[Path]) -> list[Row]:
+    """The rows of several files.
+
+    Raises:
+        ValueError: a file of another version of the columns, or that is not a results file.
+
+    """
+    rows = []
+    for path in paths:
+        with path.open(newline="", encoding="utf-8") as file:
+            for line in csv.DictReader(file):
+                if line.pop("version", None) != str(VERSION):
+                    raise ValueError(
+                        f"{path} is not a results file of version {VERSION}: measure again, or use its commit"
+                    )
+                rows.append(Row(**{name: _value(name, text) for name, text in line.items()}))
+    return rows
+
+
+def _value(name: str, text: str) -> Any:
+    kind = _KINDS.get(name, str)
+    return None if kind is float and text == "" else kind(text)

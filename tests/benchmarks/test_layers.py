@@ -1,0 +1,121 @@
+import functools
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from benchmarks import layers, ops, results, roofline
+from benchmarks.contestants import FROZEN, Contestant, Scaled, contestants
+from benchmarks.sites import Site
+from gain_ops import dispatch
+
+CPU = torch.device("cpu")
+SITE = Site("tiny", 16, 32)
+CEILINGS = roofline.Ceilings({torch.float32: 1e10}, 1e10, "made up")
+
+
+@pytest.fixture(scope="module")
+def found() -> list[results.Row]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))  # seconds of C++ otherwise
+        return list(layers.rows([SITE], 8, torch.float32, CPU, 0.01, ceilings=CEILINGS))
+
+
+def test_every_contestant_appears_with_figures_or_a_reason(found: list[results.Row]) -> None:
+    seen = {(row.contestant, row.backend): [] for row in found}
+    for row in found:
+        seen[row.contestant, row.backend].append(row)
+    assert set(seen) == {(c.name, c.backend) for c in contestants()}
+    for contestant in contestants():
+        of = seen[contestant.name, contestant.backend]
+        if contestant.obstacle(torch.empty(0)) is not None:
+            assert [(row.median, row.samples) for row in of] == [(None, 0)]
+            assert of[0].note
+            continue
+        expected = (
+            [*layers.METRICS]
+            if contestant.name == FROZEN
+            else [name for metric in layers.METRICS for name in (metric, f"{metric} / frozen")]
+        )
+        assert [row.metric for row in of] == expected, of
+
+
+def test_rows_are_in_order(found: list[results.Row]) -> None:
+    for row in found:
+        assert (row.group, row.site, row.dtype, row.tokens) == ("layer", "tiny", "float32", 8)
+        assert (row.in_features, row.out_features, row.torch) == (16, 32, torch.__version__)
+        assert row.unit == ("x" if row.metric.endswith("/ frozen") else "us")
+        if row.median is not None:
+            assert 0 < row.q20 <= row.median <= row.q80
+            assert row.samples >= 5
+
+
+def test_floors_are_of_ours_and_the_frozen_linear(found: list[results.Row]) -> None:
+    for row in found:
+        ours = row.contestant == FROZEN or row.contestant.startswith("gain,")
+        assert (row.floor is not None) == (ours and row.unit == "us" and row.median is not None), row
+    (forward,) = (row for row in found if (row.contestant, row.metric) == (FROZEN, "forward"))
+    # 2 * 8 * 16 * 32 flops, 4 (8 * 16 + 16 * 32 + 8 * 32) bytes
+    assert forward.floor == pytest.approx(max(8192, 3584) / 1e10 * 1e6)
+
+
+def test_rows_survive_the_file(found: list[results.Row], tmp_path: Path) -> None:
+    results.append(tmp_path / "rows.csv", found)
+    assert results.read([tmp_path / "rows.csv"]) == found
+
+
+def test_who_is_wrong_gets_no_figure() -> None:
+    class Off(Scaled):
+        def forward(self, x: Tensor) -> Tensor:
+            return 1.01 * super().forward(x)
+
+    def absent(linear: nn.Linear) -> nn.Module:
+        raise ImportError("no such package")
+
+    class Detached(Scaled):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).detach()
+
+    who = [contestants()[0], *(Contestant(f.__name__, "-", f) for f in (Off, absent, Detached))]
+    found = list(layers.rows([SITE], 8, torch.float32, CPU, 0, who=who))
+    of = {name: list(rows) for name, rows in itertools.groupby(found, lambda row: row.contestant)}
+    for name, reason in {"Off": "not right, so not measured: y: relative error", "absent": "no such package"}.items():
+        assert [row.median for row in of[name]] == [None]
+        assert reason in of[name][0].note
+    assert [(row.metric, row.median is None) for row in of["Detached"]] == [
+        ("forward", False),
+        ("forward / frozen", False),
+        ("backward", True),
+        ("forward+backward", True),
+    ]
+
+
+def test_rows_come_as_they_are_measured() -> None:
+    rows = layers.rows([SITE, Site("never", 10**9, 10**9)], 8, torch.float32, CPU, 0, who=contestants()[:1])
+    assert [row.site for row in itertools.islice(rows, 3)] == ["tiny"] * 3
+
+
+def test_ops() -> None:
+    found = list(ops.rows([SITE], [8], torch.float32, CPU, 0, ceilings=CEILINGS))
+    assert {(row.contestant, row.backend) for row in found} == set(itertools.product(dispatch.OPS, ops.BACKENDS))
+    for row in found:
+        assert row.group == "op"
+        if row.backend == "cuda":
+            assert row.median is None
+            assert "GPU" in row.note
+        elif row.unit == "us":
+            assert 0 < row.floor < row.median
+        else:
+            assert (row.metric, row.unit) == ("achieved share of the floor", "share")
+            assert 0 < row.q20 <= row.median <= row.q80 < 1
+    eager = [row for row in found if row.backend == "eager"]
+    assert len(eager) == 2 * len(dispatch.OPS)
+
+
+def test_an_op_that_is_wrong_gets_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gain_ops.ops.scale", lambda x, delta, backend: x)
+    (row,) = ops.rows([SITE], [8], torch.float32, CPU, 0, names=["scale"], backends=["eager"])
+    assert row.median is None
+    assert "scale[0]: relative error" in row.note
