@@ -7,6 +7,8 @@ was measured and ``--resume`` goes on with the next part. What is right comes fi
 import dataclasses
 import importlib.util
 import json
+import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -17,6 +19,7 @@ import torch
 
 from benchmarks import ceilings, cublaslt, layers, memory, ops, proof, results, roofline, sites, steps
 from benchmarks.results import Row
+from gain_ops import extension
 
 ROOT = Path(__file__).resolve().parent.parent
 DEVICE = torch.device("cuda")
@@ -33,6 +36,7 @@ class Part:
 
 
 PARTS = (
+    Part("environment", 0.02, lambda budget_s, before: _environment()),
     Part("proof", 0.4, lambda budget_s, before: _proof()),
     Part("ceilings", 0.05, lambda budget_s, before: ceilings.rows(DEVICE, budget_s)),
     Part("cublaslt", 0.05, lambda budget_s, before: _cublaslt()),
@@ -106,6 +110,23 @@ def _done(out: Path) -> list[str]:
 def _note(group: str, name: str, value: float | None, note: str) -> Row:
     about = results.environment(DEVICE)
     return Row(group, name, "-", "-", "green", "", "", 0, 0, 0, value, value, value, 1, note=note, **about)
+
+
+def _environment() -> Iterator[Row]:
+    """What a row has no column for."""
+    query = ["nvidia-smi", "--query-gpu=driver_version,power.limit,clocks.max.sm", "--format=csv,noheader"]
+    found = {
+        "python": platform.python_version(),
+        "cuda of torch": str(torch.version.cuda),
+        "driver, power limit, largest clock": _output(query) if shutil.which("nvidia-smi") else "nvidia-smi not found",
+        "cuda kernels": extension.obstacle() or f"built for {extension.architectures()}",
+    }
+    for name, value in found.items():
+        yield _note("environment", name, None, value)
+
+
+def _output(command: list[str]) -> str:
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
 
 
 def _proof() -> Iterator[Row]:

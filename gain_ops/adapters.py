@@ -19,8 +19,6 @@ from pathlib import Path
 from types import MethodType
 from typing import TYPE_CHECKING, Any, cast
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -87,6 +85,8 @@ def save_gains(model: nn.Module, path: str | os.PathLike[str]) -> None:
         "base_model": _base_model(model),
         "layers": {name: {"side": layer.side, "base": fingerprint(layer)} for name, layer in layers.items()},
     }
+    import safetensors.torch  # here: kernels are tested and measured where there is torch and triton alone
+
     content = safetensors.torch.save(tensors, metadata={"gain_ops": json.dumps(header)})
     replace_file(Path(path), lambda beside: beside.write_bytes(content))
 
@@ -148,6 +148,8 @@ def read_gains(path: str | os.PathLike[str]) -> GainFile:
         FileNotFoundError: no such file.
 
     """
+    import safetensors
+
     try:
         with safetensors.safe_open(os.fspath(path), framework="pt") as opened:
             names: list[str] = opened.keys()
