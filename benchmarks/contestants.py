@@ -33,7 +33,7 @@ class Contestant:
 
 def contestants() -> list[Contestant]:
     """All of them, the frozen linear first; who is not installed is in the list with the reason."""
-    found = [Contestant(FROZEN, "-", _Frozen)]
+    found = [Contestant(FROZEN, "-", _Host)]
     for backend in ("eager", "triton", "cuda"):
         for side, save in (("output", "output"), ("output", "input"), ("input", "auto")):
             kept = "" if side == "input" else f", keeps {'z' if save == 'output' else 'x'}"
@@ -60,15 +60,6 @@ def contestants() -> list[Contestant]:
     ]
 
 
-class _Frozen(nn.Module):
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self.linear = linear
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear(x)
-
-
 class Scaled(nn.Module):
     """What one writes first: the scale in W's dtype, a pass of its own."""
 
@@ -81,13 +72,8 @@ class Scaled(nn.Module):
         return F.linear(x, self.linear.weight) * self.s
 
 
-class ScaledWeight(nn.Module):
+class ScaledWeight(Scaled):
     """The scale on W, made again in every forward; autograd then forms dW to reduce it."""
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self.linear = linear
-        self.s = nn.Parameter(torch.ones(linear.out_features, dtype=linear.weight.dtype, device=linear.weight.device))
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.s[:, None] * self.linear.weight)
@@ -117,7 +103,7 @@ def _backend_obstacle(backend: str, x: Tensor) -> str | None:
 
 
 class _Host(nn.Module):
-    """A model of one layer: what PEFT takes."""
+    """The layer as it is, and a model of one layer: what PEFT takes."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()

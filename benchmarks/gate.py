@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.contestants import Contestant, Scaled, ScaledWeight
+from benchmarks.contestants import Contestant, Scaled
 from benchmarks.results import ROOT
 from benchmarks.sites import Site
 from benchmarks.timing import first_line
@@ -47,7 +47,7 @@ def trained_gain(layer: nn.Module) -> Trained | None:
     for module in layer.modules():  # torch.compile and PEFT wrap
         if isinstance(module, Gained):
             return Trained(module.delta, module.side, 1)
-        if isinstance(module, Scaled | ScaledWeight):
+        if isinstance(module, Scaled):
             return Trained(module.s, "output", 0)
         if hasattr(module, "ia3_l"):
             return Trained(module.ia3_l["default"], "input" if module.is_feedforward else "output", 0)

@@ -3,13 +3,14 @@
 import csv
 import dataclasses
 import datetime
-import platform
 import subprocess
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from gain_ops.recipes.environment import describe_device
 
 VERSION = 1  # of the columns; read() refuses another
 ROOT = Path(__file__).resolve().parent.parent
@@ -63,27 +64,12 @@ def environment(device: torch.device) -> dict[str, str]:
     except ImportError:
         version = "not installed"
     return {
-        "device": _device_name(device),
+        "device": describe_device(device),
         "torch": torch.__version__,
         "triton": version,
         "commit": _commit(),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
     }
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    models = [line for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
-    name = models[0].partition(":")[2].strip() if models else platform.processor()
-    return f"{name}, {torch.get_num_threads()} threads"
-
-
-def _lines(path: str) -> list[str]:
-    try:
-        return Path(path).read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return []
 
 
 def _commit() -> str:

@@ -7,6 +7,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gain_ops import dispatch, ops
 
+from parity import CALLS
+
 T, IN, OUT = 5, 6, 4
 
 
@@ -25,17 +27,7 @@ def _tensors(dtype: torch.dtype, layout: str) -> dict[str, Tensor]:
     }
 
 
-ARGUMENTS = {
-    "scale": ("x", "delta_in"),
-    "linear": ("x", "weight", "delta_out", "bias"),
-    "linear_z": ("x", "weight", "delta_out", "bias"),
-    "linear_input": ("x", "weight", "delta_in", "bias"),
-    "backward": ("dy", "z", "delta_out"),
-    "ddelta": ("dy", "z"),
-    "backward_recompute": ("dy", "x", "weight", "delta_out"),
-    "ddelta_recompute": ("dy", "x", "weight"),
-    "backward_input": ("dy", "x", "weight", "delta_in"),
-}
+ARGUMENTS = {name: arguments for name, arguments in CALLS.items() if name in dispatch.OPS}
 
 
 def test_the_list_is_what_a_backend_offers() -> None:
