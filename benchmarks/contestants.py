@@ -56,6 +56,7 @@ def contestants() -> list[Contestant]:
         Contestant("PEFT (IA)^3, input side", "-", _ia3(feedforward=True), _missing("peft")),
         Contestant(f"PEFT LoRA r={RANK}", "-", _lora(dora=False), _missing("peft")),
         Contestant(f"PEFT DoRA r={RANK}", "-", _lora(dora=True), _missing("peft")),
+        Contestant("QuACK's epilogues, output side, keeps x", "-", _quack, _quack_obstacle),
         *(Contestant(name, "-", _never, lambda x, reason=reason: reason) for name, reason in _NOT_COMPARED.items()),
     ]
 
@@ -81,13 +82,24 @@ class ScaledWeight(Scaled):
 
 # named all the same: a reader who knows them will look for them
 _NOT_COMPARED = {
-    "QuACK's GEMM epilogues": "not compared: no machine at hand has its DSL (a row-vector load and reduce would express both)",
     "Liger": "does not apply: it fuses no scaled linear",
 }
 
 
 def _never(linear: nn.Linear) -> nn.Module:
     raise AssertionError("a contestant with an obstacle is not built")
+
+
+def _quack(linear: nn.Linear) -> nn.Module:
+    from benchmarks.quack_peer import QuackScaled
+
+    return QuackScaled(linear)
+
+
+def _quack_obstacle(x: Tensor) -> str | None:
+    if x.device.type != "cuda":
+        return "QuACK's kernels need a GPU"
+    return _missing("quack")(x)
 
 
 def _missing(package: str) -> Callable[[Tensor], str | None]:
