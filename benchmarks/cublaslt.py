@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 
-ALPHA_DEVICE_VECTOR_BETA_ZERO = 3
 _MODES = {0: "host", 1: "device", 2: "device vector", 3: "alpha vector, beta zero", 4: "alpha vector, beta host"}
 _F32, _F16, _I8, _I32, _BF16, _E4M3 = 0, 2, 3, 10, 14, 28
 _COMPUTE_F32, _COMPUTE_I32 = 68, 72

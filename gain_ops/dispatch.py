@@ -113,30 +113,33 @@ def _triton_obstacle(device_type: str, index: int | None, dtype: torch.dtype, by
         return 'triton is not installed (pip install "gain-ops[triton]")'
     if importlib.util.find_spec("gain_ops.kernels") is None:
         return "gain_ops.kernels is missing: this is an uninstalled checkout (pip install -e .)"
-    if dtype not in _DTYPES:
-        return f"the kernels compute in bfloat16, float16 and float32, not {dtype}"
+    if obstacle := _dtype_obstacle(dtype):
+        return obstacle
     import triton
 
     if by_name and device_type == "cpu" and triton.knobs.runtime.interpret:
         return None if dtype != torch.bfloat16 else "Triton's interpreter computes wrong bfloat16 dots"
-    if device_type != "cuda":
-        return f"the kernels need a GPU and the tensors are on {device_type}"
-    return _gpu_obstacle(index)
+    return _device_obstacle(device_type, index)
 
 
 def _cuda_obstacle(device_type: str, index: int | None, dtype: torch.dtype, by_name: bool) -> str | None:
     """Why the compiled kernels cannot run, or None when they can."""
-    if dtype not in _DTYPES:
-        return f"the kernels compute in bfloat16, float16 and float32, not {dtype}"
+    if obstacle := _dtype_obstacle(dtype):
+        return obstacle
+    if device_type == "cuda" and torch.version.hip is not None:
+        return "the kernels are CUDA's and this is ROCm (the triton backend serves it)"
+    return _device_obstacle(device_type, index) or extension.obstacle()
+
+
+def _dtype_obstacle(dtype: torch.dtype) -> str | None:
+    """Why the kernels do not compute in this dtype, or None."""
+    return None if dtype in _DTYPES else f"the kernels compute in bfloat16, float16 and float32, not {dtype}"
+
+
+def _device_obstacle(device_type: str, index: int | None) -> str | None:
+    """Why the kernels cannot run on this device, no GPU or one too old, or None."""
     if device_type != "cuda":
         return f"the kernels need a GPU and the tensors are on {device_type}"
-    if torch.version.hip is not None:
-        return "the kernels are CUDA's and this is ROCm (the triton backend serves it)"
-    return _gpu_obstacle(index) or extension.obstacle()
-
-
-def _gpu_obstacle(index: int | None) -> str | None:
-    """Why this GPU is too old for the kernels, or None."""
     if torch.version.hip is not None:
         name = torch.cuda.get_device_properties(index).gcnArchName.split(":")[0]
         return None if name >= "gfx90a" else f"the kernels need gfx90a or later and this device is {name}"
