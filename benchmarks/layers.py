@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from benchmarks import gate, roofline, timing
 from benchmarks.contestants import FROZEN, Contestant, contestants
-from benchmarks.results import Row, environment
+from benchmarks.results import Row, environment, site_row
 from benchmarks.sites import Site
 from gain_ops import GainLinear
 
@@ -49,16 +49,7 @@ def rows(
     about = environment(device)
     for site, left in timing.shared_out(sites, budget_s):
         torch.compiler.reset()  # or a compiled contestant would be measured with shapes made dynamic
-        row = partial(
-            Row,
-            group="layer",
-            site=site.name,
-            dtype=str(dtype).removeprefix("torch."),
-            tokens=tokens,
-            in_features=site.in_features,
-            out_features=site.out_features,
-            **about,
-        )
+        row = site_row("layer", site, tokens, dtype, about)
         judge = gate.Judge(site, tokens, dtype, device)
         obstacles = [obstacle(contestant, judge) for contestant in who]
         for contestant, reason in zip(who, obstacles, strict=True):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from benchmarks import gate, roofline, timing
 from benchmarks.layers import free_memory
-from benchmarks.results import Row, environment
+from benchmarks.results import Row, environment, site_row
 from benchmarks.sites import Site
 from gain_ops import BackendUnavailable, dispatch, ops
 
@@ -47,16 +47,7 @@ def rows(
     about = environment(device)
     for (site, count), left in timing.shared_out([(site, count) for site in sites for count in tokens], budget_s):
         sizes = (count, site.in_features, site.out_features)
-        row = partial(
-            Row,
-            group="op",
-            site=site.name,
-            dtype=str(dtype).removeprefix("torch."),
-            tokens=count,
-            in_features=site.in_features,
-            out_features=site.out_features,
-            **about,
-        )
+        row = site_row("op", site, count, dtype, about)
         cases, reasons = _cases(names, backends, tensors(site, count, dtype, device))
         for (name, backend), reason in reasons.items():
             yield row(contestant=name, backend=backend, metric="time", unit="us", note=reason, **timing.NO_FIGURE)

@@ -3,13 +3,15 @@
 import csv
 import dataclasses
 import datetime
+import functools
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.sites import Site
 from gain_ops.recipes.environment import describe_device
 
 VERSION = 1  # of the columns; read() refuses another
@@ -49,6 +51,20 @@ class Row:
     triton: str = ""
     commit: str = ""
     date: str = ""
+
+
+def site_row(group: str, site: Site, tokens: int, dtype: torch.dtype, about: dict[str, str]) -> Callable[..., Row]:
+    """Makes rows of one site: what is left to say is who, the metric and the figure; about is environment()."""
+    return functools.partial(
+        Row,
+        group=group,
+        site=site.name,
+        dtype=str(dtype).removeprefix("torch."),
+        tokens=tokens,
+        in_features=site.in_features,
+        out_features=site.out_features,
+        **about,
+    )
 
 
 _KINDS: dict[str, Any] = {"tokens": int, "in_features": int, "out_features": int, "samples": int}
