@@ -35,7 +35,7 @@ def autocast_enabled(device_type: str) -> bool:
     return device_type in _AUTOCAST_TYPES and torch.is_autocast_enabled(device_type)
 
 
-def _outside_autocast(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:
+def outside_autocast(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:
     """Run a backward with autocast off: a backward called under autocast would round fp32 GEMMs otherwise."""
 
     @wraps(backward)
@@ -48,7 +48,7 @@ def _outside_autocast(backward: Callable[..., Gradients]) -> Callable[..., Gradi
     return run
 
 
-def _differentiable() -> bool:
+def differentiable() -> bool:
     """Whether this backward is itself being recorded (create_graph=True); a traced backward never is."""
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
@@ -93,12 +93,12 @@ class KeepOutput(Function):
         return y, z
 
     @staticmethod
-    @_outside_autocast
+    @outside_autocast
     def backward(ctx: Any, dy: Tensor | None, dz_kept: Tensor | None) -> Gradients:
         """dy [T, out] -> dx, None, ddelta, dbias. dz_kept comes only from a double backward."""
         z, weight, delta = ctx.saved_tensors
         weight = None if weight is None else _cast(weight, ctx.compute_dtype)
-        if dz_kept is not None or _differentiable():
+        if dz_kept is not None or differentiable():
             return _keep_output_composite(ctx, dy, dz_kept, z, weight, delta)
         if dy is None:
             return (None,) * 6
@@ -160,7 +160,7 @@ class KeepInput(Function):
         return y
 
     @staticmethod
-    @_outside_autocast
+    @outside_autocast
     def backward(ctx: Any, dy: Tensor | None) -> Gradients:
         """dy [T, out] -> dx, None, ddelta, dbias."""
         if dy is None:
@@ -180,7 +180,7 @@ def _output_side_gradients(
     dy: Tensor, x: Tensor | None, weight: Tensor, delta: Tensor | None, backend: str
 ) -> tuple[Tensor | None, Tensor | None]:
     """(dx, ddelta) of the output side; x is None when ddelta is not wanted, delta is None when dx is not."""
-    if _differentiable():
+    if differentiable():
         return (
             None if delta is None else reference.composite_scale(dy, delta) @ weight,
             None if x is None else reference.ddelta_recompute(dy, x, weight),
@@ -198,7 +198,7 @@ def _input_side_gradients(
     dy: Tensor, x: Tensor | None, weight: Tensor, delta: Tensor | None, backend: str
 ) -> tuple[Tensor | None, Tensor | None]:
     """(dx, ddelta) of the input side; x is None when ddelta is not wanted, delta is None when dx is not."""
-    if _differentiable():
+    if differentiable():
         dxs = dy @ weight
         return (
             None if delta is None else reference.composite_scale(dxs, delta),
@@ -226,7 +226,7 @@ class Scale(Function):
         return y
 
     @staticmethod
-    @_outside_autocast
+    @outside_autocast
     def backward(ctx: Any, dy: Tensor | None) -> Gradients:
         """dy [T, n] -> dx, ddelta."""
         if dy is None:
@@ -234,7 +234,7 @@ class Scale(Function):
         x, delta = ctx.saved_tensors
         needs_x, needs_delta, _ = ctx.needs_input_grad
         dx = ddelta = None
-        if _differentiable():
+        if differentiable():
             if needs_x:
                 dx = reference.composite_scale(dy, delta)
             if needs_delta:

@@ -57,3 +57,29 @@ def ddelta_recompute(dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
 def backward_input(dy: Tensor, x: Tensor, weight: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
     """dx [T, in], ddelta [in]."""
     return _empty(x, *x.shape), _sums(x, x.shape[1])
+
+
+def glu(gate: Tensor, up: Tensor | None, delta: Tensor, activation: str) -> Tensor:
+    """[T, n]."""
+    return _empty(gate, *gate.shape)
+
+
+def glu_backward(dh: Tensor, gate: Tensor, up: Tensor | None, delta: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """[T, 2n] (without up [T, n]), ddelta [n]."""
+    t, n = gate.shape
+    return _empty(gate, t, n if up is None else 2 * n), _sums(gate, n)
+
+
+def glu_ddelta(dh: Tensor, gate: Tensor, up: Tensor | None, activation: str) -> Tensor:
+    """ddelta [n]."""
+    return _sums(gate, gate.shape[1])
+
+
+def rms_norm(x: Tensor, weight: Tensor, delta: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """[T, n], r [T]."""
+    return _empty(x, *x.shape), _sums(x, x.shape[0])
+
+
+def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, delta: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+    """[T, n], ddelta [n]."""
+    return _empty(x, *x.shape), _sums(x, x.shape[1])

@@ -2,9 +2,9 @@
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from gain_ops import ops, reference
+from gain_ops.arguments import check_device, check_features, check_floating, flatten, transformed, unflatten
 from gain_ops.autograd import KeepInput, KeepOutput, Scale, autocast_enabled
 
 SIDES = ("output", "input")
@@ -64,7 +64,7 @@ def gain_linear(
     """
     _check(x, weight, delta, bias, side, save)
     device_type = x.device.type
-    if _transformed():
+    if transformed():
         return reference.composite(x, weight, delta, bias, side)
     if autocast_enabled(device_type) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device_type)
@@ -102,16 +102,16 @@ def gain_scale(x: Tensor, delta: Tensor, *, backend: str = "auto") -> Tensor:
         BackendUnavailable: a backend asked for by name that cannot run here.
 
     """
-    _check_floating(x=x, delta=delta)
-    _check_features(x, x.shape[-1] if x.dim() else 0, delta, "x.shape[-1]")
-    if _transformed():
+    check_floating(x=x, delta=delta)
+    check_features(x, x.shape[-1] if x.dim() else 0, delta, "x.shape[-1]")
+    if transformed():
         return reference.composite_scale(x, delta)
-    flat = _flatten(x)
+    flat = flatten(x)
     if torch.is_grad_enabled() and (x.requires_grad or delta.requires_grad):
         y = Scale.apply(flat, delta, backend)
     else:
         y = ops.scale(flat, delta, backend)
-    return _unflatten(y, x)
+    return unflatten(y, x)
 
 
 def check_side_and_save(side: str, save: str) -> None:
@@ -134,7 +134,7 @@ def _apply(
     save: str,
     backend: str,
 ) -> Tensor:
-    flat = _flatten(x)
+    flat = flatten(x)
     wants_grad = x.requires_grad or delta.requires_grad or (bias is not None and bias.requires_grad)
     if not (wants_grad and torch.is_grad_enabled()):
         op = ops.linear if side == "output" else ops.linear_input
@@ -143,25 +143,7 @@ def _apply(
         y, _ = KeepOutput.apply(flat, weight, delta, bias, compute_dtype, backend)
     else:
         y = KeepInput.apply(flat, weight, delta, bias, compute_dtype, side, backend)
-    return _unflatten(y, x)
-
-
-def _flatten(x: Tensor) -> Tensor:
-    """[..., n] -> [T, n], before autograd, so that one compiled graph serves every rank."""
-    if x.dim() == 2:
-        return x
-    return x.unsqueeze(0) if x.dim() == 1 else x.flatten(0, -2)
-
-
-def _unflatten(y: Tensor, like: Tensor) -> Tensor:
-    return y if like.dim() == 2 else y.view(*like.shape[:-1], y.shape[-1])
-
-
-def _transformed() -> bool:
-    """Whether a torch.func transform or forward-mode is active: plain torch supports them all, a Function needs rules."""
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return unflatten(y, x)
 
 
 def _check(x: Tensor, weight: Tensor, delta: Tensor, bias: Tensor | None, side: str, save: str) -> None:
@@ -178,31 +160,14 @@ def _check(x: Tensor, weight: Tensor, delta: Tensor, bias: Tensor | None, side: 
             "Call weight.requires_grad_(False) (gain_ops.apply does), or train the full weight with torch.nn.functional.linear."
         )
     if side == "output":
-        _check_features(x, weight.shape[0], delta, "out_features on the output side")
+        check_features(x, weight.shape[0], delta, "out_features on the output side")
     else:
-        _check_features(x, weight.shape[1], delta, "in_features on the input side")
+        check_features(x, weight.shape[1], delta, "in_features on the input side")
     if bias is None:
-        _check_floating(x=x, weight=weight, delta=delta)
+        check_floating(x=x, weight=weight, delta=delta)
     else:
-        _check_floating(x=x, weight=weight, delta=delta, bias=bias)
+        check_floating(x=x, weight=weight, delta=delta, bias=bias)
         if bias.shape != weight.shape[:1]:
             raise ValueError(f"bias must be [out_features={weight.shape[0]}] or None, got shape {tuple(bias.shape)}")
-        _check_device(x, bias, "bias")
-    _check_device(x, weight, "weight")
-
-
-def _check_features(x: Tensor, features: int, delta: Tensor, meaning: str) -> None:
-    if delta.dim() != 1 or delta.shape[0] != features:
-        raise ValueError(f"delta must be [{features}] ({meaning}), got shape {tuple(delta.shape)}")
-    _check_device(x, delta, "delta")
-
-
-def _check_device(x: Tensor, other: Tensor, name: str) -> None:
-    if other.device != x.device:
-        raise ValueError(f"x is on {x.device} and {name} is on {other.device}: move them to one device")
-
-
-def _check_floating(**tensors: Tensor) -> None:
-    for name, tensor in tensors.items():
-        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-            raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {tensor.dtype}")
+        check_device(x, bias, "bias")
+    check_device(x, weight, "weight")

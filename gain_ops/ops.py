@@ -47,3 +47,14 @@ ddelta_recompute = _register("ddelta_recompute(Tensor dy, Tensor x, Tensor weigh
 backward_input = _register(
     "backward_input(Tensor dy, Tensor x, Tensor weight, Tensor delta, str backend) -> (Tensor dx, Tensor ddelta)"
 )
+glu = _register("glu(Tensor gate, Tensor? up, Tensor delta, str activation, str backend) -> Tensor")
+glu_backward = _register(
+    "glu_backward(Tensor dh, Tensor gate, Tensor? up, Tensor delta, str activation, str backend)"
+    " -> (Tensor dgate_up, Tensor ddelta)"
+)
+glu_ddelta = _register("glu_ddelta(Tensor dh, Tensor gate, Tensor? up, str activation, str backend) -> Tensor")
+rms_norm = _register("rms_norm(Tensor x, Tensor weight, Tensor delta, float eps, str backend) -> (Tensor y, Tensor r)")
+rms_norm_backward = _register(
+    "rms_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor delta, Tensor r, str backend)"
+    " -> (Tensor dx, Tensor ddelta)"
+)

@@ -1,7 +1,8 @@
 """The equations of a gained linear map in plain torch: the eager backend, and the truth that the kernels are tested against.
 
 Every function works on flat activations: ``x`` [T, in], ``dy`` and ``z`` [T, out], ``weight`` [out, in] of any strides,
-``delta`` [out] on the output side or [in] on the input side, ``gain = 1 + delta``. Results are contiguous. Products with
+``delta`` [out] on the output side or [in] on the input side, ``gain = 1 + delta``;
+``gate``, ``up`` and ``dh`` [T, n]. Results are contiguous. Products with
 the gain and all sums run in fp32 (fp64 for fp64); what is an activation is rounded once to the activation's dtype, a
 ``ddelta`` stays in the accumulation dtype and its caller rounds it to delta's.
 
@@ -14,6 +15,12 @@ Line by line (the kernels name these):
     (5)  y      = (x * gain) @ W.T + b                input side
     (6)  dx     = gain * (dy @ W)
     (7)  ddelta = sum_t (dy @ W)[t] * x[t]
+    (8)  h      = act(g) * u * gain                   the gain in the FFN's activation; without u: act(g) * gain
+    (9)  dg     = dh * gain * u * act'(g),   du = dh * gain * act(g)
+    (10) ddelta = sum_t dh[t] * act(g)[t] * u[t]
+    (11) y      = r * x * w * gain,   r = 1 / sqrt(mean(x^2) + eps)       the gain in an RMSNorm of weight w
+    (12) dx     = r * (v - n * mean(v * n)),   v = dy * w * gain,   n = r * x
+    (13) ddelta = sum_t dy[t] * n[t] * w
 
 No line divides by a gain or by z, so a zero gain and an all-zero row of W have exact, finite gradients. dW is never formed.
 
@@ -23,6 +30,9 @@ Source: GAIN, arXiv 2604.04516 (W_new = S W); the gradients follow by the chain 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu2")
+"""What an FFN does between its projections; gelu_tanh is GPT-2's and Gemma's, relu2 the square of relu."""
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -76,6 +86,85 @@ def backward_input(dy: Tensor, x: Tensor, weight: Tensor, delta: Tensor) -> tupl
     """Lines (6), (7): -> dx [T, in], ddelta [in]."""
     dxs = torch.mm(dy, weight)
     return scale(dxs, delta), ddelta(dxs, x)
+
+
+def glu(gate: Tensor, up: Tensor | None, delta: Tensor, activation: str) -> Tensor:
+    """Line (8): -> h [T, n], rounded once."""
+    return composite_glu(gate, up, delta, activation).contiguous()
+
+
+def glu_backward(dh: Tensor, gate: Tensor, up: Tensor | None, delta: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """Lines (9), (10): -> dg and du side by side [T, 2n] (without up: dg [T, n]), ddelta [n]."""
+    parts, sums = composite_glu_backward(dh, gate, up, delta, activation)
+    return torch.cat(parts, 1) if up is not None else parts[0].contiguous(), sums
+
+
+def glu_ddelta(dh: Tensor, gate: Tensor, up: Tensor | None, activation: str) -> Tensor:
+    """Line (10) alone: -> [n]."""
+    wide = accumulation_dtype(gate.dtype)
+    product = dh.to(wide) * activate(gate.to(wide), activation)
+    return (product if up is None else product * up).sum(0)
+
+
+def rms_norm(x: Tensor, weight: Tensor, delta: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Line (11): -> y [T, n], rounded once, and r [T] in the accumulation dtype."""
+    wide = x.to(accumulation_dtype(x.dtype))
+    r = torch.rsqrt(wide.square().sum(1) / max(x.shape[1], 1) + eps)
+    return (wide * r[:, None] * (weight * _gain(delta, x))).to(x.dtype).contiguous(), r
+
+
+def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, delta: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+    """Lines (12), (13): -> dx [T, n], ddelta [n]."""
+    n = x * r[:, None]
+    v = dy * (weight * _gain(delta, x))
+    dx = r[:, None] * (v - n * (v * n).mean(1, keepdim=True))
+    return dx.to(x.dtype).contiguous(), (dy * n).sum(0) * weight.to(r.dtype)
+
+
+def activate(x: Tensor, activation: str) -> Tensor:
+    """``act(x)``: one of ACTIVATIONS, differentiable."""
+    if activation == "silu":
+        return F.silu(x)
+    if activation == "relu2":
+        return F.relu(x).square()
+    return F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
+def activate_backward(dy: Tensor, x: Tensor, activation: str) -> Tensor:
+    """``dy * act'(x)``, differentiable."""
+    if activation == "silu":
+        sigmoid = torch.sigmoid(x)
+        return dy * sigmoid * (1 + x * (1 - sigmoid))
+    if activation == "relu2":
+        return 2 * dy * F.relu(x)
+    dx: Tensor = torch.ops.aten.gelu_backward(dy, x, approximate="tanh" if activation == "gelu_tanh" else "none")
+    return dx
+
+
+def composite_glu(gate: Tensor, up: Tensor | None, delta: Tensor, activation: str) -> Tensor:
+    """``glu`` for gate and up of any rank, differentiable."""
+    h = activate(gate.to(accumulation_dtype(gate.dtype)), activation)
+    return ((h if up is None else h * up) * _gain(delta, gate)).to(gate.dtype)
+
+
+def composite_glu_backward(
+    dh: Tensor, gate: Tensor, up: Tensor | None, delta: Tensor, activation: str
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """``glu_backward``, differentiable: -> (dg, du) or (dg,), ddelta."""
+    wide = gate.to(accumulation_dtype(gate.dtype))
+    scaled = dh * _gain(delta, gate)
+    a = activate(wide, activation)
+    if up is None:
+        return (activate_backward(scaled, wide, activation).to(gate.dtype),), (dh * a).sum(0)
+    dg = activate_backward(scaled * up, wide, activation).to(gate.dtype)
+    return (dg, (scaled * a).to(gate.dtype)), (dh * a * up).sum(0)
+
+
+def composite_rms_norm(x: Tensor, weight: Tensor, delta: Tensor, eps: float) -> Tensor:
+    """``rms_norm`` for x of any rank, differentiable."""
+    wide = x.to(accumulation_dtype(x.dtype))
+    r = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (wide * r * (weight * _gain(delta, x))).to(x.dtype)
 
 
 def composite(x: Tensor, weight: Tensor, delta: Tensor, bias: Tensor | None, side: str) -> Tensor:

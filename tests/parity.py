@@ -1,6 +1,7 @@
 """What the parity tests share: tensors for every op, layouts, and the comparison by the rule."""
 
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,12 +23,20 @@ CALLS = {
     "backward_recompute": ("dy", "x", "weight", "delta_out"),
     "ddelta_recompute": ("dy", "x", "weight"),
     "backward_input": ("dy", "x", "weight", "delta_in"),
+    **{f"glu {act}": ("dy", "z", "delta_out", act) for act in reference.ACTIVATIONS},
+    **{f"glu without up {act}": ("dy", "no up", "delta_out", act) for act in reference.ACTIVATIONS},
+    **{f"glu_backward {act}": ("dh", "dy", "z", "delta_out", act) for act in reference.ACTIVATIONS},
+    **{f"glu_backward without up {act}": ("dh", "dy", "no up", "delta_out", act) for act in reference.ACTIVATIONS},
+    "glu_ddelta": ("dh", "dy", "z", "silu"),
+    "glu_ddelta without up": ("dh", "dy", "no up", "gelu"),
+    "rms_norm": ("dy", "norm_weight", "delta_out", "eps"),
+    "rms_norm_backward": ("dh", "dy", "norm_weight", "delta_out", "r"),
 }
 
 LAYOUTS = ["contiguous", "transposed", "padded", "every other", "expanded"]
 
 
-def tensors(t: int, i: int, o: int, dtype: torch.dtype) -> dict[str, Tensor | None]:
+def tensors(t: int, i: int, o: int, dtype: torch.dtype) -> dict[str, Any]:
     """Every argument of CALLS."""
 
     def make(*shape: int) -> Tensor:
@@ -42,6 +51,12 @@ def tensors(t: int, i: int, o: int, dtype: torch.dtype) -> dict[str, Tensor | No
         "delta_in": 0.3 * make(i),
         "bias": make(o).to(dtype),
         "no bias": None,
+        "dh": make(t, o).to(dtype),
+        "no up": None,
+        "norm_weight": make(o).to(dtype),
+        "r": make(t).abs(),
+        "eps": 1e-5,
+        **{act: act for act in reference.ACTIVATIONS},
     }
 
 
@@ -63,16 +78,16 @@ def laid_out(t: Tensor, layout: str) -> Tensor:
     return t
 
 
-def run(backend: ModuleType, call: str, given: dict[str, Tensor | None]) -> tuple[Tensor, ...]:
+def run(backend: ModuleType, call: str, given: dict[str, Any]) -> tuple[Tensor, ...]:
     """The results of a call, always as a tuple."""
     result = getattr(backend, call.split()[0])(*(given[argument] for argument in CALLS[call]))
     return result if isinstance(result, tuple) else (result,)
 
 
-def compare(backend: ModuleType, call: str, given: dict[str, Tensor | None]) -> None:
+def compare(backend: ModuleType, call: str, given: dict[str, Any]) -> None:
     """The backend errs at most twice what plain torch errs, and returns its dtypes and strides."""
-    exact = {name: None if v is None else v.double() for name, v in given.items()}
-    absolute = {name: None if v is None else v.abs() for name, v in exact.items()}
+    exact = {name: v.double() if isinstance(v, Tensor) else v for name, v in given.items()}
+    absolute = {name: v.abs() if isinstance(v, Tensor) else v for name, v in exact.items()}
     results = (
         run(backend, call, given),
         run(reference, call, given),

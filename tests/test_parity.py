@@ -58,7 +58,7 @@ def test_any_shape_and_strides(call: str, backend: str, data: st.DataObject) -> 
     torch.manual_seed(t + 100 * i + 10_000 * o)
     dtype = data.draw(st.sampled_from(DTYPES[backend]), label="dtype")
     arguments = tensors(t, i, o, dtype)
-    for name in ("x", "weight", "dy", "z"):
+    for name in ("x", "weight", "dy", "z", "dh"):
         arguments[name] = laid_out(arguments[name], data.draw(st.sampled_from(LAYOUTS), label=name))
     compare(_module(backend), call, arguments)
 

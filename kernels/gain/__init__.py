@@ -2,6 +2,8 @@
 
 linear_forward.py   y = gain * (x @ W.T) + b in a GEMM's epilogue
 matmul_reduce.py   a GEMM that writes dz or dx and the partials of ddelta: the backwards that keep x
+activations.py     the gain in an FFN's activation, forward and backward
+norm.py            the gain in an RMSNorm, forward and backward
 rows.py            one bandwidth-bound pass: the backward from a kept z, and the scaling of an operand
 partials.py        the second stage of every ddelta, in fixed order
 config.py          launch configurations and their heuristics
@@ -9,8 +11,10 @@ tuning.py          opt-in tuning, cached as JSON
 aot.py             every configuration compiled ahead of time, with no GPU
 """
 
+from gain_ops.kernels.activations import glu, glu_backward, glu_ddelta
 from gain_ops.kernels.linear_forward import linear, linear_z
 from gain_ops.kernels.matmul_reduce import backward_input, backward_recompute, ddelta_recompute
+from gain_ops.kernels.norm import rms_norm, rms_norm_backward
 from gain_ops.kernels.rows import backward, ddelta, linear_input, scale
 
 __all__ = [
@@ -19,8 +23,13 @@ __all__ = [
     "backward_recompute",
     "ddelta",
     "ddelta_recompute",
+    "glu",
+    "glu_backward",
+    "glu_ddelta",
     "linear",
     "linear_input",
     "linear_z",
+    "rms_norm",
+    "rms_norm_backward",
     "scale",
 ]

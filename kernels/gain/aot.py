@@ -30,7 +30,7 @@ from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from gain_ops.kernels import config, linear_forward, matmul_reduce, partials, rows
+from gain_ops.kernels import activations, config, linear_forward, matmul_reduce, norm, partials, rows
 from gain_ops.kernels.config import GemmConfig
 
 TARGETS = {
@@ -76,6 +76,8 @@ class Compiled:
 def problems(target: str) -> list[Problem]:
     """Every kernel call that can happen on a target: kernels x variants x dtypes x configurations."""
     found = [Problem("rows", v, d, "ieee", None, a) for v in _ROWS_VARIANTS for d in _DTYPES for a in (True, False)]
+    found += [Problem("glu", v, d, "ieee", None, a) for v in _GLU_VARIANTS for d in _DTYPES for a in (True, False)]
+    found += [Problem("norm", v, d, "ieee", None, a) for v in _NORM_VARIANTS for d in _DTYPES for a in (True, False)]
     found.append(Problem("partials", "sum", "float32", "ieee", None, True))
     for dtype in _DTYPES:
         for precision in ("ieee", "tf32") if dtype == "float32" and target.startswith("sm") else ("ieee",):
@@ -106,6 +108,15 @@ def compile_one(problem: Problem, target: str) -> Compiled:
 
 _DTYPES = ("bfloat16", "float16", "float32")
 _ROWS_VARIANTS = ("backward", "ddelta", "scale", "by_row")
+_GLU_VARIANTS = (
+    "glu, silu",
+    "glu, gelu_tanh",
+    "glu_plain, gelu_tanh",
+    "glu_backward, silu",
+    "glu_backward, gelu",
+    "glu_ddelta, silu",
+)
+_NORM_VARIANTS = ("rms_norm", "rms_norm_backward")
 _GEMM_VARIANTS = {
     "linear": ("plain", "plain, W transposed", "bias and z", "bias and z, W transposed"),
     "matmul_reduce": ("c", "acc", "nothing", "c, W transposed", "acc, W transposed", "nothing, W transposed"),
@@ -143,14 +154,20 @@ def _launch(problem: Problem) -> None:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     delta, bias = torch.empty(n, device="meta"), empty(n)
-    variant, _, transposed = problem.variant.partition(", ")
-    weight = empty(k, n).t() if transposed else empty(n, k)
+    variant, _, detail = problem.variant.partition(", ")
+    weight = empty(k, n).t() if detail == "W transposed" else empty(n, k)
     launchers: dict[str, Callable[[], Any]] = {
         "sum": lambda: partials.sum_partials(empty(m, n)),
         "backward": lambda: rows.launch_backward(empty(m, n), empty(m, n), delta, empty(m, n)),
         "ddelta": lambda: rows.launch_backward(empty(m, n), empty(m, n), None, None),
         "scale": lambda: rows.scale(empty(m, n), delta),
         "by_row": lambda: rows.linear_input(empty(m, k), empty(k, n).t()[:8], delta, None),
+        "glu": lambda: activations.glu(empty(m, n), empty(m, n), delta, detail),
+        "glu_plain": lambda: activations.glu(empty(m, n), None, delta, detail),
+        "glu_backward": lambda: activations.glu_backward(empty(m, n), empty(m, n), empty(m, n), delta, detail),
+        "glu_ddelta": lambda: activations.glu_ddelta(empty(m, n), empty(m, n), empty(m, n), detail),
+        "rms_norm": lambda: norm.rms_norm(empty(m, n), bias, delta, 1e-5),
+        "rms_norm_backward": lambda: norm.rms_norm_backward(empty(m, n), empty(m, n), bias, delta, delta),
         "plain": lambda: linear_forward.launch(empty(m, k), weight, delta, None, empty(m, n), None, problem.config),
         "bias and z": lambda: linear_forward.launch(
             empty(m, k), weight, delta, bias, empty(m, n), empty(m, n), problem.config

@@ -41,6 +41,16 @@ class RowsConfig:
 
 
 ROWS = RowsConfig()
+GLU = RowsConfig()
+
+NORM_CHUNK = 32
+"""Rows of an RMSNorm that make one row of partials, whatever the device."""
+
+
+def norm_warps(block_n: int) -> int:
+    """Warps for a row of block_n values in registers: some 16 values a thread."""
+    return min(max(block_n // 512, 1), 32)
+
 
 # bf16 and fp16 by TMA: Hopper and data-centre Blackwell
 _HOPPER_LARGE = GemmConfig(128, 256, 64, num_warps=8, num_stages=4, subtiles=2)

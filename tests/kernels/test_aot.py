@@ -43,7 +43,7 @@ def _name(kernel: dict[str, Any]) -> str:
 def test_everything_compiles(target: str, compiled: dict[str, list[dict[str, Any]]]) -> None:
     assert len(compiled[target]) == len(aot.problems(target))
     kernels = Counter(k["problem"]["kernel"] for k in compiled[target])
-    assert set(kernels) == {"rows", "linear", "matmul_reduce", "partials"}
+    assert set(kernels) == {"glu", "rows", "linear", "matmul_reduce", "norm", "partials"}
 
 
 @pytest.mark.slow

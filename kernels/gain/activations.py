@@ -1,0 +1,212 @@
+"""The gain in an FFN's activation: one pass forward, one pass backward over [T, n].
+
+    glu             h = act(g) * u * gain                       line (8): reads g and u, writes h
+    glu_backward    dg, du, partials of sum_t dh * act(g) * u   lines (9), (10): reads dh, g and u, writes dg and du
+    glu_ddelta      the partials alone                          line (10): reads dh, g and u
+
+Without u, g alone. dg and du are the halves of one tensor [T, 2n]: what a packed projection's GEMM reads as it lies.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gain_ops.kernels._common import load_gain, on_device_of, options
+from gain_ops.kernels.config import GLU, RowsConfig
+from gain_ops.kernels.partials import sum_partials
+
+
+@triton.jit
+def act_and_slope(x, ACTIVATION: tl.constexpr):
+    """act(x) and act'(x) in fp32; NaN stays NaN."""
+    if ACTIVATION == "silu":
+        s = tl.sigmoid(x)
+        return x * s, s * (1.0 + x * (1.0 - s))
+    elif ACTIVATION == "relu2":
+        r = tl.where(x < 0.0, 0.0, x)
+        return r * r, 2.0 * r
+    elif ACTIVATION == "gelu":
+        cdf = 0.5 * (1.0 + tl.math.erf(x * 0.7071067811865476))
+        return x * cdf, cdf + x * (0.3989422804014327 * tl.exp(-0.5 * x * x))
+    else:  # gelu_tanh: 1/2 (1 + tanh(v)) = sigmoid(2 v)
+        square = x * x
+        s = tl.sigmoid(1.5957691216057308 * x * (1.0 + 0.044715 * square))
+        return x * s, s + x * s * (1.0 - s) * (1.5957691216057308 * (1.0 + 0.134145 * square))
+
+
+@triton.jit
+def glu_kernel(
+    gate,  # [T, N]
+    up,  # [T, N] or None
+    delta,  # [N]
+    h,  # [T, N] contiguous
+    T,
+    N,
+    stride_gt: tl.int64,
+    stride_gn: tl.int64,
+    stride_ut: tl.int64,
+    stride_un: tl.int64,
+    ACTIVATION: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """A program computes one [BLOCK_T, BLOCK_N] tile."""
+    n_blocks = tl.cdiv(N, BLOCK_N)
+    rows = (tl.program_id(0) // n_blocks).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    cols = (tl.program_id(0) % n_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    cols64 = cols.to(tl.int64)
+    mask = (rows < T)[:, None] & (cols < N)[None, :]
+    g = tl.load(gate + rows[:, None] * stride_gt + cols64[None, :] * stride_gn, mask=mask, other=0.0).to(tl.float32)
+    tile, _ = act_and_slope(g, ACTIVATION)
+    if up is not None:
+        tile *= tl.load(up + rows[:, None] * stride_ut + cols64[None, :] * stride_un, mask=mask, other=0.0).to(
+            tl.float32
+        )
+    tile *= load_gain(delta, cols, N)[None, :]
+    tl.store(h + rows[:, None] * N + cols64[None, :], tile.to(h.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def glu_backward_kernel(
+    dh,  # [T, N]
+    gate,  # [T, N]
+    up,  # [T, N] or None
+    delta,  # [N]; None when dgate_up is None
+    dgate_up,  # [T, 2 N] contiguous, without up [T, N], or None
+    partials,  # [chunks, N] fp32
+    T,
+    N,
+    stride_dt: tl.int64,
+    stride_dn: tl.int64,
+    stride_gt: tl.int64,
+    stride_gn: tl.int64,
+    stride_ut: tl.int64,
+    stride_un: tl.int64,
+    stride_out: tl.int64,
+    ACTIVATION: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """A program takes CHUNK rows of BLOCK_N columns; neighbours in the grid are neighbours in memory."""
+    n_blocks = tl.cdiv(N, BLOCK_N)
+    chunk = tl.program_id(0) // n_blocks
+    cols = (tl.program_id(0) % n_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_n = cols < N
+    cols64 = cols.to(tl.int64)
+    running = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
+    if dgate_up is not None:
+        gain = load_gain(delta, cols, N)[None, :]
+    for start in tl.range(0, CHUNK, BLOCK_T):
+        rows = chunk.to(tl.int64) * CHUNK + start + tl.arange(0, BLOCK_T)
+        mask = (rows < T)[:, None] & in_n[None, :]
+        d = tl.load(dh + rows[:, None] * stride_dt + cols64[None, :] * stride_dn, mask=mask, other=0.0).to(tl.float32)
+        g = tl.load(gate + rows[:, None] * stride_gt + cols64[None, :] * stride_gn, mask=mask, other=0.0).to(tl.float32)
+        act, slope = act_and_slope(g, ACTIVATION)
+        through = d * act
+        if up is not None:
+            u = tl.load(up + rows[:, None] * stride_ut + cols64[None, :] * stride_un, mask=mask, other=0.0).to(
+                tl.float32
+            )
+            slope *= u
+            if dgate_up is not None:
+                tl.store(
+                    dgate_up + rows[:, None] * stride_out + N + cols64[None, :],
+                    (through * gain).to(dgate_up.dtype.element_ty),
+                    mask=mask,
+                )
+            running += through * u
+        else:
+            running += through
+        if dgate_up is not None:
+            tl.store(
+                dgate_up + rows[:, None] * stride_out + cols64[None, :],
+                (d * gain * slope).to(dgate_up.dtype.element_ty),
+                mask=mask,
+            )
+    tl.store(partials + chunk.to(tl.int64) * N + cols, tl.sum(running, axis=0), mask=in_n)
+
+
+def glu(gate: Tensor, up: Tensor | None, delta: Tensor, activation: str) -> Tensor:
+    """h = act(gate) * up * gain: -> [T, n] contiguous."""
+    return launch(gate, up, delta, activation)
+
+
+def glu_backward(dh: Tensor, gate: Tensor, up: Tensor | None, delta: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """dg and du side by side [T, 2n] (without up: dg [T, n]) and ddelta [n], in one pass."""
+    t, n = gate.shape
+    dgate_up = torch.empty((t, n if up is None else 2 * n), dtype=gate.dtype, device=gate.device)
+    return dgate_up, launch_backward(dh, gate, up, delta, dgate_up, activation)
+
+
+def glu_ddelta(dh: Tensor, gate: Tensor, up: Tensor | None, activation: str) -> Tensor:
+    """sum_t dh * act(gate) * up [n], nothing else written."""
+    return launch_backward(dh, gate, up, None, None, activation)
+
+
+def launch(gate: Tensor, up: Tensor | None, delta: Tensor, activation: str, config: RowsConfig = GLU) -> Tensor:
+    """Run the forward pass."""
+    h = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    t, n = gate.shape
+    if h.numel():
+        with on_device_of(gate):
+            glu_kernel[(triton.cdiv(t, config.block_t) * triton.cdiv(n, config.block_n),)](
+                gate,
+                up,
+                delta.contiguous(),
+                h,
+                t,
+                n,
+                *gate.stride(),
+                *_strides(up),
+                ACTIVATION=activation,
+                BLOCK_T=config.block_t,
+                BLOCK_N=config.block_n,
+                **options(config.num_warps),
+            )
+    return h
+
+
+def launch_backward(
+    dh: Tensor,
+    gate: Tensor,
+    up: Tensor | None,
+    delta: Tensor | None,
+    dgate_up: Tensor | None,
+    activation: str,
+    config: RowsConfig = GLU,
+) -> Tensor:
+    """Run the backward pass and its second stage: -> ddelta [n] fp32, and ``dgate_up`` written."""
+    t, n = gate.shape
+    if t == 0 or n == 0:
+        return torch.zeros(n, dtype=torch.float32, device=gate.device)
+    chunks = triton.cdiv(t, config.chunk)
+    partials = torch.empty((chunks, n), dtype=torch.float32, device=gate.device)
+    with on_device_of(gate):
+        glu_backward_kernel[(chunks * triton.cdiv(n, config.block_n),)](
+            dh,
+            gate,
+            up,
+            None if delta is None else delta.contiguous(),
+            dgate_up,
+            partials,
+            t,
+            n,
+            *dh.stride(),
+            *gate.stride(),
+            *_strides(up),
+            n if up is None else 2 * n,
+            ACTIVATION=activation,
+            CHUNK=config.chunk,
+            BLOCK_T=config.block_t,
+            BLOCK_N=config.block_n,
+            **options(config.num_warps),
+        )
+    return sum_partials(partials)
+
+
+def _strides(up: Tensor | None) -> tuple[int, int]:
+    return (0, 0) if up is None else (up.stride(0), up.stride(1))

@@ -1,0 +1,138 @@
+"""The gain in an RMSNorm: one pass forward, one pass backward over [T, n], a row in registers at a time.
+
+rms_norm             y = r * x * w * gain, r                 line (11): reads x, writes y
+rms_norm_backward    dx, partials of sum_t dy * n * w        lines (12), (13): reads dy and x, writes dx
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gain_ops import reference
+from gain_ops.kernels._common import load_gain, on_device_of, options
+from gain_ops.kernels.config import NORM_CHUNK, norm_warps
+from gain_ops.kernels.partials import sum_partials
+
+MAX_FEATURES = 1 << 16
+"""The widest row that a program holds; wider ones are left to plain torch."""
+
+
+@triton.jit
+def rms_norm_kernel(
+    x,  # [T, N]
+    weight,  # [N]
+    delta,  # [N]
+    y,  # [T, N] contiguous
+    r,  # [T] fp32
+    N,
+    stride_xt: tl.int64,
+    stride_xn: tl.int64,
+    eps: tl.float32,
+    BLOCK_N: tl.constexpr,
+):
+    """A program takes one row."""
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, BLOCK_N)
+    mask = cols < N
+    tile = tl.load(x + row * stride_xt + cols.to(tl.int64) * stride_xn, mask=mask, other=0.0).to(tl.float32)
+    scale = 1.0 / tl.sqrt_rn(tl.sum(tile * tile, axis=0) / N + eps)
+    tl.store(r + row, scale)
+    factor = tl.load(weight + cols, mask=mask, other=0.0).to(tl.float32) * load_gain(delta, cols, N)
+    tl.store(y + row * N + cols, (tile * scale * factor).to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def rms_norm_backward_kernel(
+    dy,  # [T, N]
+    x,  # [T, N]
+    weight,  # [N]
+    delta,  # [N]
+    r,  # [T] fp32
+    dx,  # [T, N] contiguous
+    partials,  # [chunks, N] fp32
+    T,
+    N,
+    stride_dt: tl.int64,
+    stride_dn: tl.int64,
+    stride_xt: tl.int64,
+    stride_xn: tl.int64,
+    CHUNK: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """A program takes CHUNK rows, one after the other."""
+    chunk = tl.program_id(0)
+    cols = tl.arange(0, BLOCK_N)
+    cols64 = cols.to(tl.int64)
+    mask = cols < N
+    w = tl.load(weight + cols, mask=mask, other=0.0).to(tl.float32)
+    factor = w * load_gain(delta, cols, N)
+    running = tl.zeros((BLOCK_N,), tl.float32)
+    for step in tl.range(0, CHUNK):
+        row = chunk.to(tl.int64) * CHUNK + step
+        inside = cols < tl.where(row < T, N, 0)
+        scale = tl.load(r + tl.minimum(row, T - 1))
+        d = tl.load(dy + row * stride_dt + cols64 * stride_dn, mask=inside, other=0.0).to(tl.float32)
+        n = scale * tl.load(x + row * stride_xt + cols64 * stride_xn, mask=inside, other=0.0).to(tl.float32)
+        running += d * n
+        v = d * factor
+        mean = tl.sum(v * n, axis=0) / N
+        tl.store(dx + row * N + cols, (scale * (v - n * mean)).to(dx.dtype.element_ty), mask=inside)
+    tl.store(partials + chunk.to(tl.int64) * N + cols, running * w, mask=mask)
+
+
+def rms_norm(x: Tensor, weight: Tensor, delta: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """y [T, n] contiguous and r [T] fp32."""
+    t, n = x.shape
+    if n > MAX_FEATURES or n == 0:
+        return reference.rms_norm(x, weight, delta, eps)
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    r = torch.empty(t, dtype=torch.float32, device=x.device)
+    if t:
+        block = triton.next_power_of_2(n)
+        with on_device_of(x):
+            rms_norm_kernel[(t,)](
+                x,
+                weight.contiguous(),
+                delta.contiguous(),
+                y,
+                r,
+                n,
+                *x.stride(),
+                eps,
+                BLOCK_N=block,
+                **options(norm_warps(block)),
+            )
+    return y, r
+
+
+def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, delta: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+    """dx [T, n] contiguous and ddelta [n], in one pass."""
+    t, n = x.shape
+    if n > MAX_FEATURES or n == 0:
+        return reference.rms_norm_backward(dy, x, weight, delta, r)
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if t == 0:
+        return dx, torch.zeros(n, dtype=torch.float32, device=x.device)
+    chunks, block = triton.cdiv(t, NORM_CHUNK), triton.next_power_of_2(n)
+    partials = torch.empty((chunks, n), dtype=torch.float32, device=x.device)
+    with on_device_of(x):
+        rms_norm_backward_kernel[(chunks,)](
+            dy,
+            x,
+            weight.contiguous(),
+            delta.contiguous(),
+            r,
+            dx,
+            partials,
+            t,
+            n,
+            *dy.stride(),
+            *x.stride(),
+            CHUNK=NORM_CHUNK,
+            BLOCK_N=block,
+            **options(norm_warps(block)),
+        )
+    return dx, sum_partials(partials)
