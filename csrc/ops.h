@@ -20,6 +20,26 @@ std::tuple<Tensor, Tensor> backward(
     const Tensor& dy, const Tensor& z, const Tensor& delta);  // dz [T, out], ddelta [out]
 Tensor ddelta(const Tensor& dy, const Tensor& z);             // [out]
 
+// glu.cpp: any strides; activation is the index in reference.py's ACTIVATIONS
+Tensor glu(const Tensor& gate, const std::optional<Tensor>& up, const Tensor& delta, int64_t activation);  // [T, n]
+std::tuple<Tensor, Tensor> glu_backward(
+    const Tensor& dh,
+    const Tensor& gate,
+    const std::optional<Tensor>& up,
+    const Tensor& delta,
+    int64_t activation);  // dg and du side by side [T, 2n], without up dg [T, n]; ddelta [n]
+Tensor glu_ddelta(const Tensor& dh, const Tensor& gate, const std::optional<Tensor>& up, int64_t activation);  // [n]
+
+// norm.cpp: any strides, at most kNormColumns columns, weight fp32 contiguous
+std::tuple<Tensor, Tensor> rms_norm(
+    const Tensor& x, const Tensor& weight, const Tensor& delta, double eps);  // y [T, n], r [T]
+std::tuple<Tensor, Tensor> rms_norm_backward(
+    const Tensor& dy,
+    const Tensor& x,
+    const Tensor& weight,
+    const Tensor& delta,
+    const Tensor& r);  // dx [T, n], ddelta [n]
+
 // matmul.cpp: sm_90, 16 bits, 16-byte aligned rows, weight [out, in] or a transposed view of [in, out]
 Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& delta, const std::optional<Tensor>& bias);
 std::tuple<Tensor, Tensor> linear_z(

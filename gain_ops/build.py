@@ -35,6 +35,10 @@ class CannotBuild(RuntimeError):
     """The CUDA kernels cannot be built here; the message says what is missing and what to do."""
 
 
+_CPP = ("device.cpp", "glu.cpp", "norm.cpp", "ops.cpp", "plan.cpp", "rows.cpp", "tensor.cpp")
+_CUDA = ("glu.cu", "norm.cu", "partials.cu", "rows.cu")
+
+
 @dataclasses.dataclass(frozen=True)
 class Unit:
     """One source file and the flags that it alone gets."""
@@ -106,9 +110,9 @@ class Parameters:
         about = (f'-DGAIN_OPS_VERSION="{self.version}"', f'-DGAIN_OPS_ARCHITECTURES="{";".join(self.architectures)}"')
         every = _gencode(self.architectures)
         units = [
-            *(Unit(self.csrc / name) for name in ("device.cpp", "ops.cpp", "plan.cpp", "rows.cpp", "tensor.cpp")),
+            *(Unit(self.csrc / name) for name in _CPP),
             Unit(self.csrc / "module.cpp", about),
-            *(Unit(self.csrc / name, every) for name in ("partials.cu", "rows.cu")),
+            *(Unit(self.csrc / name, every) for name in _CUDA),
         ]
         if self.fuses:
             units.append(Unit(self.csrc / "matmul.cpp"))

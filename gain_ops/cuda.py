@@ -12,9 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gain_ops import operands
+from gain_ops import operands, reference
 
 _ops: Any = torch.ops.gain_ops_cuda
+
+_ACTIVATIONS = {name: number for number, name in enumerate(reference.ACTIVATIONS)}
+_NORM_COLUMNS = 24_000  # kNormColumns of csrc/norm.h: wider rows are left to plain torch
 
 
 def scale(x: Tensor, delta: Tensor) -> Tensor:
@@ -81,6 +84,40 @@ def backward_input(dy: Tensor, x: Tensor, weight: Tensor, delta: Tensor) -> tupl
         # the pass of lines (3), (4) with dy @ W and x in the places of dy and z
         return backward(torch.mm(dy, weight), x, delta)
     dx, sums = _ops.backward_input(dy, x, weight, _fp32(delta))
+    return dx, sums
+
+
+def glu(gate: Tensor, up: Tensor | None, delta: Tensor, activation: str) -> Tensor:
+    """Line (8): -> h [T, n]."""
+    h: Tensor = _ops.glu(gate, up, _fp32(delta), _ACTIVATIONS[activation])
+    return h
+
+
+def glu_backward(dh: Tensor, gate: Tensor, up: Tensor | None, delta: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """Lines (9), (10): -> dg and du side by side [T, 2n] (without up: dg [T, n]), ddelta [n]."""
+    dgate_up, sums = _ops.glu_backward(dh, gate, up, _fp32(delta), _ACTIVATIONS[activation])
+    return dgate_up, sums
+
+
+def glu_ddelta(dh: Tensor, gate: Tensor, up: Tensor | None, activation: str) -> Tensor:
+    """Line (10) alone: -> [n]."""
+    sums: Tensor = _ops.glu_ddelta(dh, gate, up, _ACTIVATIONS[activation])
+    return sums
+
+
+def rms_norm(x: Tensor, weight: Tensor, delta: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Line (11): -> y [T, n], r [T]."""
+    if not 0 < x.shape[1] <= _NORM_COLUMNS:
+        return reference.rms_norm(x, weight, delta, eps)
+    y, r = _ops.rms_norm(x, _fp32(weight), _fp32(delta), eps)
+    return y, r
+
+
+def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, delta: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+    """Lines (12), (13): -> dx [T, n], ddelta [n]."""
+    if not 0 < x.shape[1] <= _NORM_COLUMNS:
+        return reference.rms_norm_backward(dy, x, weight, delta, r)
+    dx, sums = _ops.rms_norm_backward(dy, x, _fp32(weight), _fp32(delta), r)
     return dx, sums
 
 

@@ -12,6 +12,20 @@ from torch import Tensor
 from gain_ops import fakes
 from gain_ops._version import __version__
 
+# whose arguments are those of fakes.py but for the activation, a number here
+_SAME_AS_FAKES = (
+    "linear",
+    "linear_z",
+    "backward",
+    "ddelta",
+    "backward_recompute",
+    "backward_input",
+    "glu",
+    "glu_backward",
+    "glu_ddelta",
+    "rms_norm",
+    "rms_norm_backward",
+)
 _REMEDY = "python -m gain_ops.build"
 
 
@@ -52,7 +66,7 @@ def register_fakes(namespace: str) -> None:
         return fakes.scale(x, delta)
 
     functions: dict[str, Callable[..., Any]] = {"scale": scale, "scale_rows": fakes.scale}
-    for name in ("linear", "linear_z", "backward", "ddelta", "backward_recompute", "backward_input"):
+    for name in _SAME_AS_FAKES:
         functions[name] = getattr(fakes, name)
     for name, function in functions.items():
         if hasattr(getattr(torch.ops, namespace), name):

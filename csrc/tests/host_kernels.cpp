@@ -3,9 +3,12 @@
 #include <algorithm>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "../blocks.h"
+#include "../glu_blocks.h"
 #include "../matmul.h"
+#include "../norm_blocks.h"
 
 namespace gain_ops {
 
@@ -37,7 +40,94 @@ void scale_rows(const ScaleRows& problem) {
   }
 }
 
+template <class T, int kWidth>
+void glu_rows(const GluRows& problem) {
+  using Block = GluBlock<T, kWidth>;
+  for (int64_t block = 0; block < Block::blocks(problem); ++block) {
+    for (int thread = 0; thread < kRowThreads; ++thread) Block::run(problem, block, thread);
+  }
+}
+
+template <class T, int kWidth>
+void glu_backward_rows(const GluBackwardRows& problem) {
+  if (problem.dgate.data != nullptr) {
+    run_reduction<GluBackwardBlock<T, kWidth, true>>(problem);
+  } else {
+    run_reduction<GluBackwardBlock<T, kWidth, false>>(problem);
+  }
+}
+
+void fold(RowSum& shared) {
+  for (int thread = 0; thread < kRowThreads; ++thread) shared.fold(thread);
+}
+
+template <class T, int kWidth>
+void norm_rows(const NormRows& problem) {
+  using Block = NormBlock<T, kWidth>;
+  for (int64_t row = 0; row < problem.rows; ++row) {
+    RowSum shared;
+    for (int thread = 0; thread < kRowThreads; ++thread) Block::squares(problem, row, thread, shared);
+    fold(shared);
+    for (int thread = 0; thread < kRowThreads; ++thread) Block::write(problem, row, thread, shared);
+  }
+}
+
+template <class T, int kWidth>
+void norm_backward_rows(const NormBackwardRows& problem) {
+  using Block = NormBackwardBlock<T, kWidth>;
+  for (int64_t block = 0; block < Block::blocks(problem); ++block) {
+    RowSum shared;
+    std::vector<float> columns(problem.cols, std::nanf(""));
+    for (int thread = 0; thread < kRowThreads; ++thread) Block::begin(problem, thread, columns.data());
+    for (int64_t row = Block::first(block); row < Block::last(problem, block); ++row) {
+      for (int thread = 0; thread < kRowThreads; ++thread) Block::products(problem, row, thread, shared);
+      fold(shared);
+      for (int thread = 0; thread < kRowThreads; ++thread) Block::write(problem, row, thread, shared, columns.data());
+    }
+    for (int thread = 0; thread < kRowThreads; ++thread) Block::end(problem, block, thread, columns.data());
+  }
+}
+
 }  // namespace
+
+void launch_glu_rows(const GluRows& problem, Dtype dtype, int width, cudaStream_t) {
+  switch (dtype) {
+    case Dtype::float32: return width == 1 ? glu_rows<float, 1>(problem) : glu_rows<float, 4>(problem);
+    case Dtype::float16: return width == 1 ? glu_rows<__half, 1>(problem) : glu_rows<__half, 8>(problem);
+    case Dtype::bfloat16: return width == 1 ? glu_rows<__nv_bfloat16, 1>(problem) : glu_rows<__nv_bfloat16, 8>(problem);
+  }
+}
+
+void launch_glu_backward_rows(const GluBackwardRows& problem, Dtype dtype, int width, cudaStream_t) {
+  switch (dtype) {
+    case Dtype::float32:
+      return width == 1 ? glu_backward_rows<float, 1>(problem) : glu_backward_rows<float, 4>(problem);
+    case Dtype::float16:
+      return width == 1 ? glu_backward_rows<__half, 1>(problem) : glu_backward_rows<__half, 8>(problem);
+    case Dtype::bfloat16:
+      return width == 1 ? glu_backward_rows<__nv_bfloat16, 1>(problem) : glu_backward_rows<__nv_bfloat16, 8>(problem);
+  }
+}
+
+void launch_norm_rows(const NormRows& problem, Dtype dtype, int width, cudaStream_t) {
+  switch (dtype) {
+    case Dtype::float32: return width == 1 ? norm_rows<float, 1>(problem) : norm_rows<float, 4>(problem);
+    case Dtype::float16: return width == 1 ? norm_rows<__half, 1>(problem) : norm_rows<__half, 8>(problem);
+    case Dtype::bfloat16:
+      return width == 1 ? norm_rows<__nv_bfloat16, 1>(problem) : norm_rows<__nv_bfloat16, 8>(problem);
+  }
+}
+
+void launch_norm_backward_rows(const NormBackwardRows& problem, Dtype dtype, int width, cudaStream_t) {
+  switch (dtype) {
+    case Dtype::float32:
+      return width == 1 ? norm_backward_rows<float, 1>(problem) : norm_backward_rows<float, 4>(problem);
+    case Dtype::float16:
+      return width == 1 ? norm_backward_rows<__half, 1>(problem) : norm_backward_rows<__half, 8>(problem);
+    case Dtype::bfloat16:
+      return width == 1 ? norm_backward_rows<__nv_bfloat16, 1>(problem) : norm_backward_rows<__nv_bfloat16, 8>(problem);
+  }
+}
 
 void launch_backward_rows(const BackwardRows& problem, Dtype dtype, int width, cudaStream_t) {
   switch (dtype) {

@@ -43,7 +43,7 @@ class RowsConfig:
 ROWS = RowsConfig()
 GLU = RowsConfig()
 
-NORM_CHUNK = 32
+NORM_CHUNK = 16
 """Rows of an RMSNorm that make one row of partials, whatever the device."""
 
 

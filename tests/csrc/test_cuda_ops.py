@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,19 +20,29 @@ ARGUMENTS = {
     "scale_rows": ("weight", "delta_out"),
     "backward": ("dy", "z", "delta_out"),
     "ddelta": ("dy", "z"),
+    "glu": ("dy", "z", "delta_out", "activation"),
+    "glu_backward": ("dh", "dy", "z", "delta_out", "activation"),
+    "glu_ddelta": ("dh", "dy", "z", "activation"),
+    "rms_norm": ("dy", "norm_weight", "delta_out", "eps"),
+    "rms_norm_backward": ("dh", "dy", "norm_weight", "delta_out", "r"),
     "linear": ("x", "weight", "delta_out", "bias"),
     "linear_z": ("x", "weight", "delta_out", "bias"),
     "backward_recompute": ("dy", "x", "weight", "delta_out"),
     "backward_input": ("dy", "x", "weight", "delta_in"),
 }
-ANY_STRIDES = ("scale", "scale_rows", "backward", "ddelta")
+FUSED = ("linear", "linear_z", "backward_recompute", "backward_input")
+ANY_STRIDES = tuple(name for name in ARGUMENTS if name not in FUSED)
 
 
-def _tensors(dtype: torch.dtype = torch.bfloat16, t: int = 5, i: int = 16, o: int = 24) -> dict[str, Tensor]:
-    shapes = {"x": (t, i), "weight": (o, i), "dy": (t, o), "z": (t, o), "bias": (o,), "bias_in": (i,)}
+def _tensors(dtype: torch.dtype = torch.bfloat16, t: int = 5, i: int = 16, o: int = 24) -> dict[str, Any]:
+    shapes = {"x": (t, i), "weight": (o, i), "dy": (t, o), "z": (t, o), "dh": (t, o), "bias": (o,), "bias_in": (i,)}
     return {name: torch.randn(shape).to(dtype) for name, shape in shapes.items()} | {
         "delta_out": torch.randn(o),
         "delta_in": torch.randn(i),
+        "norm_weight": torch.randn(o),
+        "r": torch.rand(t),
+        "eps": 1e-5,
+        "activation": 1,
     }
 
 
@@ -40,7 +51,7 @@ def _op(name: str) -> torch._ops.OpOverload:
     return getattr(torch.ops.gain_ops_host, name).default
 
 
-def _call(name: str, **changed: Tensor | None) -> object:
+def _call(name: str, **changed: Any) -> object:
     given = _tensors() | changed
     return _op(name)(*(given[argument] for argument in ARGUMENTS[name]))
 
@@ -53,13 +64,18 @@ def test_opcheck(name: str, dtype: torch.dtype) -> None:
     torch.library.opcheck(_op(name), arguments)
     if "bias" in ARGUMENTS[name][-1]:
         torch.library.opcheck(_op(name), [*arguments[:-1], None])
+    if "activation" in ARGUMENTS[name]:
+        torch.library.opcheck(_op(name), [None if value is given["z"] else value for value in arguments])
 
 
 @pytest.mark.parametrize("name", ANY_STRIDES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_opcheck_of_the_passes_in_any_layout_and_float32(name: str, layout: str) -> None:
     given = _tensors(torch.float32, i=15, o=29)
-    arguments = [laid_out(t, layout) if t.dim() == 2 else t for t in (given[a] for a in ARGUMENTS[name])]
+    arguments = [
+        laid_out(t, layout) if isinstance(t, Tensor) and t.dim() == 2 else t
+        for t in (given[a] for a in ARGUMENTS[name])
+    ]
     torch.library.opcheck(_op(name), arguments)
 
 
@@ -127,13 +143,20 @@ _BAD = [
     ("backward_recompute", {"dy": torch.zeros(24, 5, dtype=torch.bfloat16).t()}, r"dy has strides \[1, 5\]"),
     ("backward_input", {"delta_in": torch.zeros(24)}, r"delta has shape \[24\], expected \[16\]"),
     ("scale_rows", {"delta_out": torch.zeros(16)}, r"delta has shape \[16\], expected \[24\]"),
+    ("glu", {"activation": 4}, "activation is 4, expected 0 to 3"),
+    ("glu", {"z": torch.zeros(5, 24)}, "up is Float and gate is BFloat16"),
+    ("glu_backward", {"dh": torch.zeros(4, 24, dtype=torch.bfloat16)}, r"dh has shape \[4, 24\], expected \[5, 24\]"),
+    ("glu_ddelta", {"activation": -1}, "activation is -1, expected 0 to 3"),
+    ("rms_norm", {"norm_weight": torch.zeros(24).bfloat16()}, "weight is BFloat16, expected Float"),
+    ("rms_norm", {"dy": torch.zeros(5, 24_001, dtype=torch.bfloat16)}, "x has 24001 columns, expected 1 to 24000"),
+    ("rms_norm_backward", {"r": torch.zeros(4)}, r"r has shape \[4\], expected \[5\]"),
     ("scale", {"bias_in": torch.zeros(24).bfloat16()}, r"bias has shape \[24\], expected \[16\]"),
 ]
 
 
 @pytest.mark.parametrize(("name", "changed", "message"), _BAD, ids=range(len(_BAD)))
 def test_every_argument_is_checked_and_the_message_says_what_came(
-    name: str, changed: dict[str, Tensor], message: str
+    name: str, changed: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(RuntimeError, match=f"gain_ops_cuda::{name}: {message}"):
         _call(name, **changed)
@@ -158,8 +181,11 @@ def test_one_row_of_any_stride_is_served() -> None:
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
-def _contiguous(given: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: t.clone(memory_format=torch.contiguous_format) for name, t in given.items()}
+def _contiguous(given: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: t.clone(memory_format=torch.contiguous_format) if isinstance(t, Tensor) else t
+        for name, t in given.items()
+    }
 
 
 def test_float32_is_refused_by_the_fused_ops() -> None:

@@ -1,0 +1,78 @@
+#include "launch.h"
+#include "norm_blocks.h"
+
+namespace gain_ops {
+
+namespace {
+
+template <class T, int kWidth>
+__global__ void __launch_bounds__(kRowThreads, 2) norm_rows_kernel(const NormRows problem) {
+  using Block = NormBlock<T, kWidth>;
+  __shared__ RowSum shared;
+  Block::squares(problem, blockIdx.x, threadIdx.x, shared);
+  __syncthreads();
+  shared.fold(threadIdx.x);
+  __syncthreads();
+  Block::write(problem, blockIdx.x, threadIdx.x, shared);
+}
+
+template <class T, int kWidth>
+__global__ void __launch_bounds__(kRowThreads, 2) norm_backward_rows_kernel(const NormBackwardRows problem) {
+  using Block = NormBackwardBlock<T, kWidth>;
+  __shared__ RowSum shared;
+  extern __shared__ float columns[];
+  Block::begin(problem, threadIdx.x, columns);
+  for (int64_t row = Block::first(blockIdx.x); row < Block::last(problem, blockIdx.x); ++row) {
+    Block::products(problem, row, threadIdx.x, shared);
+    __syncthreads();
+    shared.fold(threadIdx.x);
+    __syncthreads();
+    Block::write(problem, row, threadIdx.x, shared, columns);
+  }
+  Block::end(problem, blockIdx.x, threadIdx.x, columns);
+}
+
+template <class T, int kWidth>
+void norm_rows(const NormRows& problem, cudaStream_t stream) {
+  const unsigned grid = grid_size(problem.rows, "norm_rows_kernel");
+  norm_rows_kernel<T, kWidth><<<grid, kRowThreads, 0, stream>>>(problem);
+  check_launch("norm_rows_kernel");
+}
+
+template <class T, int kWidth>
+void norm_backward_rows(const NormBackwardRows& problem, cudaStream_t stream) {
+  const unsigned grid = grid_size(NormBackwardBlock<T, kWidth>::blocks(problem), "norm_backward_rows_kernel");
+  const int bytes = static_cast<int>(problem.cols * sizeof(float));
+  // past 48 KiB only for the asking
+  cudaFuncSetAttribute(norm_backward_rows_kernel<T, kWidth>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  norm_backward_rows_kernel<T, kWidth><<<grid, kRowThreads, bytes, stream>>>(problem);
+  check_launch("norm_backward_rows_kernel");
+}
+
+}  // namespace
+
+void launch_norm_rows(const NormRows& problem, Dtype dtype, int width, cudaStream_t stream) {
+  switch (dtype) {
+    case Dtype::float32:
+      return width == 1 ? norm_rows<float, 1>(problem, stream) : norm_rows<float, 4>(problem, stream);
+    case Dtype::float16:
+      return width == 1 ? norm_rows<__half, 1>(problem, stream) : norm_rows<__half, 8>(problem, stream);
+    case Dtype::bfloat16:
+      return width == 1 ? norm_rows<__nv_bfloat16, 1>(problem, stream) : norm_rows<__nv_bfloat16, 8>(problem, stream);
+  }
+}
+
+void launch_norm_backward_rows(const NormBackwardRows& problem, Dtype dtype, int width, cudaStream_t stream) {
+  switch (dtype) {
+    case Dtype::float32:
+      return width == 1 ? norm_backward_rows<float, 1>(problem, stream) : norm_backward_rows<float, 4>(problem, stream);
+    case Dtype::float16:
+      return width == 1 ? norm_backward_rows<__half, 1>(problem, stream)
+                        : norm_backward_rows<__half, 8>(problem, stream);
+    case Dtype::bfloat16:
+      return width == 1 ? norm_backward_rows<__nv_bfloat16, 1>(problem, stream)
+                        : norm_backward_rows<__nv_bfloat16, 8>(problem, stream);
+  }
+}
+
+}  // namespace gain_ops
