@@ -11,15 +11,20 @@ CUDA, no triton and no transformers.
     GainLinear                     the layer                          modules.py
     apply, remove                  gains on a model                   adapt.py
     save_gains, load_gains         gain files                         adapters.py
+    write_gains                    one without a model
     absorb                         fold the gains into the weights    absorption.py
+    add_gains, set_gains           several named gain sets            gain_sets.py
+    combine_gains                  gain files into one                combining.py
 """
 
 from gain_ops._version import __version__
 from gain_ops.absorption import absorb
 from gain_ops.adapt import apply, remove
-from gain_ops.adapters import load_gains, save_gains
+from gain_ops.adapters import load_gains, save_gains, write_gains
+from gain_ops.combining import combine_gains
 from gain_ops.dispatch import BackendUnavailable
 from gain_ops.functional import gain_linear, gain_scale
+from gain_ops.gain_sets import add_gains, set_gains
 from gain_ops.modules import GainLinear
 
 __all__ = [
@@ -27,10 +32,14 @@ __all__ = [
     "GainLinear",
     "__version__",
     "absorb",
+    "add_gains",
     "apply",
+    "combine_gains",
     "gain_linear",
     "gain_scale",
     "load_gains",
     "remove",
     "save_gains",
+    "set_gains",
+    "write_gains",
 ]

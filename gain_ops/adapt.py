@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from gain_ops.architectures import Site, pattern_sites, preset_sites, refuse_bypassed
 from gain_ops.linears import refuse_fsdp, refuse_sharded, sizes
@@ -16,6 +16,7 @@ MEMORIES = ("fast", "lean")
 _WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
 
 _RECORD = "_gain_ops_record"
+_SETS = "_gain_ops_sets"
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,21 @@ class _Record:
 
     applied: Applied
     requires_grad: dict[str, bool]
+
+
+@dataclass
+class GainSets:
+    """The named gain sets of a model, see gain_ops.gain_sets; kept on it, so that they go along with a copy or a pickle.
+
+    Attributes:
+        deltas: by set and layer; a layer that a set lacks has delta 0 in it. Those of the active set are behind: the
+            model has its values.
+        active: the set that the model computes with, or None for the base.
+
+    """
+
+    deltas: dict[str, dict[str, Tensor]]
+    active: str | None
 
 
 def apply(
@@ -107,7 +123,7 @@ def remove(model: nn.Module) -> None:
 
     The original modules come back with their hooks and with the present weights and biases; state dict keys and every
     requires_grad flag are as before. Works on a copy and on an unpickled model. A GainLinear that was built by hand
-    becomes an nn.Linear, still frozen.
+    becomes an nn.Linear, still frozen. Named gain sets go too.
 
     Raises:
         ValueError: the model has no gains; they were applied to a larger model that this one is a part of; or the model
@@ -122,6 +138,8 @@ def remove(model: nn.Module) -> None:
         raise ValueError("the gains were applied to a larger model: call remove() on that one")
     refuse_fsdp(model, "remove gains")
     _replace(model, {key: module.plain() for key, module in gained.items()})
+    for module in model.modules():
+        vars(module).pop(_SETS, None)
     for holder in holders:
         record: _Record = vars(holder).pop(_RECORD)
         for name, parameter in holder.named_parameters(remove_duplicate=False):
@@ -163,14 +181,33 @@ def gained_modules(model: nn.Module) -> dict[str, Gained]:
     Names are those that apply() gave: relative to the model it was called on, if that is now inside another (DDP, say),
     and without the components that torch.compile, activation checkpointing and FSDP1 add.
     """
-    root = record_holder(model) or model
-    return {canonical_name(name): module for name, module in root.named_modules() if isinstance(module, Gained)}
+    return {canonical_name(name): module for name, module in _root(model).named_modules() if isinstance(module, Gained)}
 
 
 def record_holder(model: nn.Module) -> nn.Module | None:
     """The module that apply() was called on, if there is exactly one such in the model."""
-    holders = [module for module in model.modules() if _RECORD in vars(module)]
-    return holders[0] if len(holders) == 1 else None
+    return _holder(model, _RECORD)
+
+
+def kept_sets(model: nn.Module) -> GainSets | None:
+    """The named gain sets of a model, or None for a model without."""
+    holder = _holder(model, _SETS)
+    return vars(holder)[_SETS] if holder is not None else None
+
+
+def keep_sets(model: nn.Module, sets: GainSets) -> None:
+    """Keep named gain sets on a model, where the names of its layers start."""
+    setattr(_root(model), _SETS, sets)
+
+
+def refuse_base_active(model: nn.Module, action: str) -> None:
+    """Raise ValueError if the model has named gain sets and the base is active: its deltas are no set's."""
+    sets = kept_sets(model)
+    if sets is not None and sets.active is None:
+        raise ValueError(
+            f"cannot {action} while the base is active: choose one of the gain sets {', '.join(sets.deltas)} with "
+            "gain_ops.set_gains()"
+        )
 
 
 def applied_record(model: nn.Module) -> Applied | None:
@@ -193,6 +230,16 @@ def refuse_gained(model: nn.Module) -> None:
             f"{type(model).__name__} already has gains on {count} layers: gain_ops.absorb() them into the weights or "
             "gain_ops.remove() them first"
         )
+
+
+def _root(model: nn.Module) -> nn.Module:
+    """The module that layers are named from: where apply() was called, or sets of gains put on by hand are kept."""
+    return record_holder(model) or _holder(model, _SETS) or model
+
+
+def _holder(model: nn.Module, attribute: str) -> nn.Module | None:
+    holders = [module for module in model.modules() if attribute in vars(module)]
+    return holders[0] if len(holders) == 1 else None
 
 
 def _save(site: Site, side: str, memory: str) -> str:

@@ -10,7 +10,6 @@ A gain file is a safetensors file. Its tensors are ``<module name>.delta``, floa
 nothing to sample. ``base_model`` is null where it is not known.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Iterable
@@ -23,9 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from gain_ops._version import __version__
-from gain_ops.adapt import Applied, applied_record, canonical_name, gained_modules, place
+from gain_ops.adapt import Applied, applied_record, canonical_name, gained_modules, place, refuse_base_active
 from gain_ops.architectures import Site, linear_modules, names_attention_output
 from gain_ops.files import replace_file
+from gain_ops.fingerprints import digest, step
 from gain_ops.functional import SIDES
 from gain_ops.linears import has_plain_weight, is_sharded, sizes
 from gain_ops.modules import Gained, GainWrapper, check_options, raw_tensors
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
 FORMAT = "gain_ops.gains"
 VERSION = 1
-SAMPLES = 4096
 
 _SUFFIX = ".delta"
 _SHOWN = 4
@@ -69,22 +68,45 @@ def save_gains(model: nn.Module, path: str | os.PathLike[str]) -> None:
         path: the file to write; its folder must exist.
 
     Raises:
-        ValueError: the model has no gains, or a delta that is not finite, on the meta device or partitioned by ZeRO-3.
+        ValueError: the model has no gains, or a delta that is not finite, on the meta device or partitioned by ZeRO-3;
+            or it has named gain sets, and none of them is active.
 
     """
     layers = gained_modules(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no gains to save: put them on with gain_ops.apply()")
-    tensors = {f"{name}{_SUFFIX}": _saveable(name, layer) for name, layer in layers.items()}
+    refuse_base_active(model, "save")
     applied = applied_record(model)
+    file = GainFile(
+        deltas={name: _saveable(name, layer) for name, layer in layers.items()},
+        sides={name: layer.side for name, layer in layers.items()},
+        fingerprints={name: fingerprint(layer) for name, layer in layers.items()},
+        targets=tuple(layers) if applied is None else applied.targets,
+        base_model=_base_model(model),
+        package=__version__,
+    )
+    write_gains(file, path)
+
+
+def write_gains(file: GainFile, path: str | os.PathLike[str]) -> None:
+    """Write a gain file without a model; read_gains() gives the same back.
+
+    The file is written beside ``path`` and moved into place.
+
+    Args:
+        file: deltas in float32, 1-D and finite, with the side and the fingerprint of each.
+        path: the file to write; its folder must exist.
+
+    """
     header = {
         "format": FORMAT,
         "version": VERSION,
-        "package": __version__,
-        "targets": list(layers) if applied is None else applied.targets,
-        "base_model": _base_model(model),
-        "layers": {name: {"side": layer.side, "base": fingerprint(layer)} for name, layer in layers.items()},
+        "package": file.package,
+        "targets": file.targets,
+        "base_model": file.base_model,
+        "layers": {name: {"side": file.sides[name], "base": file.fingerprints[name]} for name in file.deltas},
     }
+    tensors = {f"{name}{_SUFFIX}": delta for name, delta in file.deltas.items()}
     import safetensors.torch  # here: kernels are tested and measured where there is torch and triton alone
 
     content = safetensors.torch.save(tensors, metadata={"gain_ops": json.dumps(header)})
@@ -117,26 +139,27 @@ def load_gains(
 
     Raises:
         GainFileError: not a gain file, damaged, of a later version, not finite, or not fitting the model.
-        ValueError: options that do not exist.
+        ValueError: options that do not exist; or the model has named gain sets, and none of them is active.
         FileNotFoundError: no such file.
 
     """
     check_options("output", "auto", backend)
+    refuse_base_active(model, "load gains")
     file = read_gains(path)
     gained = gained_modules(model)
-    found: dict[str, nn.Module] = dict(gained) if gained else dict(_linears(model))
-    _check_layers(file, found, exact=bool(gained), path=path)
+    found: dict[str, nn.Module] = dict(gained) if gained else named_linears(model)
+    refuse_misfit(file, found, exact=bool(gained), path=path)
     if check_base:
-        _check_base(file, found, model, path)
+        refuse_other_base(file, found, model, path)
     applied = applied_record(model)
     if not gained:
         sites = [(Site(n, found[n], names_attention_output(n)), file.sides[n]) for n in file.deltas]
         applied = place(model, sites, file.targets, memory, backend)
         gained = gained_modules(model)
     with torch.no_grad():
-        _reshard(model)
+        reshard(model)
         for name, delta in file.deltas.items():
-            _copy(delta, gained[name].delta)
+            copy_delta(delta, gained[name].delta)
     return applied
 
 
@@ -159,7 +182,7 @@ def read_gains(path: str | os.PathLike[str]) -> GainFile:
         raise GainFileError(f"{path} is not a whole safetensors file: {error}") from error
     if header is None:
         raise GainFileError(
-            f"{path} is not a gain file: it has no gain_ops header, and holds {_some(names) or 'nothing'}. Gain "
+            f"{path} is not a gain file: it has no gain_ops header, and holds {some_of(names) or 'nothing'}. Gain "
             "files are written by gain_ops.save_gains()."
         )
     try:
@@ -168,7 +191,7 @@ def read_gains(path: str | os.PathLike[str]) -> GainFile:
         raise GainFileError(f"{path} has a damaged gain_ops header: {error!r}") from error
     bad = [name for name, delta in file.deltas.items() if not delta.isfinite().all()]
     if bad:
-        raise GainFileError(f"{path} holds gains that are not finite, in {_some(bad)}")
+        raise GainFileError(f"{path} holds gains that are not finite, in {some_of(bad)}")
     return file
 
 
@@ -191,39 +214,30 @@ def fingerprint(layer: nn.Module) -> str | None:
     """
     base = layer.base if isinstance(layer, GainWrapper) else layer
     if isinstance(base, Gained) or has_plain_weight(base):
-        tensors = {"weight": _whole(cast(Tensor, base.weight))}
+        tensors = {"weight": whole(cast(Tensor, base.weight))}
     else:
-        tensors = {name: _whole(tensor) for name, tensor in sorted(raw_tensors(base).items())}
+        tensors = {name: whole(tensor) for name, tensor in sorted(raw_tensors(base).items())}
     if not tensors or any(tensor.is_meta for tensor in tensors.values()):
         return None
-    digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in tensors.items():
-        digest.update(f"{name}:{','.join(map(str, tensor.shape))};".encode())
-        digest.update(_sample(tensor))
-    return digest.hexdigest()
+    return digest(
+        (name, tensor.shape, tensor.detach().reshape(-1)[:: step(tensor.numel())]) for name, tensor in tensors.items()
+    )
 
 
-def _sample(tensor: Tensor) -> bytes:
-    flat = tensor.detach().reshape(-1)
-    sample = flat[:: max(1, -(-flat.numel() // SAMPLES))].contiguous()
-    if sample.is_floating_point():
-        sample = sample.to(torch.bfloat16)
-    return bytes(sample.view(torch.uint8).tolist())
-
-
-def _whole(tensor: Tensor) -> Tensor:
+def whole(tensor: Tensor) -> Tensor:
     """The full tensor of a DTensor, or the tensor itself."""
     return cast("DTensor", tensor).full_tensor() if is_sharded(tensor) else tensor
 
 
-def _reshard(model: nn.Module) -> None:
+def reshard(model: nn.Module) -> None:
     """After a forward, FSDP2 may still show the gathered parameters; what is written into those is lost."""
     for module in model.modules():
         if isinstance(reshard := getattr(module, "reshard", None), MethodType):
             reshard()
 
 
-def _copy(delta: Tensor, into: Tensor) -> None:
+def copy_delta(delta: Tensor, into: Tensor) -> None:
+    """Copy values into a layer's delta, sharded as that is: then every rank must call it."""
     if is_sharded(into):
         from torch.distributed.tensor import distribute_tensor
 
@@ -233,7 +247,7 @@ def _copy(delta: Tensor, into: Tensor) -> None:
 
 
 def _saveable(name: str, layer: Gained) -> Tensor:
-    delta = _whole(layer.delta.detach())
+    delta = whole(layer.delta.detach())
     if delta.is_meta or delta.numel() != layer.features:
         where = "on the meta device" if delta.is_meta else "partitioned: save inside deepspeed.zero.GatheredParameters"
         raise ValueError(f"cannot save {name}: its delta is {where}")
@@ -259,7 +273,7 @@ def _parse(header: dict[str, Any], tensors: dict[str, Tensor], path: object) -> 
     expected = {f"{name}{_SUFFIX}" for name in layers}
     if expected != tensors.keys():
         raise GainFileError(
-            f"{path} is damaged: its header and its tensors disagree on {_some(expected ^ tensors.keys())}"
+            f"{path} is damaged: its header and its tensors disagree on {some_of(expected ^ tensors.keys())}"
         )
     deltas = {name: tensors[f"{name}{_SUFFIX}"] for name in layers}
     for name, delta in deltas.items():
@@ -279,19 +293,20 @@ def _parse(header: dict[str, Any], tensors: dict[str, Tensor], path: object) -> 
     )
 
 
-def _linears(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    return [(canonical_name(name), module) for name, module in linear_modules(model)]
+def named_linears(model: nn.Module) -> dict[str, nn.Module]:
+    """The linear maps of a model, with a gain or without, by the names that gain files use."""
+    return {canonical_name(name): module for name, module in linear_modules(model)}
 
 
-def _check_layers(file: GainFile, found: dict[str, nn.Module], *, exact: bool, path: object) -> None:
-    """Names, sides and sizes; with ``exact`` the model must have no other gains than the file."""
+def refuse_misfit(file: GainFile, found: dict[str, nn.Module], *, exact: bool, path: object) -> None:
+    """Raise GainFileError unless names, sides and sizes fit; with ``exact`` the model may have no other gains."""
     problems = []
     missing = [name for name in file.deltas if name not in found]
     if missing:
-        problems.append(f"layers of the file that the model does not have: {_some(missing)}")
+        problems.append(f"layers of the file that the model does not have: {some_of(missing)}")
     surplus = [name for name in found if name not in file.deltas] if exact else []
     if surplus:
-        problems.append(f"gains of the model that the file does not have: {_some(surplus)}")
+        problems.append(f"gains of the model that the file does not have: {some_of(surplus)}")
     for name in (name for name in file.deltas if name in found):
         layer, side = found[name], file.sides[name]
         if isinstance(layer, Gained) and layer.side != side:
@@ -313,8 +328,8 @@ def _check_layers(file: GainFile, found: dict[str, nn.Module], *, exact: bool, p
         raise GainFileError(f"{path} does not fit the model: {shown}")
 
 
-def _check_base(file: GainFile, found: dict[str, nn.Module], model: nn.Module, path: object) -> None:
-    """That every frozen weight is the one the gain was trained on."""
+def refuse_other_base(file: GainFile, found: dict[str, nn.Module], model: nn.Module, path: object) -> None:
+    """Raise GainFileError unless every frozen weight is the one the gain was trained on."""
     differing = [
         name
         for name, expected in file.fingerprints.items()
@@ -324,11 +339,11 @@ def _check_base(file: GainFile, found: dict[str, nn.Module], model: nn.Module, p
         raise GainFileError(
             f"{path} was trained on other weights (base model {file.base_model or 'unknown'}; this one is "
             f"{_base_model(model) or 'unknown'}): the frozen weights differ in {len(differing)} of {len(file.deltas)} "
-            f"layers, {_some(differing)}. Load the base it was trained on, or pass check_base=False to use them anyway."
+            f"layers, {some_of(differing)}. Load the base it was trained on, or pass check_base=False to use them anyway."
         )
 
 
-def _some(names: Iterable[str]) -> str:
+def some_of(names: Iterable[str]) -> str:
     """The first few names, and how many more."""
     ordered = sorted(names)
     return ", ".join(ordered[:_SHOWN]) + (f" and {len(ordered) - _SHOWN} more" if len(ordered) > _SHOWN else "")

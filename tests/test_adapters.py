@@ -124,6 +124,12 @@ def test_what_the_file_holds(saved):
     assert saved.stat().st_size < 4000
 
 
+def test_what_was_read_can_be_written(saved, tmp_path):
+    other = tmp_path / "other.safetensors"
+    gain_ops.write_gains(read_gains(saved), other)
+    assert other.read_bytes() == saved.read_bytes()
+
+
 def test_base_model_is_a_basename(path):
     model = gained()
     model.config._name_or_path = "/data/someone/models/Llama-3.1-8B"

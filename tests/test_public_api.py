@@ -14,12 +14,16 @@ def test_the_names() -> None:
         "GainLinear",
         "__version__",
         "absorb",
+        "add_gains",
         "apply",
+        "combine_gains",
         "gain_linear",
         "gain_scale",
         "load_gains",
         "remove",
         "save_gains",
+        "set_gains",
+        "write_gains",
     ]
     assert all(hasattr(gain_ops, name) for name in gain_ops.__all__)
 

@@ -1,0 +1,281 @@
+"""PEFT's (IA)^3 adapters: gain files written as adapter folders that plain PEFT loads, and read from them.
+
+::
+
+    output side:  y = l * (x @ W.T)                 l [out, 1]        the layer must have no bias: PEFT scales that too
+    input side:   y = (x * l) @ W.T + b             l [1, in]         one of PEFT's feedforward_modules
+
+``l`` is the gain. Neither direction needs peft. A folder holds ``adapter_config.json`` and ``adapter_model.safetensors``; one
+that is written here also a ``README.md``, the model card that the Hub shows.
+
+What is exact: to_peft() writes ``l = 1 + delta`` in float32, the very gain that the kernels form. from_peft() writes
+``delta = l - 1`` in float32: the gain is l again, to the bit, for 0.5 <= l < 2**24, and within ``2**-24 * (1 - l)`` of it for
+-2**24 < l < 0.5. So a gain that goes from a gain file to a folder and back keeps its bits, whatever it is below 2**24 in
+magnitude; its delta loses the digits that 1 + delta does not show.
+"""
+
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from gain_ops._version import __version__
+from gain_ops.adapt import canonical_name
+from gain_ops.adapters import (
+    GainFile,
+    fingerprint,
+    named_linears,
+    read_gains,
+    refuse_misfit,
+    some_of,
+    write_gains,
+)
+from gain_ops.files import staged_folder
+from gain_ops.functional import SIDES
+from gain_ops.linears import sizes
+
+__all__ = ["from_peft", "to_peft"]
+
+CONFIG = "adapter_config.json"
+TENSORS = "adapter_model.safetensors"
+
+_PREFIX, _SUFFIX = "base_model.model.", ".ia3_l"
+
+
+def to_peft(
+    gains: str | os.PathLike[str], folder: str | os.PathLike[str], model: nn.Module, *, base_model: str | None = None
+) -> None:
+    """Write a gain file as an (IA)^3 adapter folder, for ``PeftModel.from_pretrained(base, folder)`` and for the Hub.
+
+    Args:
+        gains: a file written by save_gains().
+        folder: the folder to make; it is written beside and moved into place.
+        model: the base model, or one with gains; only its modules are looked at, so one on the meta device will do.
+        base_model: what PEFT and the Hub are to call the base, as in "HuggingFaceTB/SmolLM2-135M"; by default the gain
+            file's name for it.
+
+    Raises:
+        GainFileError: not a gain file, or one that does not fit the model.
+        ValueError: a layer where (IA)^3 is another map: one with a bias and its gain on the output side, or one that
+            stands in several places in the model, of which PEFT would change one.
+        FileExistsError: the folder exists and is not empty.
+        FileNotFoundError: no such gain file.
+
+    """
+    folder = Path(folder)
+    file = read_gains(gains)
+    linears = named_linears(model)
+    refuse_misfit(file, linears, exact=False, path=gains)
+    layers = {name: linears[name] for name in file.deltas}
+    _refuse_other_maps(f"cannot write {gains} as an (IA)^3 adapter", file.sides, layers, model)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} exists and is not an empty folder: give a new one")
+    base_model = base_model or file.base_model
+    config = {
+        "peft_type": "IA3",
+        "task_type": None,
+        "auto_mapping": _auto_mapping(model),
+        "base_model_name_or_path": base_model,
+        "inference_mode": True,
+        **_modules(file.sides, model),
+        "fan_in_fan_out": any(kind.__name__ == "Conv1D" for layer in layers.values() for kind in type(layer).__mro__),
+        "modules_to_save": None,
+        "init_ia3_weights": True,
+    }
+    tensors = {
+        f"{_PREFIX}{name}{_SUFFIX}": (1 + delta)[:, None] if file.sides[name] == "output" else (1 + delta)[None, :]
+        for name, delta in file.deltas.items()
+    }
+    import safetensors.torch
+
+    contents = {
+        CONFIG: (json.dumps(config, indent=2) + "\n").encode(),
+        TENSORS: safetensors.torch.save(tensors, metadata={"format": "pt"}),
+        "README.md": _model_card(file, base_model).encode(),
+    }
+    with staged_folder(folder, "ia3") as staged:
+        for name, content in contents.items():
+            (staged.folder / name).write_bytes(content)
+
+
+def from_peft(folder: str | os.PathLike[str], gains: str | os.PathLike[str], model: nn.Module) -> None:
+    """Write an (IA)^3 adapter folder as a gain file, for load_gains().
+
+    Args:
+        folder: an adapter that PEFT saved, or to_peft(): on this machine, with an ``adapter_model.safetensors``.
+        gains: the gain file to write; its folder must exist.
+        model: the base model, or one with gains. Its frozen weights give the fingerprints; a model on the meta device
+            will do as well, the gain file then has none and fits any weights.
+
+    Raises:
+        ValueError: not an (IA)^3 adapter, or a damaged one; one that trained whole modules besides; layers that are not
+            linear maps of the model, or of other sizes; values that are not finite; or a layer where (IA)^3 is another
+            map than a gain, as in to_peft().
+        FileNotFoundError: no such folder, or no adapter in it.
+
+    """
+    folder = Path(folder)
+    config = _read_config(folder)
+    vectors = _read_vectors(folder)
+    linears = named_linears(model)
+    if unknown := vectors.keys() - linears.keys():
+        raise ValueError(f"{folder} does not fit the model, which has no linear layers {some_of(unknown)}")
+    layers = {name: layer for name, layer in linears.items() if name in vectors}
+    sides = {name: _side(folder, name, vectors[name], layer) for name, layer in layers.items()}
+    _refuse_other_maps(f"cannot write {folder} as a gain file", sides, layers, model)
+    targets, base_model = config.get("target_modules"), config.get("base_model_name_or_path")
+    file = GainFile(
+        deltas={name: vectors[name].flatten() - 1 for name in layers},
+        sides=sides,
+        fingerprints={name: fingerprint(layer) for name, layer in layers.items()},
+        targets=tuple(sorted(targets)) if isinstance(targets, list) else tuple(layers),
+        base_model=Path(base_model).name if base_model else None,
+        package=__version__,
+    )
+    write_gains(file, gains)
+
+
+def _refuse_other_maps(what: str, sides: dict[str, str], layers: dict[str, nn.Module], model: nn.Module) -> None:
+    """Raise ValueError for layers where (IA)^3 and a gain are different maps."""
+    if biased := [name for name, layer in layers.items() if sides[name] == "output" and _has_bias(layer)]:
+        raise ValueError(
+            f"{what}: (IA)^3 scales outputs together with their bias, a gain on the output side leaves the bias alone, "
+            f"and {len(biased)} of {len(sides)} layers have one: {some_of(biased)}"
+        )
+    places = Counter(id(child) for parent in model.modules() for child in parent._modules.values())
+    if shared := [name for name, layer in layers.items() if places[id(layer)] > 1]:
+        raise ValueError(
+            f"{what}: {some_of(shared)} stand in several places of the model, and PEFT changes a layer in one of them"
+        )
+
+
+def _has_bias(layer: nn.Module) -> bool:
+    bias = getattr(layer, "bias", None)
+    return (bias() if callable(bias) else bias) is not None  # a method in torch's own quantised layers
+
+
+def _auto_mapping(model: nn.Module) -> dict[str, str] | None:
+    """The model's class, as PEFT notes it for AutoPeftModel."""
+    kind = type(model)
+    if not kind.__module__.startswith("transformers."):
+        return None
+    return {"base_model_class": kind.__name__, "parent_library": kind.__module__}
+
+
+def _modules(sides: dict[str, str], model: nn.Module) -> dict[str, list[str] | str]:
+    """``target_modules``, which select the layers, and ``feedforward_modules``, which select those on the input side."""
+    names = [canonical_name(name) for name, _ in model.named_modules()]
+    chosen = {}
+    for side in SIDES:
+        wanted = [name for name in sides if sides[name] == side]
+        chosen[side] = _selection(wanted, (name for name in names if sides.get(name) != side))
+    output, feedforward = chosen["output"], chosen["input"]
+    if isinstance(output, list) and isinstance(feedforward, list):
+        targets: list[str] | str = sorted(
+            [*output, *feedforward]
+        )  # PEFT wants feedforward among them, string by string
+    else:
+        targets = _expression(sides)
+    return {"target_modules": targets, "feedforward_modules": feedforward}
+
+
+def _selection(wanted: Sequence[str], others: Iterable[str]) -> list[str] | str:
+    """What makes PEFT choose the wanted modules and no other: the shortest ends of their names, or an expression.
+
+    PEFT compares the ends of names, those of feedforward_modules by characters and not by components.
+    """
+    lines = "".join(f"{other}\n" for other in others)
+    ends = set()
+    for name in wanted:
+        parts = name.split(".")
+        candidates = (".".join(parts[i:]) for i in reversed(range(len(parts))))
+        end = next((end for end in candidates if end in ends or f"{end}\n" not in lines), None)
+        if end is None:
+            return _expression(wanted)
+        ends.add(end)
+    return sorted(ends)
+
+
+def _expression(names: Iterable[str]) -> str:
+    return "|".join(map(re.escape, sorted(names)))
+
+
+def _side(folder: Path, name: str, vector: Tensor, layer: nn.Module) -> str:
+    n_in, n_out = cast(tuple[int, int], sizes(layer))
+    sides: dict[tuple[int, ...], str] = {(1, n_in): "input", (n_out, 1): "output"}
+    if tuple(vector.shape) not in sides:
+        raise ValueError(
+            f"{folder} does not fit the model: {name} has a vector of shape {tuple(vector.shape)}, expected ({n_out}, 1) "
+            f"or (1, {n_in})"
+        )
+    return sides[tuple(vector.shape)]
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is not a folder: an adapter on the Hub has to be downloaded first")
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        kind = config["peft_type"]
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{folder} is not a PEFT adapter: it has no {CONFIG}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder / CONFIG} is damaged: {error!r}") from error
+    if kind != "IA3":
+        raise ValueError(f"{folder} is a {kind} adapter; of PEFT's only IA3 is a gain")
+    if trained := config.get("modules_to_save"):
+        raise ValueError(
+            f"{folder} trained whole modules besides ({', '.join(trained)}: its modules_to_save), and a gain file holds "
+            "gains alone"
+        )
+    return cast(dict[str, Any], config)
+
+
+def _read_vectors(folder: Path) -> dict[str, Tensor]:
+    """The vectors of an adapter by layer, in float32."""
+    import safetensors.torch
+
+    if not (folder / TENSORS).is_file():
+        raise FileNotFoundError(
+            f"{folder} has no {TENSORS}: load the adapter with PEFT and save it again with save_pretrained()"
+        )
+    try:
+        tensors = safetensors.torch.load_file(folder / TENSORS)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{folder / TENSORS} is not a whole safetensors file: {error}") from error
+    strange = [key for key in tensors if not (key.startswith(_PREFIX) and key.endswith(_SUFFIX))]
+    if strange or not tensors:
+        raise ValueError(f"{folder} holds {some_of(strange) or 'nothing'}, where vectors of (IA)^3 were expected")
+    vectors = {key.removeprefix(_PREFIX).removesuffix(_SUFFIX): tensor.float() for key, tensor in tensors.items()}
+    if bad := [name for name, vector in vectors.items() if not vector.isfinite().all()]:
+        raise ValueError(f"{folder} holds values that are not finite, in {some_of(bad)}")
+    return vectors
+
+
+def _model_card(file: GainFile, base_model: str | None) -> str:
+    metadata = ["library_name: peft", "tags:", "- gain", "- ia3"]
+    if base_model:
+        metadata.insert(0, f"base_model: {json.dumps(base_model)}")
+    lines = [
+        "---",
+        *metadata,
+        "---",
+        "",
+        "# Gains as an (IA)^3 adapter",
+        "",
+        f"A learned gain on each of {len(file.deltas)} layers of {base_model or 'the base model'}, for PEFT:",
+        "",
+        "```python",
+        "from peft import PeftModel",
+        "",
+        'model = PeftModel.from_pretrained(base, "this folder, or its name on the Hub")',
+        "```",
+        "",
+        f"Written by gain_ops {file.package}, whose `gain_ops.integrations.ia3.from_peft` makes a gain file of it.",
+    ]
+    return "\n".join(lines) + "\n"
