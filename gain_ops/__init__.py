@@ -8,6 +8,9 @@ W stays frozen, ``gain = 1 + delta`` is learned and absorbed into W when trainin
 CUDA, no triton and no transformers.
 
     gain_linear, gain_scale        the operation                      functional.py
+    gain_swiglu, gain_geglu, ...   the gain in an FFN's activation    ffn.py
+    gain_rms_norm                  the gain in a norm                 ffn.py
+    gain_mlp                       a whole FFN                        mlp.py
     GainLinear                     the layer                          modules.py
     apply, remove                  gains on a model                   adapt.py
     save_gains, load_gains         gain files                         adapters.py
@@ -23,8 +26,10 @@ from gain_ops.adapt import apply, remove
 from gain_ops.adapters import load_gains, save_gains, write_gains
 from gain_ops.combining import combine_gains
 from gain_ops.dispatch import BackendUnavailable
+from gain_ops.ffn import gain_activation, gain_geglu, gain_glu, gain_relu2, gain_rms_norm, gain_swiglu
 from gain_ops.functional import gain_linear, gain_scale
 from gain_ops.gain_sets import add_gains, set_gains
+from gain_ops.mlp import gain_mlp
 from gain_ops.modules import GainLinear
 
 __all__ = [
@@ -35,8 +40,15 @@ __all__ = [
     "add_gains",
     "apply",
     "combine_gains",
+    "gain_activation",
+    "gain_geglu",
+    "gain_glu",
     "gain_linear",
+    "gain_mlp",
+    "gain_relu2",
+    "gain_rms_norm",
     "gain_scale",
+    "gain_swiglu",
     "load_gains",
     "remove",
     "save_gains",

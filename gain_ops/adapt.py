@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from gain_ops.architectures import Site, pattern_sites, preset_sites, refuse_bypassed
+from gain_ops.fused_mlp import fuse_all, unfuse
 from gain_ops.linears import refuse_fsdp, refuse_sharded, sizes
 from gain_ops.modules import Gained, check_options, gain_layer
 
@@ -72,6 +73,8 @@ def apply(
     side: str = "output",
     memory: str = "fast",
     backend: str = "auto",
+    fuse_mlp: bool = False,
+    mlp_chunk: int | None = None,
 ) -> Applied:
     r"""Put a gain on the chosen projections of a model, in place, and freeze everything else.
 
@@ -89,6 +92,11 @@ def apply(
             projections, where scaled-dot-product attention keeps it anyway, for one more GEMM in the backward, and
             elsewhere the smaller of the two. The input side always keeps x.
         backend: "auto", "eager" or "triton"; see gain_ops.dispatch.
+        fuse_mlp: run each FFN whose down projection gets a gain as gain_ops.gain_mlp: its hidden activation, with the gain in
+            it, is made again in the backward instead of kept, so that a gained FFN keeps less than a frozen one. With
+            memory="lean" the gate and up projections are computed again as well, and only the FFN's input is kept. For
+            side="input" and the FFNs of transformers that fused_mlp.py knows by what their forward says.
+        mlp_chunk: with fuse_mlp, tokens that an FFN works on at a time, to bound what it needs while it runs; None for all.
 
     Returns:
         Applied: the names, the side, the targets and the number of parameters now trained.
@@ -98,11 +106,16 @@ def apply(
 
     Raises:
         ValueError: nothing matched, or nothing matched one of the patterns; the model has gains already; it would
-            ignore a gain at a chosen module; "gain-ffn" on a mixture with fused experts; or an unknown option.
+            ignore a gain at a chosen module; "gain-ffn" on a mixture with fused experts; an FFN that fuse_mlp cannot serve;
+            or an unknown option.
 
     """
     check_options(side, "auto", backend)
     _check_memory(memory)
+    if mlp_chunk is not None and (not fuse_mlp or mlp_chunk < 1):
+        raise ValueError(f"mlp_chunk={mlp_chunk} is a number of tokens, at least 1, and goes with fuse_mlp=True")
+    if fuse_mlp and side != "input":
+        raise ValueError("fuse_mlp folds the gain into the FFN's activation, so it goes with side='input'")
     refuse_gained(model)
     if not isinstance(targets, str):
         targets = tuple(targets)
@@ -115,7 +128,14 @@ def apply(
         )
     if not sites:
         raise ValueError("targets is empty: give 'gain', 'gain-ffn' or at least one pattern")
-    return place(model, [(site, side) for site in sites], targets, memory, backend)
+    applied = place(model, [(site, side) for site in sites], targets, memory, backend)
+    if fuse_mlp:
+        try:
+            fuse_all(model, recompute=memory == "lean", chunk=mlp_chunk)
+        except ValueError:
+            remove(model)
+            raise
+    return applied
 
 
 def remove(model: nn.Module) -> None:
@@ -137,6 +157,7 @@ def remove(model: nn.Module) -> None:
     if any(module.placed for module in gained.values()) and not holders:
         raise ValueError("the gains were applied to a larger model: call remove() on that one")
     refuse_fsdp(model, "remove gains")
+    unfuse(model)
     _replace(model, {key: module.plain() for key, module in gained.items()})
     for module in model.modules():
         vars(module).pop(_SETS, None)

@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gain_ops.architectures import names_attention_output
 from gain_ops.ffn import gain_activation, gain_glu
 from gain_ops.linears import is_conv1d, is_plain_linear
 from gain_ops.mlp import gain_mlp
@@ -167,6 +168,22 @@ def fuse(module: nn.Module, *, recompute: bool, chunk: int | None) -> None:
     module.__class__ = _fused_class(cast(Any, type(module)))
 
 
+def fuse_all(model: nn.Module, *, recompute: bool, chunk: int | None) -> None:
+    """fuse() every module of a model that holds a down projection with a gain on its input side.
+
+    Raises:
+        ValueError: as fuse(); or there is none. What was fused before stays so: unfuse() undoes it.
+
+    """
+    found = [module for module in model.modules() if _is_gained_ffn(module)]
+    if not found:
+        raise ValueError(
+            "fuse_mlp found no FFN whose down projection has a gain: use targets='gain-ffn', or leave it off"
+        )
+    for module in found:
+        fuse(module, recompute=recompute, chunk=chunk)
+
+
 def unfuse(model: nn.Module) -> None:
     """Give every fused FFN of a model its own class again."""
     for module in list(fused_modules(model)):
@@ -178,6 +195,15 @@ def unfuse(model: nn.Module) -> None:
 def fused_modules(model: nn.Module) -> Iterator[FusedMlp]:
     """The FFNs of a model that run as gain_mlp."""
     return (module for module in model.modules() if isinstance(module, FusedMlp))
+
+
+def _is_gained_ffn(module: nn.Module) -> bool:
+    """Whether it holds a gained projection and is not attention: by its layout, or else for fuse() to refuse by name."""
+    layout = layout_of(module)
+    if layout is not None:
+        return isinstance(getattr(module, layout.down, None), Gained)
+    names = [name for name, child in module.named_children() if isinstance(child, Gained)]
+    return any(not names_attention_output(f"{type(module).__name__}.{name}") for name in names)
 
 
 def _is_readable(module: nn.Module, layout: Layout | None = None) -> bool:

@@ -126,16 +126,16 @@ class Mlp(Function):
     def backward(ctx: Any, dy: Tensor | None, *dkept: Tensor | None) -> Gradients:
         """dy [T, out] -> dx, ddelta; dkept comes only from a double backward."""
         options: Options = ctx.options
-        *kept, delta = ctx.saved_tensors[:-6]
-        parameters = ctx.saved_tensors[-6:]
+        saved = ctx.saved_tensors  # once: non-reentrant checkpointing recomputes for it
+        kept, delta, parameters = saved[:-7], saved[-7], saved[-6:]
         ffn = _Ffn(parameters, options)
         needs_x, needs_delta = ctx.needs_input_grad[:2]
         if differentiable() or any(part is not None for part in dkept):
-            dx, ddelta = _composite_gradients(ffn, dy, dkept, tuple(kept), delta)
+            dx, ddelta = _composite_gradients(ffn, dy, dkept, kept, delta)
         elif dy is None:
             dx = ddelta = None
         else:
-            dx, ddelta = _gradients(ffn, dy.to(kept[0].dtype), tuple(kept), delta, needs_x)
+            dx, ddelta = _gradients(ffn, dy.to(kept[0].dtype), kept, delta, needs_x)
         ddelta = None if ddelta is None or not needs_delta else ddelta.to(ctx.delta_dtype)
         return dx if needs_x else None, ddelta, *(None,) * (1 + len(parameters))
 

@@ -2,11 +2,13 @@
 
 import copy
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+import gain_ops
 from gain_ops.fused_mlp import FusedMlp, fuse, layout_of, unfuse
 from gain_ops.modules import gain_layer
 from gain_ops.saved_bytes import saved_bytes
@@ -152,3 +154,115 @@ def test_compile() -> None:
     grads = torch.autograd.grad(y, (x, delta_of(module)), torch.ones_like(y))
     for got, wanted in zip((y, *grads), expected, strict=True):
         torch.testing.assert_close(got, wanted)
+
+
+def model_of(family: str) -> nn.Module:
+    import transformers
+
+    torch.manual_seed(0)
+    if family == "GPT2":
+        config = transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, n_inner=24, vocab_size=32, n_positions=32)
+        return transformers.GPT2LMHeadModel(config).eval()
+    small = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "vocab_size": 32,
+        "pad_token_id": 0,
+    }
+    name = "Gemma3Text" if family == "Gemma3" else family
+    config = getattr(transformers, f"{name}Config")(**small)
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+WHOLE = ["Llama", "Qwen2", "Qwen3", "Mistral", "Gemma", "Gemma3", "Phi3", "GPT2"]
+
+
+@pytest.mark.parametrize("family", WHOLE)
+@pytest.mark.parametrize("memory", ["fast", "lean"])
+def test_apply_fuses_every_ffn_and_remove_undoes_it_to_the_bit(family: str, memory: str) -> None:
+    model = model_of(family)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    kinds = [type(module) for module in model.modules()]
+    ids = torch.randint(0, 32, (2, 9))
+    plain = model(ids).logits
+    gain_ops.apply(
+        model, "gain-ffn", side="input", memory=memory, fuse_mlp=True, mlp_chunk=4 if memory == "lean" else None
+    )
+    assert sum(isinstance(module, FusedMlp) for module in model.modules()) == 2
+    torch.testing.assert_close(model(ids).logits, plain)
+    names = set(model.state_dict()) - set(before)
+    assert names
+    assert all(name.endswith(".delta") for name in names)
+    model(ids, labels=ids).loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    gain_ops.remove(model)
+    assert [type(module) for module in model.modules()] == kinds
+    assert list(model.state_dict()) == list(before)
+    assert torch.equal(model(ids).logits, plain)
+
+
+def test_the_fused_model_absorbs_saves_and_loads(tmp_path: Path) -> None:
+    model, other = model_of("Llama"), model_of("Llama")
+    gain_ops.apply(model, "gain-ffn", side="input", fuse_mlp=True)
+    gain_ops.apply(other, "gain-ffn", side="input")
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if name.endswith("delta"):
+            nn.init.normal_(parameter, std=0.1)
+    gain_ops.save_gains(model, tmp_path / "g.safetensors")
+    gain_ops.load_gains(other, tmp_path / "g.safetensors")
+    ids = torch.randint(0, 32, (2, 9))
+    fused, plain = model(ids).logits, other(ids).logits
+    torch.testing.assert_close(fused, plain)
+    gain_ops.absorb(model)
+    assert not any(isinstance(module, FusedMlp) for module in model.modules())
+    torch.testing.assert_close(model(ids).logits, fused)
+
+
+def test_checkpointing_and_autocast() -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        model = model_of("Llama").train()
+        gain_ops.apply(model, "gain-ffn", side="input", fuse_mlp=True)
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        ids = torch.arange(18).view(2, 9)
+        with torch.autocast("cpu", torch.bfloat16):
+            model(ids, labels=ids).loss.backward()
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"fuse_mlp": True}, "side='input'"),
+        ({"mlp_chunk": 8}, "goes with fuse_mlp=True"),
+        ({"fuse_mlp": True, "side": "input", "mlp_chunk": 0}, "at least 1"),
+        ({"fuse_mlp": True, "side": "input", "targets": "gain"}, "found no FFN"),
+    ],
+)
+def test_options_that_do_not_go_together(options: dict[str, object], message: str) -> None:
+    model = model_of("Llama")
+    with pytest.raises(ValueError, match=message):
+        gain_ops.apply(model, **{"targets": "gain-ffn"} | options)
+    assert not any(name.endswith("delta") for name, _ in model.named_parameters())
+
+
+def test_an_ffn_that_is_not_known_is_refused_and_nothing_is_left() -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up_proj, self.down_proj = nn.Linear(8, 16), nn.Linear(16, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down_proj(torch.sin(self.up_proj(x)))
+
+    model = nn.Sequential(Odd())
+    with pytest.raises(ValueError, match="fuse_mlp cannot serve Odd"):
+        gain_ops.apply(model, ["down_proj"], side="input", fuse_mlp=True)
+    assert type(model[0].down_proj) is nn.Linear
