@@ -117,7 +117,7 @@ def _list_gguf(path: Path) -> dict[str, Listed]:
         rows = int(tensor.n_elements) // int(tensor.shape[0])
         region = Region(path, int(tensor.data_offset), rows, int(tensor.n_bytes) // rows)
 
-        def decode(block: Tensor, kind: int = tensor.tensor_type) -> Tensor:
+        def decode(block: Tensor, kind: gguf.GGMLQuantizationType = tensor.tensor_type) -> Tensor:
             return torch.from_numpy(gguf.quants.dequantize(block.numpy(), kind))
 
         stored = f"{tensor.tensor_type.name} {[int(n) for n in reversed(tensor.shape)]}"
@@ -199,7 +199,7 @@ class _Fit:
     def change(self) -> float:
         """|B - A|."""
         aa, ab, bb = self._sums
-        return (bb - 2 * ab + aa).clamp_min(0).sum().sqrt().item()
+        return float((bb - 2 * ab + aa).clamp_min(0).sum().sqrt())
 
     @property
     def relative(self) -> float:
@@ -211,4 +211,4 @@ class _Fit:
     def rest(self) -> float:
         """|B - gains * A|."""
         aa, ab, bb = self._sums
-        return (bb - torch.where(aa > 0, ab * ab / aa, 0.0)).clamp_min(0).sum().sqrt().item()
+        return float((bb - torch.where(aa > 0, ab * ab / aa, 0.0)).clamp_min(0).sum().sqrt())
