@@ -8,6 +8,7 @@ import torch
 
 from tiny_llama import save_tiny_llama
 
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> Iterator[None]:
     """Threads cost more than they save on tensors this small, and much more where other tests run beside these."""
