@@ -13,7 +13,7 @@ PACKAGING := pyproject.toml setup.py constraints.txt
 # two workers, a file at a time, the longest (tests/kernels/test_aot.py) first, as it is collected first
 PYTEST := $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test bench cuda lint triton36 clean
+.PHONY: demo test bench cuda docs lint triton36 clean
 
 demo: $(VENV)/.cli
 	$(VENV)/bin/gain-ops adapt --out demo-out $(ARGS)
@@ -27,6 +27,9 @@ bench: $(VENV)/.dev
 # ninja knows what is up to date; ccache, where it is installed, keeps the objects of other checkouts
 cuda: $(VENV)/.dev
 	@if command -v nvcc >/dev/null; then $(PY) -m gain_ops.build; else echo "no nvcc: the CUDA kernels are not built"; fi
+
+docs: $(VENV)/.dev
+	$(VENV)/bin/sphinx-build -q -W --keep-going docs build/docs
 
 # mypy does not follow package_dir: it is shown the package as it is installed
 lint: $(VENV)/.dev

@@ -205,8 +205,9 @@ def fingerprint(layer: nn.Module) -> str | None:
         bytes = every k-th value in row-major order, k = ceil(n / 4096), as little-endian bfloat16
 
     A floating weight is sampled alone, rounded to bfloat16 (to nearest, ties to even), so that one checkpoint loaded in
-    float32 and in bfloat16 gives one fingerprint. Of a quantised layer all parameters and buffers are sampled, in order
-    of their names; values that are not floating are taken as they are stored.
+    float32 and in bfloat16 gives one fingerprint. Of a quantised layer its parameters and buffers are sampled, in order
+    of their names, or what use does not change of them (gain_ops.integrations.quantized.lasting_tensors); values that are
+    not floating are taken as they are stored.
 
     Returns:
         32 hexadecimal digits, or None where there is nothing to sample: no tensors, or tensors on the meta device.

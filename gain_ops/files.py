@@ -38,19 +38,20 @@ def copy_file(source: Path, target: Path, advance: Callable[[int], object]) -> N
         OSError: it cannot be read or written, or became shorter meanwhile.
 
     """
-    with source.open("rb", buffering=0) as reader, target.open("wb", buffering=0) as writer:
-        left = os.fstat(reader.fileno()).st_size
+    with source.open("rb") as reader, target.open("wb") as writer:
+        size = left = os.fstat(reader.fileno()).st_size
         for copied in _copied_by_system(reader.fileno(), writer.fileno(), left):
             left -= copied
             advance(copied)
+        reader.seek(size - left)  # the system moved the descriptors, of which Python's buffers need not know
+        writer.seek(size - left)
         while left:
             block = reader.read(min(left, _BUFFER))
             if not block:
                 raise OSError(f"{source} became shorter while it was copied")
-            written = writer.write(block)
-            reader.seek(written - len(block), os.SEEK_CUR)
-            left -= written
-            advance(written)
+            writer.write(block)
+            left -= len(block)
+            advance(len(block))
 
 
 class StagedFolder:

@@ -80,5 +80,23 @@ def describe(module: nn.Module) -> str:
     return f"{type(module).__name__} with a {type(weight).__name__} of shape {tuple(weight.shape)} and {weight.dtype}"
 
 
+def quantises_activations(module: nn.Module) -> bool:
+    """Whether torchao or compressed-tensors rounds the layer's input on the way in, for which neither has a backward."""
+    scheme = getattr(module, "quantization_scheme", None)
+    weight = getattr(module, "weight", None)
+    marks = "act_quant_kwargs", "activation_quantization", "act_mapping_type"
+    return getattr(scheme, "input_activations", None) is not None or any(getattr(weight, mark, None) for mark in marks)
+
+
+def is_kind(thing: object, name: str) -> bool:
+    """Whether its class, or one that it derives from, is ``package.Class``; asks without importing the package."""
+    return any(name == kind_name(kind) for kind in type(thing).__mro__)
+
+
+def kind_name(kind: type) -> str:
+    """``package.Class``, whichever of the package's modules the class is defined in."""
+    return f"{kind.__module__.partition('.')[0]}.{kind.__qualname__}"
+
+
 def _qualified_name(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"

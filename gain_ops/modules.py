@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from gain_ops.dispatch import check_name
 from gain_ops.functional import check_side_and_save, gain_linear, gain_scale
-from gain_ops.linears import describe, is_conv1d, is_plain_linear, refuse_sharded, sizes
+from gain_ops.linears import describe, is_conv1d, is_plain_linear, quantises_activations, refuse_sharded, sizes
 
 _Linear = TypeVar("_Linear", bound=nn.Module)
 
@@ -227,10 +227,14 @@ class GainWrapper(Gained):
         backend: "auto", "eager" or "triton"; see gain_ops.dispatch.
 
     Shapes: x [..., in_features] -> y [..., out_features] in base's output dtype; delta [out_features] or [in_features].
-    Besides what base keeps, backward keeps one activation: base(x) - b on the output side, x on the input side.
+    Besides what base keeps, backward keeps one activation: base(x) - b on the output side, x on the input side. Round
+    bitsandbytes' 4-bit linear, which keeps nothing, that is all, where QLoRA keeps x, in float32 by PEFT's default, and
+    T x r. Round torchao's weight-only linears there is a copy of the unpacked weight, with a gain or without.
 
     Raises:
         ValueError: a side or backend that does not exist, or a base already sharded.
+        RuntimeError: in a forward that is to be differentiated, if base gives its input no gradient: activations that are
+            quantised too, or a 4-bit layer that bitsandbytes has repacked for inference on a CPU.
 
     """
 
@@ -243,11 +247,13 @@ class GainWrapper(Gained):
         self.in_features, self.out_features = in_features, out_features
         self.base = base.requires_grad_(False)
         self.side, self.save, self.backend = side, "auto", backend
-        tensors = list(raw_tensors(base).values())
+        tensors = list(own_tensors(base).values())
         device = tensors[0].device if tensors else None
         dtype = next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.float32)
         self.delta = self._new_delta(device, dtype)
         self.training = base.training
+        # such a base cuts the gradient in every layer, so that x below needs none: x.requires_grad does not tell
+        self._for_inference = quantises_activations(base)
 
     @property
     def weight(self) -> Any:
@@ -263,13 +269,36 @@ class GainWrapper(Gained):
     def forward(self, input: Tensor) -> Tensor:
         """x [..., in_features] -> y [..., out_features]."""
         if self.side == "input":
-            return cast(Tensor, self.base(gain_scale(input, self.delta, backend=self.backend)))
-        y = cast(Tensor, self.base(input))
+            return self._through_base(gain_scale(input, self.delta, backend=self.backend))
+        y = self._through_base(input)
         bias = self.bias
         if bias is None:
             return gain_scale(y, self.delta, backend=self.backend)
         # gain_scale multiplies by one plus what it gets: this is y + delta * (y - b).
         return y + gain_scale(y - bias.to(y.dtype), self.delta - 1, backend=self.backend)
+
+    def _through_base(self, x: Tensor) -> Tensor:
+        y = cast(Tensor, self.base(x))
+        if torch.is_grad_enabled() and (x.requires_grad or (self._for_inference and self.delta.requires_grad)):
+            self._refuse_cut(y)
+        return y
+
+    def _refuse_cut(self, y: Tensor) -> None:
+        """Raise RuntimeError if base gave y without a gradient to its input: what lies below would train on a wrong one."""
+        state = getattr(self.weight, "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False):
+            why = (
+                "bitsandbytes has repacked its weight for inference on this CPU. Load the model anew and train before the "
+                "first evaluation, or before that set support_avx512bf16_for_cpu = False on every Linear4bit"
+            )
+        elif not y.requires_grad:
+            why = (
+                "it rounds its input, or is for inference otherwise. Train on a base of which only weights are quantised "
+                "(torchao's Int8WeightOnlyConfig, say), or evaluate under torch.no_grad()"
+            )
+        else:
+            return
+        raise RuntimeError(f"{describe(self.base)} gives its input no gradient: {why}.")
 
     def plain(self) -> nn.Module:
         """The base."""
@@ -311,9 +340,17 @@ def check_options(side: str, save: str, backend: str) -> None:
 
 
 def raw_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """What a linear map is frozen with, by name: its own tensors, or of a quantised layer those that use does not change."""
+    from gain_ops.integrations.quantized import lasting_tensors  # it builds on this module
+
+    lasting = lasting_tensors(module)
+    return own_tensors(module) if lasting is None else lasting
+
+
+def own_tensors(module: nn.Module, *, recurse: bool = True) -> dict[str, Tensor]:
     """The parameters and buffers of a module by name, tensor subclasses taken apart into the plain tensors in them."""
     tensors: dict[str, Tensor] = {}
-    pending = [*module.named_parameters(), *module.named_buffers()]
+    pending = [*module.named_parameters(recurse=recurse), *module.named_buffers(recurse=recurse)]
     for name, tensor in pending:
         if hasattr(tensor, "__tensor_flatten__"):
             inner, _ = tensor.__tensor_flatten__()

@@ -232,6 +232,14 @@ def test_neighbours_in_one_storage_are_not_shared():
     gain_ops.absorb(model)
 
 
+def test_a_shared_bias_is_no_obstacle():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].bias = model[0].bias
+    gain_ops.apply(model, [r"\d"])
+    gain_ops.absorb(model)
+    assert model[1].bias is model[0].bias
+
+
 def test_a_shared_module_is_absorbed_once():
     shared = nn.Linear(4, 4, bias=False)
     model = nn.ModuleDict({"a": shared, "b": shared})

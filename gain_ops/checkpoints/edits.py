@@ -1,0 +1,101 @@
+"""What absorbing changes in the files of a checkpoint: rows of bytes, each rewritten in place to as many bytes.
+
+Nothing here knows a format. A container (a folder of safetensors, a GGUF file) says where tensors lie; a scheme (plain
+weights, GPTQ, a GGUF block type) says which of them carry a layer's gain and what becomes of their rows; the engine in
+absorbing.py copies the files and rewrites those rows, a few at a time.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read, or that cannot take these gains; nothing was changed."""
+
+
+@dataclass(frozen=True)
+class Region:
+    """Where a tensor lies: ``rows`` rows of ``row_bytes`` bytes from ``offset`` in ``file``, without gaps."""
+
+    file: Path
+    offset: int
+    rows: int
+    row_bytes: int
+
+    def read(self) -> Tensor:
+        """All of it, uint8 [rows, row_bytes], a copy."""
+        found = np.fromfile(self.file, dtype=np.uint8, count=self.size, offset=self.offset)
+        if found.size != self.size:
+            raise CheckpointError(f"{self.file} ends {self.size - found.size} bytes early: it is cut")
+        return torch.from_numpy(found).view(self.rows, self.row_bytes)
+
+    def blocks(self, size: int) -> Iterator[tuple[int, "Region"]]:
+        """The region in pieces of at most ``size`` bytes, or of a row where that is more: (first row, piece)."""
+        step = max(1, size // max(1, self.row_bytes))
+        for start in range(0, self.rows, step):
+            rows = min(step, self.rows - start)
+            yield start, Region(self.file, self.offset + start * self.row_bytes, rows, self.row_bytes)
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return self.rows * self.row_bytes
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor of a checkpoint; a 0-D or 1-D one is one row."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    region: Region
+
+    def read(self) -> Tensor:
+        """The whole tensor, a copy: for scales and the like; weights go by rows."""
+        return self.region.read().view(-1).view(self.dtype).view(self.shape)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A linear layer of a checkpoint, and the gain to absorb: [out_features] or [in_features] by ``side``.
+
+    The gain is float32 (float64 beside a float64 weight). ``tensors`` are those below the layer's name, by what follows
+    it: "weight", "weight_scale", "qweight".
+    """
+
+    name: str
+    side: str
+    gain: Tensor
+    tensors: Mapping[str, Stored]
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """The largest absolute and relative error of a rewritten value against the exact product."""
+
+    absolute: float = 0.0
+    relative: float = 0.0
+
+    def __or__(self, other: "Rounding") -> "Rounding":
+        return Rounding(max(self.absolute, other.absolute), max(self.relative, other.relative))
+
+
+@dataclass(frozen=True)
+class Edit:
+    """A change of one tensor for one layer.
+
+    ``rewrite(block, start)`` takes rows ``start`` and following, uint8 [n, row_bytes], and gives the new rows, of the
+    same shape, and their rounding. It raises CheckpointError for values that are not finite after it. It is called with
+    any number of rows at a time, in any order, and more than once.
+    """
+
+    layer: str
+    tensor: str
+    region: Region
+    rewrite: Callable[[Tensor, int], tuple[Tensor, Rounding]]

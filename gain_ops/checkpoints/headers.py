@@ -1,0 +1,127 @@
+"""The header of a safetensors file: where each tensor lies, without reading any.
+
+::
+
+    8 bytes, little-endian: n        n bytes of JSON: {"name": {"dtype", "shape", "data_offsets": [from, to]}, ...}
+    then the data, which the offsets count from; "__metadata__" maps text to text
+
+Source: https://github.com/huggingface/safetensors, "Format". The library itself gives no offsets.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gain_ops.checkpoints.edits import CheckpointError, Region, Stored
+
+_LONGEST = 100 << 20  # what the library accepts, in bytes
+_DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "C64": torch.complex64,
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor as its header names it: dtype in the format's own words, ``size`` bytes from ``offset`` in ``file``."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    offset: int
+    size: int
+
+    def stored(self) -> Stored:
+        """The same for a scheme.
+
+        Raises:
+            CheckpointError: a dtype that torch or this package does not have.
+
+        """
+        if self.dtype not in _DTYPES:
+            raise CheckpointError(f"{self.name} has dtype {self.dtype}, of which gain_ops knows nothing")
+        rows = self.shape[0] if len(self.shape) > 1 else 1
+        region = Region(self.file, self.offset, rows, self.size // rows if rows else 0)
+        return Stored(self.name, _DTYPES[self.dtype], self.shape, region)
+
+    def __str__(self) -> str:
+        return f"{self.dtype} {list(self.shape)}"
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a safetensors file says of itself."""
+
+    metadata: Mapping[str, str]
+    entries: Mapping[str, Entry]
+
+
+def read_header(file: Path) -> Header:
+    """Read and check the header of a safetensors file; the data must be there to the last byte.
+
+    Raises:
+        CheckpointError: not a safetensors file, a Git LFS pointer, a damaged header, or a file that is cut.
+        OSError: it cannot be read.
+
+    """
+    total = file.stat().st_size
+    with file.open("rb") as opened:
+        start = opened.read(8)
+        if start == b"version ":
+            raise CheckpointError(f"{file} is a Git LFS pointer, not the weights: fetch them with git lfs pull")
+        length = int.from_bytes(start, "little")
+        if len(start) < 8 or not 2 <= length <= min(_LONGEST, total - 8):
+            raise CheckpointError(f"{file} is not a safetensors file, or is cut in its header: fetch it again")
+        text = opened.read(length)
+    try:
+        content = json.loads(text)
+        metadata = content.pop("__metadata__", None) or {}
+        entries = {name: _entry(name, value, file, 8 + length) for name, value in content.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{file} has a damaged header ({error!r}): fetch it again") from error
+    _check_extents(file, total, 8 + length, entries)
+    return Header(metadata, entries)
+
+
+def _entry(name: str, value: Mapping[str, Any], file: Path, data: int) -> Entry:
+    dtype, shape, (start, end) = value["dtype"], value["shape"], value["data_offsets"]
+    if not isinstance(dtype, str) or not all(isinstance(n, int) and n >= 0 for n in (*shape, start, end)):
+        raise ValueError(f"{name}: {value}")
+    if dtype in _DTYPES and math.prod(shape) * _DTYPES[dtype].itemsize != end - start:
+        raise ValueError(f"{name} takes {end - start} bytes, not those of {dtype} {shape}")
+    return Entry(name, dtype, tuple(shape), file, data + start, end - start)
+
+
+def _check_extents(file: Path, total: int, data: int, entries: Mapping[str, Entry]) -> None:
+    """That the tensors lie one after the other, without overlap, and end where the file ends."""
+    end = data
+    for entry in sorted(entries.values(), key=lambda entry: (entry.offset, entry.size)):
+        if entry.offset < end:
+            raise CheckpointError(f"{file} has a damaged header: {entry.name} overlaps another tensor: fetch it again")
+        end = entry.offset + entry.size
+    if total != end:
+        how = f"ends {end - total} bytes early: it is cut" if total < end else f"is {total - end} bytes too long"
+        raise CheckpointError(f"{file} {how}; fetch it again")

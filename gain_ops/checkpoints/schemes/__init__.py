@@ -1,0 +1,58 @@
+"""What becomes of a quantised layer that takes a gain: one file a format, and here which of them it is.
+
+A row gain goes into a row's scales: exact to their own rounding, where an adapter that adds has to requantise. Where no
+scale can take a gain, on inputs or under a scale for many rows, it is refused, or codes and scales are chosen anew if
+that was asked for.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from gain_ops.checkpoints.edits import CheckpointError, Edit, Layer
+from gain_ops.checkpoints.schemes import awq, bitsandbytes, compressed_tensors, eetq, fp8, gptq, hqq, torchao
+from gain_ops.checkpoints.schemes.exact import REMEDY
+from gain_ops.checkpoints.schemes.request import Request
+
+_SCHEMES: Mapping[str, Callable[[Layer, Request], list[Edit]]] = {
+    "awq": awq.edits,
+    "bitsandbytes": bitsandbytes.edits,
+    "compressed-tensors": compressed_tensors.edits,
+    "eetq": eetq.edits,
+    "fbgemm_fp8": fp8.edits,
+    "fp8": fp8.edits,
+    "gptq": gptq.edits,
+    "hqq": hqq.edits,
+    "mxfp8": fp8.edits,
+    "torchao": torchao.edits,
+}
+
+
+def edits(config: Mapping[str, Any], metadata: Mapping[str, str], layer: Layer, *, requantize: bool) -> list[Edit]:
+    """The edits that fold a gain into a quantised layer; plain layers are plain.py's.
+
+    ::
+
+        side="output":  W <- diag(gain) @ W            side="input":  W <- W @ diag(gain)            b unchanged
+
+    Where a scale takes the gain, the product runs in float32 and is rounded once to the scale's dtype, and the edit's
+    rounding is the scale's. Where codes are chosen anew, the rounding is that of the weights.
+
+    Args:
+        config: "quantization_config" in config.json.
+        metadata: what the header of the layer's file says beside its tensors.
+        layer: the layer, with the gain.
+        requantize: whether codes may be rounded anew where no scale can take the gain.
+
+    Raises:
+        CheckpointError: a format that is not known; a gain that its scales cannot take, without ``requantize`` or where
+            the format is not unpacked here; a gain of another length.
+
+    """
+    unnamed = "bitsandbytes" if config.get("load_in_8bit") or config.get("load_in_4bit") else "nothing"
+    method = str(config.get("quant_method") or unnamed)
+    if method not in _SCHEMES:
+        raise CheckpointError(
+            f"{layer.name} is quantised by {method}, which is not among the methods known here ({', '.join(_SCHEMES)}). "
+            f"{REMEDY}"
+        )
+    return _SCHEMES[method](layer, Request(config, metadata, requantize))

@@ -1,0 +1,47 @@
+"""Which layer of a checkpoint a layer of a gain file is."""
+
+import pytest
+
+from gain_ops.checkpoints.edits import CheckpointError
+from gain_ops.checkpoints.names import find_layers
+
+O_PROJ = "layers.0.self_attn.o_proj"
+
+
+@pytest.mark.parametrize(
+    ("layer", "names", "expected"),
+    [
+        (f"model.{O_PROJ}", [f"model.{O_PROJ}", O_PROJ], f"model.{O_PROJ}"),
+        (f"model.{O_PROJ}", [O_PROJ], O_PROJ),
+        (O_PROJ, [f"model.{O_PROJ}"], f"model.{O_PROJ}"),
+        (f"model.language_model.{O_PROJ}", [f"language_model.model.{O_PROJ}"], f"language_model.model.{O_PROJ}"),
+        (f"model.language_model.{O_PROJ}", [f"model.{O_PROJ}", f"visual.{O_PROJ}"], f"model.{O_PROJ}"),
+        (f"model.language_model.{O_PROJ}", [f"language_model.{O_PROJ}", f"model.{O_PROJ}"], f"language_model.{O_PROJ}"),
+        ("model.visual.blocks.3.attn.proj", ["visual.blocks.3.attn.proj"], "visual.blocks.3.attn.proj"),
+        ("transformer.h.0.mlp.c_proj", ["h.0.mlp.c_proj", "h.1.mlp.c_proj"], "h.0.mlp.c_proj"),
+        ("model.decoder.layers.0.fc2", ["decoder.layers.0.fc2", "encoder.layers.0.fc2"], "decoder.layers.0.fc2"),
+        ("lm_head", ["language_model.lm_head"], "language_model.lm_head"),
+        ("0.2", ["0.2", "2"], "0.2"),
+        # not these
+        (f"model.{O_PROJ}", ["model.layers.1.self_attn.o_proj"], None),
+        (f"model.{O_PROJ}", ["o_proj", "self_attn.o_proj", "0.self_attn.o_proj"], None),
+        (f"model.{O_PROJ}", ["model.layers.0.self_attn.o_proj_norm"], None),
+        ("model.decoder.layers.0.fc2", ["model.encoder.layers.0.fc2"], None),
+        (f"model.language_model.{O_PROJ}", [f"visual.{O_PROJ}"], None),
+        ("model.visual.proj", ["model.audio.proj"], None),
+    ],
+)
+def test_a_layer_is_found_by_its_name_or_by_the_longest_end_of_it(layer: str, names: list[str], expected: str | None):
+    assert find_layers([layer], set(names)) == ({layer: expected} if expected else {})
+
+
+def test_of_two_that_fit_equally_none_is_taken():
+    names = {f"model.{O_PROJ}", f"llm.{O_PROJ}"}
+    with pytest.raises(CheckpointError, match=rf"{O_PROJ} could be any of llm\.{O_PROJ}, model\.{O_PROJ}"):
+        find_layers([O_PROJ], names)
+
+
+def test_two_layers_cannot_be_one():
+    layers = [f"model.{O_PROJ}", f"model.language_model.{O_PROJ}"]
+    with pytest.raises(CheckpointError, match=rf"would all be model\.{O_PROJ}"):
+        find_layers(layers, {f"model.{O_PROJ}"})
