@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_llama import ENGLISH, save_tiny_llama
 
 import gain_ops
+
+from tiny_llama import ENGLISH, save_tiny_llama
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 PAGES = sorted(page for page in DOCS.rglob("*.md") if "```" in page.read_text(encoding="utf-8"))
