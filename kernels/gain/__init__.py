@@ -2,6 +2,7 @@
 
 linear_forward.py   y = gain * (x @ W.T) + b in a GEMM's epilogue
 matmul_reduce.py   a GEMM that writes dz or dx and the partials of ddelta: the backwards that keep x
+fused_backward.py  dx and ddelta from a kept z in one GEMM: measured by benchmarks/, not yet chosen
 rows.py            one bandwidth-bound pass: the backward from a kept z, and the scaling of an operand
 partials.py        the second stage of every ddelta, in fixed order
 config.py          launch configurations and their heuristics

@@ -13,7 +13,6 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from small_checkpoints import absorbed, contents, save_folder, save_gain_file
 from torch import Tensor, nn
 
 import gain_ops
@@ -24,6 +23,8 @@ from gain_ops.checkpoints.edits import CheckpointError, Edit, Region, Rounding
 from gain_ops.checkpoints.planning import open_checkpoint, plan
 from gain_ops.checkpoints.safetensors_folder import SafetensorsCheckpoint
 from gain_ops.files import copy_file, stage_of
+
+from small_checkpoints import absorbed, contents, save_folder, save_gain_file
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 

@@ -13,7 +13,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from small_checkpoints import fingerprint_of, save_folder, save_gain_file
 from torch import Tensor, nn
 
 from gain_ops.adapters import fingerprint, read_gains
@@ -21,6 +20,8 @@ from gain_ops.checkpoints import sampling
 from gain_ops.checkpoints.edits import CheckpointError, Edit, Layer
 from gain_ops.checkpoints.headers import read_header
 from gain_ops.checkpoints.safetensors_folder import SafetensorsCheckpoint
+
+from small_checkpoints import fingerprint_of, save_folder, save_gain_file
 
 O_PROJ = "model.layers.0.self_attn.o_proj"
 DOWN = "model.layers.0.mlp.down_proj"
