@@ -1,6 +1,7 @@
 """python -m benchmarks run | gpu | report: measure what the machine can, all of it on a GPU, or make tables of results."""
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from benchmarks.results import Row
 
 RESULTS = Path(__file__).resolve().parent / "results"
 README = Path(__file__).resolve().parent.parent / "README.md"
+IN_THE_README = ("targets", "layers", "models")
 
 
 def main() -> None:
@@ -23,9 +25,13 @@ def main() -> None:
     run.add_argument("--out", type=Path, default=Path("build/bench/results.csv"), help="the results file; replaced")
     run.add_argument("--minutes", type=float, default=4.0)
     gpu = commands.add_parser("gpu", help="everything, on a GPU")
-    gpu.add_argument("--out", type=Path, required=True, help="the folder for results.csv and parts.json")
-    gpu.add_argument("--minutes", type=float, default=9.0)
-    gpu.add_argument("--resume", action="store_true", help="go on after the parts that were finished")
+    gpu.add_argument(
+        "--out", type=Path, required=True, help="the folder for results.csv, report.md and the tuned table"
+    )
+    gpu.add_argument("--minutes", type=float, default=9.0, help="for everything, building included")
+    gpu.add_argument("--resume", action="store_true", help="go on with the results of --out")
+    gpu.add_argument("--resume-from", type=Path, metavar="PATH", help="go on with another run's folder or results file")
+    gpu.add_argument("--commit", default="", help="what the rows say where there is no git to ask")
     report = commands.add_parser("report", help="tables and plots from results files")
     report.add_argument("files", type=Path, nargs="*", help="default: benchmarks/results/*.csv")
     report.add_argument("--plots", type=Path, default=None, help="a folder for the plots")
@@ -36,7 +42,9 @@ def main() -> None:
     elif arguments.command == "gpu":
         from benchmarks import gpu
 
-        sys.exit(not gpu.run(arguments.out, arguments.minutes, arguments.resume))
+        if arguments.commit:
+            os.environ[results.COMMIT] = arguments.commit
+        sys.exit(not gpu.run(arguments.out, arguments.minutes, arguments.resume, arguments.resume_from))
     else:
         _report(arguments.files or sorted(RESULTS.glob("*.csv")), arguments.plots, arguments.readme)
 
@@ -69,14 +77,17 @@ def _rows(budget_s: float) -> Iterator[Row]:
 
 
 def _report(files: list[Path], plots_folder: Path | None, readme: bool) -> None:
-    from benchmarks import plots, report
+    from benchmarks import report
 
     rows = results.read(files)
     if readme:
-        report.update_readme(README, report.tables(filter(_for_the_readme, rows)))
+        tables = report.tables(filter(_for_the_readme, rows)) | {"targets": report.tables(rows).get("targets", "")}
+        report.update_readme(README, {name: table for name, table in tables.items() if name in IN_THE_README and table})
     else:
         print("\n\n".join(report.tables(rows).values()))
     if plots_folder is not None:
+        from benchmarks import plots
+
         for path in plots.draw(rows, plots_folder):
             print(f"wrote {path}")
 

@@ -1,4 +1,4 @@
-"""What the device can do at most, measured: the copy of a large buffer, and the vendor's matrix product."""
+"""What the device can do at most, measured: the copy of a large buffer, the vendor's matrix product, the least of kernels."""
 
 from collections.abc import Callable, Iterator
 
@@ -8,19 +8,34 @@ from benchmarks import results, timing
 from benchmarks.results import Row
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+KERNELS = 32  # in a row, of which one more is timed
 
 
 def rows(device: torch.device, budget_s: float) -> Iterator[Row]:
-    """``copy`` in B/s, bytes read plus bytes written, and ``matmul`` in flop/s by dtype, on random data."""
+    """``copy`` in B/s, bytes read plus bytes written, and ``matmul`` in flop/s by dtype, on random data; on CUDA ``launch``.
+
+    ``launch`` is what one more kernel takes in a full stream, in us.
+    """
     large = device.type == "cuda"
     about = results.environment(device)
-    spent = timing.measure(_copy(1 << 30 if large else 1 << 24, device), device, budget_s=budget_s / 4)
+    spent = timing.measure(_copy(1 << 30 if large else 1 << 24, device), device, budget_s=budget_s / 5)
     yield _row("copy", "B/s", "float32", 2 * (1 << 30 if large else 1 << 24), spent, about)
     n = 8192 if large else 512
     for dtype in DTYPES:
         a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-        spent = timing.measure(lambda a=a, b=b: a @ b, device, budget_s=budget_s / 4)
+        spent = timing.measure(lambda a=a, b=b: a @ b, device, budget_s=budget_s / 5)
         yield _row("matmul", "flop/s", str(dtype).removeprefix("torch."), 2 * n**3, spent, about)
+    if large:
+        yield _launch(device, budget_s / 5, about)
+
+
+def _launch(device: torch.device, budget_s: float, about: dict[str, str]) -> Row:
+    tiny = torch.zeros(128, device=device)
+    cases = {count: lambda count=count: [tiny.add_(1) for _ in range(count)] for count in (1, 1 + KERNELS)}
+    one, many = timing.measure_together(cases, device, budget_s=budget_s).values()
+    spent = timing.quantiles([(b - a) / KERNELS for a, b in zip(one.rounds, many.rounds, strict=True)], one.note)
+    columns = {**spent.columns(), "note": spent.note, **about}
+    return Row("ceiling", "launch", "-", "-", "launch", "us", "float32", 0, 0, 0, **columns)
 
 
 def _copy(size: int, device: torch.device) -> Callable[[], object]:

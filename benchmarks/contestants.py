@@ -44,7 +44,7 @@ def contestants() -> list[Contestant]:
                     lambda linear, side=side, save=save, backend=backend: GainLinear.from_linear(
                         linear, side=side, save=save, backend=backend
                     ),
-                    lambda x, backend=backend: _backend_obstacle(backend, x),
+                    lambda x, backend=backend: backend_obstacle(backend, x),
                 )
             )
     return [
@@ -106,7 +106,8 @@ def _missing(package: str) -> Callable[[Tensor], str | None]:
     return lambda x: None if importlib.util.find_spec(package) else f"{package} is not installed"
 
 
-def _backend_obstacle(backend: str, x: Tensor) -> str | None:
+def backend_obstacle(backend: str, x: Tensor) -> str | None:
+    """Why a backend cannot run on a tensor like x, or None."""
     try:
         dispatch.implementation(backend, x)
     except BackendUnavailable as reason:

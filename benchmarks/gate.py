@@ -8,7 +8,7 @@ start and are held to that.
 import dataclasses
 import functools
 import runpy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -104,7 +104,7 @@ class Judge:
             truth, size = self._truth(None if trained is None else trained.side)
             plain = self._plain(trained)
             names = list(results)
-            return _compare(names, *([by_name[name] for name in names] for by_name in (results, plain, truth, size)))
+            return compare(names, *([by_name[name] for name in names] for by_name in (results, plain, truth, size)))
         except torch.OutOfMemoryError as reason:  # fp64 takes four times what is measured
             return [f"not known to be right: {first_line(reason)}"]
 
@@ -139,25 +139,36 @@ def failures(contestant: Contestant, site: Site, tokens: int, dtype: torch.dtype
 
 def op_failures(name: str, arguments: Sequence[Tensor | None], backends: Sequence[str]) -> dict[str, list[str]]:
     """What is wrong with the results of a raw op by each backend, in words; empty lists where nothing is."""
+    calls = {backend: functools.partial(getattr(ops, name), *arguments, backend) for backend in backends}
+    return call_failures(name, getattr(reference, name), arguments, calls)
+
+
+def call_failures(
+    name: str,
+    equation: Callable[..., Tensor | tuple[Tensor, ...]],
+    arguments: Sequence[Tensor | None],
+    calls: Mapping[str, Callable[[], Tensor | tuple[Tensor, ...]]],
+) -> dict[str, list[str]]:
+    """What is wrong with the results of several calls that are to be ``equation(*arguments)``, in words, by their names."""
 
     def referenced(of: Sequence[Tensor | None]) -> list[Tensor]:
-        return _as_list(getattr(reference, name)(*of))
+        return _as_list(equation(*of))
 
-    if not backends:
+    if not calls:
         return {}
     plain = referenced(arguments)
     truth = referenced([None if a is None else a.double() for a in arguments])
     size = referenced([None if a is None else a.abs() for a in arguments])
+    names = [f"{name}[{i}]" for i in range(len(truth))]
     found: dict[str, list[str]] = {}
-    for backend in backends:
+    for caller, call in calls.items():
         _poison(*plain)
         try:
-            results = _as_list(getattr(ops, name)(*arguments, backend))
+            results = _as_list(call())
         except Exception as reason:  # whoever raises gets no figure, and the others go on
-            found[backend] = [f"raised {first_line(reason)}"]
+            found[caller] = [f"raised {first_line(reason)}"]
             continue
-        names = [f"{name}[{i}]" for i in range(len(truth))]
-        found[backend] = _compare(names, results, plain, truth, size)
+        found[caller] = compare(names, results, plain, truth, size)
     return found
 
 
@@ -190,13 +201,14 @@ def _poison(*like: Tensor) -> None:
     del filled
 
 
-def _compare(
+def compare(
     names: Sequence[str],
     results: Sequence[Tensor],
     plain: Sequence[Tensor],
     truth: Sequence[Tensor],
     size: Sequence[Tensor],
 ) -> list[str]:
+    """What is wrong with results, in words, by the rule of the tests; ``size`` are the same sums of absolute values."""
     found = []
     for name, result, torchs, exact, magnitude in zip(names, results, plain, truth, size, strict=True):
         if result.dtype != torchs.dtype:

@@ -1,171 +1,135 @@
-"""The one command for a GPU machine: proof, ceilings, every op, every layer, memory, tuning, whole steps, in one run.
+"""The one command for a GPU machine: the parts of parts.py in order, within the time, each in a process of its own.
 
-Each part's rows are flushed to OUT/results.csv as they come and its end is noted in OUT/parts.json, so that a cut leaves what
-was measured and ``--resume`` goes on with the next part. What is right comes first: where the tests fail nothing is timed.
+A part that hangs or breaks the device takes no other with it; what it had measured stays. How every part ended is a row of
+group ``part`` in OUT/results.csv, so that one file says where ``--resume`` or ``--resume-from`` is to go on: with what was
+not tried or was cut by the clock, in order, and then again with what failed. Where the tests or memcheck are red nothing is
+timed; what another sanitizer says is printed and makes the exit status 1.
 """
 
-import dataclasses
+import datetime
 import importlib.util
-import json
-import platform
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from benchmarks import ceilings, cublaslt, layers, memory, ops, proof, results, roofline, sites, steps
+from benchmarks import proof, report, results
+from benchmarks.parts import PARTS, Part
 from benchmarks.results import Row
-from gain_ops import extension
 
 ROOT = Path(__file__).resolve().parent.parent
-DEVICE = torch.device("cuda")
-DTYPE = torch.bfloat16
+GRACE_S = 45.0  # beyond twice its share a part is taken to hang: imports, compiling and the least rounds are in it
+SUMMARY = ("products", "variants", "constants", "targets")
+FINISHED, CUT, FAILED = "finished", "cut", "failed"
 
 
-@dataclasses.dataclass(frozen=True)
-class Part:
-    """A part of the run, and its share of the time that is left when it starts; run(seconds, rows so far)."""
+def run(out: Path, minutes: float, resume: bool, resume_from: Path | None = None) -> bool:
+    """Run the parts within the time and print what they say to the targets; whether nothing was red or failed.
 
-    name: str
-    share: float
-    run: Callable[[float, list[Row]], Iterator[Row]]
+    Raises:
+        FileNotFoundError: nothing at ``resume_from``.
 
-
-PARTS = (
-    Part("environment", 0.02, lambda budget_s, before: _environment()),
-    Part("proof", 0.4, lambda budget_s, before: _proof()),
-    Part("ceilings", 0.05, lambda budget_s, before: ceilings.rows(DEVICE, budget_s)),
-    Part("cublaslt", 0.05, lambda budget_s, before: _cublaslt()),
-    Part("ops", 0.3, lambda budget_s, before: _ops(budget_s, before)),
-    Part("layers", 0.5, lambda budget_s, before: _layers(budget_s, before)),
-    Part("peaks", 0.2, lambda budget_s, before: memory.peak_rows(sites.SITES, 8192, DTYPE, DEVICE)),
-    Part("steps", 0.5, lambda budget_s, before: steps.rows(DEVICE, budget_s)),
-    Part("tuning", 1.0, lambda budget_s, before: _tuning(budget_s)),
-)
-
-
-def run(out: Path, minutes: float, resume: bool) -> bool:
-    """Run the parts, in order, within the time; whether all that ran were green."""
+    """
+    deadline = time.monotonic() + 60 * minutes
     if not torch.cuda.is_available():
         sys.exit("torch sees no GPU: `python -m benchmarks run` measures what this machine can")
+    file = begin(out, resume, resume_from)
     prepare()
-    deadline = time.monotonic() + 60 * minutes
-    out.mkdir(parents=True, exist_ok=True)
-    done = _done(out) if resume else []
-    if not resume:
-        for name in ("results.csv", "parts.json"):
-            (out / name).unlink(missing_ok=True)
-    for part in PARTS:
+    green = True
+    for part in order(results.read([file]) if file.exists() else []):
         left = deadline - time.monotonic()
-        if part.name in done or left <= 0:
-            print(f"{part.name}: {'done before' if part.name in done else 'no time left'}", flush=True)
+        if left <= 0:
+            print(f"{part.name}: no time left", flush=True)
             continue
-        started, count = time.monotonic(), 0
-        file = out / "results.csv"
-        for row in part.run(part.share * left, results.read([file]) if file.exists() else []):
-            results.append(file, [row])
-            count += 1
-            if row.group == "proof" and row.median == 0.0:
-                print(f"not right, so nothing is timed: {row.site}: {row.note}", file=sys.stderr)
-                return False
-            if time.monotonic() > deadline:
-                print(f"{part.name}: cut", flush=True)
-                return True
-        done.append(part.name)
-        (out / "parts.json").write_text(json.dumps(done) + "\n", encoding="utf-8")
-        print(f"{part.name}: {count} rows in {time.monotonic() - started:.0f} s", flush=True)
-    return True
+        ended = _run_part(part, out, left)
+        results.append(file, [ended])
+        print(f"{part.name}: {ended.metric}, {ended.median:.0f} s{ended.note and ': '}{ended.note}", flush=True)
+        rows = results.read([file])
+        green = green and ended.metric != FAILED
+        if found := red(rows, proof.BLOCKING):
+            print(f"not right, so nothing is timed: {'; '.join(found)}", file=sys.stderr)
+            break
+    _summarise(out, file)
+    return green and not red(results.read([file]) if file.exists() else [])
+
+
+def begin(out: Path, resume: bool, resume_from: Path | None) -> Path:
+    """OUT/results.csv: none, the one that is there, or a copy of another run's (with its tuned table)."""
+    out.mkdir(parents=True, exist_ok=True)
+    file = out / "results.csv"
+    if resume_from is not None:
+        source = resume_from / "results.csv" if resume_from.is_dir() else resume_from
+        results.read([source])
+        if source.resolve() != file.resolve():
+            shutil.copyfile(source, file)
+            tuned = source.parent / "tuned.json"
+            if tuned.exists():
+                shutil.copyfile(tuned, out / "tuned.json")
+    elif not resume:
+        for name in ("results.csv", "tuned.json", "report.md", "log.txt"):
+            (out / name).unlink(missing_ok=True)
+    return file
+
+
+def order(rows: Sequence[Row]) -> list[Part]:
+    """What is left to run: first what no row says anything of or was cut, then what failed; a red proof is to be made again."""
+    ended = {row.site: row.metric for row in rows if row.group == "part"}
+    if red(rows, proof.BLOCKING):
+        ended.pop("proof", None)
+    left = [part for part in PARTS if ended.get(part.name) != FINISHED]
+    return sorted(left, key=lambda part: ended.get(part.name) == FAILED)
+
+
+def red(rows: Sequence[Row], steps: Sequence[str] = (proof.PARITY, *proof.TOOLS)) -> list[str]:
+    """The steps of the proof that said no when they last ran, with what they said."""
+    said = {row.site: row for row in rows if row.group == "proof" and row.site in steps}
+    return [f"{step}: {row.note}" for step, row in said.items() if row.median == 0.0]
 
 
 def prepare() -> None:
     """Make gain_ops.kernels importable, and build csrc/ where nothing built was brought along; both without a network."""
     if importlib.util.find_spec("gain_ops.kernels") is None:
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "install",
-            "--quiet",
-            "--no-deps",
-            "--no-build-isolation",
-            "-e",
-            str(ROOT),
-        ]
-        subprocess.run(["env", "GAIN_OPS_BUILD_CUDA=0", *command], check=True)
-        importlib.invalidate_caches()
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "-e", str(ROOT)]
+        subprocess.run(pip, check=True, env=os.environ | {"GAIN_OPS_BUILD_CUDA": "0"})
     if importlib.util.find_spec("gain_ops._C") is None:
         built = subprocess.run([sys.executable, "-m", "gain_ops.build"], capture_output=True, text=True)
         print((built.stdout + built.stderr).strip().splitlines()[-1], flush=True)
 
 
-def _done(out: Path) -> list[str]:
-    path = out / "parts.json"
-    return list(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else []
+def command(part: Part, out: Path, seconds: float) -> list[str]:
+    """What runs a part."""
+    return [sys.executable, "-m", "benchmarks.parts", part.name, str(out.resolve()), f"{seconds:.1f}"]
 
 
-def _note(group: str, name: str, value: float | None, note: str) -> Row:
-    about = results.environment(DEVICE)
-    return Row(group, name, "-", "-", "green", "", "", 0, 0, 0, value, value, value, 1, note=note, **about)
+def _run_part(part: Part, out: Path, left: float) -> Row:
+    """Run a part in a process of its own; the row that says how it ended."""
+    started, share = time.monotonic(), part.share * left
+    limit = min(left, 2 * share + GRACE_S)
+    with (out / "log.txt").open("a", encoding="utf-8") as log:
+        print(f"== {part.name}", file=log, flush=True)
+        process = subprocess.Popen(command(part, out, share), cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
+        try:
+            code = process.wait(limit)
+            how, note = (FINISHED, "") if code == 0 else (FAILED, f"exit status {code}, see log.txt")
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            how, note = (CUT, "the time was up") if limit == left else (FAILED, f"stopped after {limit:.0f} s")
+    spent = time.monotonic() - started
+    today = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
+    return Row("part", part.name, "-", "-", how, "s", "", 0, 0, 0, spent, spent, spent, 1, note=note, date=today)
 
 
-def _environment() -> Iterator[Row]:
-    """What a row has no column for."""
-    query = ["nvidia-smi", "--query-gpu=driver_version,power.limit,clocks.max.sm", "--format=csv,noheader"]
-    found = {
-        "python": platform.python_version(),
-        "cuda of torch": str(torch.version.cuda),
-        "driver, power limit, largest clock": _output(query) if shutil.which("nvidia-smi") else "nvidia-smi not found",
-        "cuda kernels": extension.obstacle() or f"built for {extension.architectures()}",
-    }
-    for name, value in found.items():
-        yield _note("environment", name, None, value)
-
-
-def _output(command: list[str]) -> str:
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
-
-
-def _proof() -> Iterator[Row]:
-    for outcome in proof.steps():
-        value = None if outcome.green is None else float(outcome.green)
-        yield _note("proof", outcome.step, value, " | ".join((outcome.summary, *outcome.details)))
-
-
-def _cublaslt() -> Iterator[Row]:
-    for line in cublaslt.lines():
-        yield _note("cublaslt", "pointer modes", None, line)
-
-
-def _ops(budget_s: float, before: list[Row]) -> Iterator[Row]:
-    found = roofline.measured(before)
-    yield from ops.rows(sites.SITES, (2048, 8192), DTYPE, DEVICE, budget_s, ceilings=found)
-
-
-def _layers(budget_s: float, before: list[Row]) -> Iterator[Row]:
-    found = roofline.measured(before)
-    for tokens in sites.TOKENS:
-        yield from layers.rows(sites.SITES, tokens, DTYPE, DEVICE, budget_s / len(sites.TOKENS), ceilings=found)
-
-
-def _tuning(budget_s: float) -> Iterator[Row]:
-    """Opt-in tuning of the Triton GEMMs at the sites' shapes: the table it writes is the result."""
-    deadline = time.monotonic() + budget_s
-    for site in sites.SITES:
-        if time.monotonic() > deadline:
-            return
-        arguments = [
-            "--tokens",
-            "8192",
-            "--out-features",
-            str(site.out_features),
-            "--in-features",
-            str(site.in_features),
-        ]
-        tuned = subprocess.run(
-            [sys.executable, "-m", "gain_ops.kernels.tuning", *arguments], capture_output=True, text=True, cwd=ROOT
-        )
-        yield _note("tuning", site.name, None, " | ".join((tuned.stdout or tuned.stderr).strip().splitlines()))
+def _summarise(out: Path, file: Path) -> None:
+    """Write every table to OUT/report.md and print those that decisions are made by."""
+    rows = results.read([file]) if file.exists() else []
+    tables = report.tables(rows)
+    (out / "report.md").write_text("\n\n".join(tables.values()) + "\n", encoding="utf-8")
+    said = [f"the proof said no: {step[:1000]}" for step in red(rows)]
+    print("\n\n".join([*(tables[name] for name in SUMMARY if name in tables), *said]), flush=True)

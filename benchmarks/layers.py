@@ -26,6 +26,7 @@ def rows(
     *,
     ceilings: roofline.Ceilings | None = None,
     who: Sequence[Contestant] | None = None,
+    group: str = "layer",
     graph: bool = True,
 ) -> Iterator[Row]:
     """Rows ``forward``, ``backward`` and ``forward+backward`` in us, and each ``/ frozen`` as a ratio, in unit ``x``.
@@ -41,6 +42,7 @@ def rows(
         budget_s: seconds for all sites. It is passed where the gate and timing.LEAST_ROUNDS take longer.
         ceilings: for the floors of ours and the frozen linear; if not given, what is assumed of a GPU, and none on a CPU.
         who: the contestants; all of them, if not given.
+        group: of the rows.
         graph: on CUDA, time replays of CUDA graphs.
 
     """
@@ -49,7 +51,7 @@ def rows(
     about = environment(device)
     for site, left in timing.shared_out(sites, budget_s):
         torch.compiler.reset()  # or a compiled contestant would be measured with shapes made dynamic
-        row = site_row("layer", site, tokens, dtype, about)
+        row = site_row(group, site, tokens, dtype, about)
         judge = gate.Judge(site, tokens, dtype, device)
         obstacles = [obstacle(contestant, judge) for contestant in who]
         for contestant, reason in zip(who, obstacles, strict=True):
@@ -141,4 +143,4 @@ def _kernels(contestant: Contestant, layer: nn.Module, sizes: tuple[int, int, in
     """What each metric cannot do without, for ours and the frozen linear; empty for the others."""
     if contestant.name == FROZEN:
         return roofline.frozen_layer(*sizes)
-    return roofline.gained_layer(layer.side, layer.save, *sizes) if isinstance(layer, GainLinear) else {}
+    return roofline.gained_layer(layer.side, layer.save, *sizes) if type(layer) is GainLinear else {}

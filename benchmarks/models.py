@@ -56,7 +56,7 @@ def _peft(name: str, rate: float, config: Callable[[nn.Module], object], fp32_ad
     def put(model: nn.Module, backend: str) -> None:
         import peft
 
-        with _quiet():
+        with quiet():
             peft.get_peft_model(cast(Any, model), cast(Any, config(model)), autocast_adapter_dtype=fp32_adapters)
 
     return Method(name, put, rate, ("peft",))
@@ -220,12 +220,12 @@ def adapt(model: nn.Module, name: str, backend: str = "auto") -> None:
 
 def checkpoint(model: nn.Module) -> None:
     """Activation checkpointing of every block, without reentrance: a block keeps its input and is run again."""
-    with _quiet():
+    with quiet():
         cast(Any, model).gradient_checkpointing_enable({"use_reentrant": False})
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without what PEFT says on GPT-2's Conv1D, which it then sets right itself, and on a name that transformers 6 drops."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="fan_in_fan_out")

@@ -39,6 +39,11 @@ def _call(backend: str, dtype: torch.dtype, t: int, i: int, o: int, transposed: 
     ops.backward_recompute(dy, x, weight, delta_out, backend)
     ops.ddelta_recompute(dy, x, weight, backend)
     ops.backward_input(dy, x, weight, delta_in, backend)
+    if backend == "triton":
+        from gain_ops.kernels.fused_backward import backward_dx
+
+        backward_dx(dy, z, weight, delta_out)
+        backward_dx(dy, z, weight, None)
 
 
 if __name__ == "__main__":

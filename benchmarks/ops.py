@@ -1,4 +1,4 @@
-"""Raw ops: each function of gain_ops.ops by each backend, as times and as shares of the roofline."""
+"""Raw ops: each function of gain_ops.ops by each backend, as times, as shares of the roofline, and over the plain product."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -24,6 +24,17 @@ ARGUMENTS = {
     "ddelta_recompute": ("dy", "x", "weight"),
     "backward_input": ("dy", "x", "weight", "delta_in"),
 }
+# the vendor's matrix products, and which of them an op with a GEMM is a multiple of
+PRODUCTS = {"x @ W.T": ("x", "weight"), "dy @ W": ("dy", "weight")}
+BASES = {
+    "linear": "x @ W.T",
+    "linear_z": "x @ W.T",
+    "linear_input": "x @ W.T",
+    "backward_recompute": "x @ W.T",
+    "ddelta_recompute": "x @ W.T",
+    "backward_input": "dy @ W",
+}
+OVER_PRODUCT = "time / product"
 
 
 def rows(
@@ -38,7 +49,8 @@ def rows(
     backends: Sequence[str] = BACKENDS,
     graph: bool = True,
 ) -> Iterator[Row]:
-    """Rows ``time`` in us with its floor, and ``achieved share of the floor`` (floor / time) where there are ceilings.
+    """Rows ``time`` in us with its floor, ``achieved share of the floor`` (floor / time) where there are ceilings, and
+    ``time / product`` of an op with a GEMM: over torch's plain product of the same operands, which has its own row ``time``.
 
     A backend that cannot run, or an op that does not pass the gate, gets one row without a figure and the reason in its note.
     budget_s: seconds for all sites and numbers of tokens; what is in it, and the rest, is as in layers.rows().
@@ -48,11 +60,14 @@ def rows(
     for (site, count), left in timing.shared_out([(site, count) for site in sites for count in tokens], budget_s):
         sizes = (count, site.in_features, site.out_features)
         row = site_row("op", site, count, dtype, about)
-        cases, reasons = _cases(names, backends, tensors(site, count, dtype, device))
+        given = tensors(site, count, dtype, device)
+        cases, reasons = _cases(names, backends, given)
+        cases |= {(name, "eager"): product(name, given) for name in PRODUCTS}
         for (name, backend), reason in reasons.items():
             yield row(contestant=name, backend=backend, metric="time", unit="us", note=reason, **timing.NO_FIGURE)
         free_memory(device)
-        for (name, backend), time in timing.measure_together(cases, device, budget_s=left(), graph=graph).items():
+        measured = timing.measure_together(cases, device, budget_s=left(), graph=graph)
+        for (name, backend), time in measured.items():
             floor = roofline.floor_us(roofline.op(name, *sizes, dtype.itemsize), dtype, ceilings)
             caveat = ceilings.caveat if ceilings else ""
             figure = partial(row, contestant=name, backend=backend, note="; ".join(filter(None, (time.note, caveat))))
@@ -60,7 +75,10 @@ def rows(
             if floor is not None:
                 share = timing.quantiles([floor / one for one in time.rounds])
                 yield figure(metric="achieved share of the floor", unit="share", **share.columns())
-        del cases
+            if name in BASES:
+                over = timing.ratio(time, measured[BASES[name], "eager"])
+                yield figure(metric=OVER_PRODUCT, unit="x", **over.columns())
+        del cases, given
         free_memory(device)
 
 
@@ -77,6 +95,15 @@ def _cases(
             else:
                 reasons[name, backend] = reason
     return cases, reasons
+
+
+def product(name: str, given: dict[str, Tensor | None]) -> Callable[[], Tensor]:
+    """One of PRODUCTS on these tensors."""
+    a, weight = (given[argument] for argument in PRODUCTS[name])
+    assert a is not None
+    assert weight is not None
+    b = weight.t() if name == "x @ W.T" else weight
+    return lambda: a @ b
 
 
 def tensors(site: Site, tokens: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor | None]:

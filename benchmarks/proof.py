@@ -1,11 +1,14 @@
-"""The proof of the kernels on a GPU: parity tests, then compute-sanitizer over odd shapes."""
+"""The proof of the kernels on a GPU: parity tests, and compute-sanitizer over odd shapes, side by side."""
 
 import dataclasses
 import importlib.util
+import os
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -16,12 +19,15 @@ TESTS = (
     "tests/test_dispatch.py",
     "tests/test_functional.py",
 )
+PARITY = "parity tests"
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+BLOCKING = (PARITY, "memcheck")  # the others may take TMA and its barriers for what they are not: a person judges
+SPARED_CORES = len(TOOLS)  # for the sanitizers
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What one step of the proof said: green is None where it could not run, and summary says why."""
+    """What one step of the proof said: green is None where it could not run or end, and summary says why."""
 
     step: str
     green: bool | None
@@ -29,25 +35,31 @@ class Outcome:
     details: tuple[str, ...] = ()
 
 
-def steps() -> Iterator[Outcome]:
-    """The tests first, then each sanitizer."""
-    yield tests()
-    for tool in TOOLS:
-        yield sanitizer(tool)
+def steps(limit_s: float, names: Sequence[str] = (PARITY, *TOOLS)) -> Iterator[Outcome]:
+    """The steps of these names, all at once, each as it ends; what takes longer than the limit is stopped."""
+    with ThreadPoolExecutor(len(names)) as pool:
+        running = [pool.submit(tests, limit_s) if n == PARITY else pool.submit(sanitizer, n, limit_s) for n in names]
+        for ended in as_completed(running):
+            yield ended.result()
 
 
-def tests() -> Outcome:
-    """Every test of the kernels that this machine can run; what failed is in the details."""
-    if importlib.util.find_spec("pytest") is None or importlib.util.find_spec("hypothesis") is None:
-        return Outcome("parity tests", None, "pytest and hypothesis are not both installed")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", *TESTS]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    lines = run.stdout.strip().splitlines()
+def tests(limit_s: float) -> Outcome:
+    """Every test of the kernels that this machine can run, on the cores that are left; what failed is in the details."""
+    if importlib.util.find_spec("pytest") is None:
+        return Outcome(PARITY, None, "pytest is not installed")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu or not slow", *TESTS]
+    if importlib.util.find_spec("hypothesis") is None:
+        command += ["-p", "benchmarks.without_hypothesis"]
+    if importlib.util.find_spec("xdist") is not None:
+        command += ["-n", str(max(1, (os.cpu_count() or 1) - SPARED_CORES))]
+    code, lines = _run(command, limit_s)
+    if code is None:
+        return Outcome(PARITY, None, f"not finished in {limit_s:.0f} s")
     failed = tuple(line for line in lines if line.startswith(("FAILED", "ERROR")))
-    return Outcome("parity tests", run.returncode == 0, lines[-1] if lines else run.stderr[-500:], failed)
+    return Outcome(PARITY, code == 0, lines[-1] if lines else "it said nothing", failed)
 
 
-def sanitizer(tool: str) -> Outcome:
+def sanitizer(tool: str, limit_s: float) -> Outcome:
     """One tool of compute-sanitizer over odd_shapes.py."""
     if shutil.which("compute-sanitizer") is None:
         return Outcome(tool, None, "compute-sanitizer is not installed")
@@ -61,8 +73,20 @@ def sanitizer(tool: str) -> Outcome:
         "-m",
         "benchmarks.odd_shapes",
     ]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    lines = (run.stdout + run.stderr).strip().splitlines()
-    return Outcome(
-        tool, run.returncode == 0, lines[-1] if lines else "", () if run.returncode == 0 else tuple(lines[:40])
-    )
+    code, lines = _run(command, limit_s)
+    if code is None:
+        return Outcome(tool, None, f"not finished in {limit_s:.0f} s")
+    return Outcome(tool, code == 0, lines[-1] if lines else "", () if code == 0 else tuple(lines[:40]))
+
+
+def _run(command: Sequence[str], limit_s: float) -> tuple[int | None, list[str]]:
+    """The exit status, None where it had to be stopped with all that it started, and the lines it printed."""
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    ) as process:
+        try:
+            output, _ = process.communicate(timeout=limit_s)
+            return process.returncode, output.strip().splitlines()
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            return None, process.communicate()[0].strip().splitlines()

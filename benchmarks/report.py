@@ -3,23 +3,29 @@
 A table is of one device and one dtype; the versions, commits and days that its figures are from stand underneath, each once.
 """
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from benchmarks import predict, targets
+from benchmarks.blocks import LINEARS, WHOLE
 from benchmarks.contestants import FROZEN
 from benchmarks.models import FROZEN as FROZEN_MODEL
+from benchmarks.ops import OVER_PRODUCT
 from benchmarks.results import Row
 from gain_ops.recipes.report import size_text
 
 FLOORS = (FROZEN, FROZEN_MODEL)  # what the others are compared with, so never called the best
 RATIO = " / frozen"
-LESS_IS_BETTER = {"forward", "backward", "forward+backward", "saved", "optimizer", "peak"}
+TIMES = {"forward", "backward", "forward+backward", LINEARS}
+LESS_IS_BETTER = {*TIMES, "saved", "optimizer", "peak"}
 MORE_IS_BETTER = {"throughput"}
-COMPARED = {"forward", "backward", "forward+backward", "throughput"}  # those that have a ratio
+COMPARED = {*TIMES, "throughput"}  # those that have a ratio
 TIME_COLUMNS, BYTE_COLUMNS = 4, 6  # what the width of a README holds; more sites go into a further table
 
 _NONE = "-"
+_TEXT = ("", "op", "site", "target", "where", "verdict", "constant")  # columns of words
 _NOTE = 240  # characters of a note: an exception may bring pages
 _MEANINGS = {
     "saved": "kept for backward",
@@ -59,6 +65,10 @@ def tables(rows: Iterable[Row]) -> dict[str, str]:
     """Every table that has a figure, by the name of its marker in the README."""
     kept = latest(rows)
     made = {
+        "targets": goals(kept),
+        "constants": constants(kept),
+        "variants": ways(kept),
+        "products": over_products(kept),
         "layers": layer_times(kept),
         "layers-forward": layer_times(kept, "forward"),
         "layers-backward": layer_times(kept, "backward"),
@@ -69,6 +79,94 @@ def tables(rows: Iterable[Row]) -> dict[str, str]:
         "ops": ops(kept),
     }
     return {name: text for name, text in made.items() if text}
+
+
+def goals(rows: Sequence[Row]) -> str:
+    """What is promised on a GPU, and what was measured of it; one table a device."""
+    made = []
+    for device, here in _by_device(rows).items():
+        if cells := targets.lines(here):
+            note = "worst: at the worst of the shapes measured, in brackets its 20 % to 80 % quantiles."
+            shown = [row for row in here if row.group in ("op", "layer", "block", "step")]
+            wrong = dict.fromkeys(f"{row.site}, {_who(row).label}" for row in shown if row.note.startswith("not right"))
+            notes = [note, *([f"Not right, so without a figure: {_plain('; '.join(wrong))}."] if wrong else [])]
+            made.append(_assemble(f"targets, bfloat16, {device}", targets.HEADS, cells, notes, shown))
+    return "\n\n".join(made)
+
+
+def constants(rows: Sequence[Row]) -> str:
+    """What predictions are made of: assumed, and measured where the file has it; one table a device."""
+    made = []
+    for device, here in _by_device(rows).items():
+        found = predict.measured(here)
+        if found.keys() - {"flops", "bytes"}:  # these every device has
+            names = [(field.name, field.default) for field in dataclasses.fields(predict.Machine)]
+            cells = [[name, f"{value:.4g}", f"{found[name]:.4g}" if name in found else _NONE] for name, value in names]
+            shown = [row for row in here if row.group in ("ceiling", "op", "variant")]
+            title = f"constants of benchmarks/predict.py, {device}"
+            made.append(_assemble(title, ["constant", "assumed", "measured"], cells, [], shown))
+    return "\n\n".join(made)
+
+
+def ways(rows: Sequence[Row]) -> str:
+    """Every way of a gained layer by sites: measured over the frozen linear, and as predicted before and after."""
+    made = []
+    for (device, tokens), here in split(rows, "variant", "device", "tokens").items():
+        ratios = [row for row in here if row.metric == WHOLE + RATIO and row.median is not None]
+        if not ratios:
+            continue
+        found = predict.measured(row for row in rows if row.device == device)
+        machine = dataclasses.replace(predict.ASSUMED, **found)
+        places = list(dict.fromkeys((row.site, place(row)) for row in ratios))
+        figures = {(_who(row), row.site): row for row in ratios}
+        cells = [
+            [who.label, *(_predicted(figures.get((who, site)), machine) for site, _ in places)]
+            for who in dict.fromkeys(map(_who, ratios))
+        ]
+        legend = (
+            f"Over the frozen linear, {_BRACKETS}; then what was assumed to come, and what the measured constants give."
+        )
+        title = f"ways of a layer, {WHOLE}, {here[0].dtype}, {tokens} tokens, {device}"
+        heads = ["", *(heading for _, heading in places)]
+        made.append(_assemble(title, heads, cells, [legend, *_remarks(here, {WHOLE + RATIO})], here))
+    return "\n\n".join(made)
+
+
+def over_products(rows: Sequence[Row]) -> str:
+    """Ops and variants with a GEMM by sites: their time over that of the vendor's product of the same operands."""
+    made = []
+    found = [row for row in rows if row.metric == OVER_PRODUCT and row.median is not None]
+    for group in ("op", "variant"):
+        for (device, dtype, tokens), here in split(found, group, "device", "dtype", "tokens").items():
+            places = list(dict.fromkeys((row.site, place(row)) for row in here))
+            figures = {(_who(row), row.site): row for row in here}
+            cells = []
+            for who in dict.fromkeys(map(_who, here)):
+                line = [figures.get((who, site)) for site, _ in places]
+                cells.append([who.label, *(_NONE if row is None else _relative(row) for row in line)])
+            title = f"{group}s over the vendor's product of the same operands, {dtype}, {tokens} tokens, {device}"
+            heads = ["", *(heading for _, heading in places)]
+            made.append(_assemble(title, heads, cells, [f"{_BRACKETS.capitalize()}."], here))
+    return "\n\n".join(made)
+
+
+def _predicted(row: Row | None, machine: predict.Machine) -> str:
+    if row is None:
+        return _NONE
+    sizes = (row.tokens, row.in_features, row.out_features)
+    if row.contestant not in predict.WAYS:
+        return _relative(row)
+    before, after = (
+        predict.layer_us(row.contestant, *sizes, m) / predict.frozen_us(*sizes, m) for m in (predict.ASSUMED, machine)
+    )
+    return f"{_relative(row)}; {before:.2f}, {after:.2f}"
+
+
+def _by_device(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row.device, []).append(row)
+    return found
 
 
 def layer_times(rows: Sequence[Row], metric: str = "forward+backward") -> str:
@@ -97,8 +195,8 @@ def layer_bytes(rows: Sequence[Row]) -> str:
 
 
 def blocks(rows: Sequence[Row]) -> str:
-    """Methods by what a block keeps, trains and holds."""
-    return _by_site(rows, "block", ("saved", "saved inputs", "trained", "weights", "optimizer"))
+    """Methods by the time of a block, and by what it keeps, trains and holds."""
+    return _by_site(rows, "block", (WHOLE, LINEARS, "saved", "saved inputs", "trained", "weights", "optimizer"))
 
 
 def models(rows: Sequence[Row]) -> str:
@@ -346,7 +444,7 @@ def _environments(rows: Iterable[Row]) -> list[str]:
 def _assemble(
     title: str, heads: Sequence[str], lines: Iterable[Sequence[str]], notes: Iterable[str], shown: Iterable[Row]
 ) -> str:
-    rule = ["---" if head in ("", "op", "site") else "---:" for head in heads]
+    rule = ["---" if head in _TEXT else "---:" for head in heads]
     table = [heads, rule, *lines]
     body = "\n".join(f"| {' | '.join(_plain(cell) for cell in line)} |" for line in table)
     return "\n\n".join([f"**{_plain(title)}**", body, *notes, *_environments(shown)])

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import datetime
 import functools
+import os
 import subprocess
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -15,14 +16,17 @@ from benchmarks.sites import Site
 from gain_ops.recipes.environment import describe_device
 
 VERSION = 1  # of the columns; read() refuses another
+FUSED = ("triton", "cuda")  # our backends on a GPU
 ROOT = Path(__file__).resolve().parent.parent
+COMMIT = "GAIN_OPS_BENCHMARKS_COMMIT"  # set by `gpu --commit`
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
     """One figure.
 
-    group: op | layer | block | model | step | ceiling | proof, the part of the suite that made it.
+    group: op | variant | layer | block | model | step | ceiling | proof, the part of the suite that made it; environment,
+        cublaslt, tuning and part (how a part of a run on a GPU ended) have their text in the note.
     site: what was measured, for instance ``Llama-3-8B o_proj``.
     contestant: who did it, a name of contestants.py; backend: ``eager``, ``triton``, ``cuda`` or ``-``.
     metric and unit: ``forward`` us, ``forward+backward`` us, ``saved`` B, ``peak`` B, ``throughput`` tokens/s and the like.
@@ -89,12 +93,12 @@ def environment(device: torch.device) -> dict[str, str]:
 
 
 def _commit() -> str:
-    """The commit, with ``+`` where the tree has changes; empty outside a checkout."""
+    """The commit, with ``+`` where the tree has changes; outside a checkout what COMMIT says, or empty."""
     try:
         run = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty=+"], capture_output=True, text=True)
     except OSError:
-        return ""
-    return run.stdout.strip()
+        return os.environ.get(COMMIT, "")
+    return run.stdout.strip() or os.environ.get(COMMIT, "")
 
 
 def append(path: Path, rows: Iterable[Row]) -> None:
@@ -108,6 +112,18 @@ def append(path: Path, rows: Iterable[Row]) -> None:
         for row in rows:
             writer.writerow([VERSION, *("" if v is None else v for v in dataclasses.astuple(row))])
         file.flush()
+
+
+def ours(rows: Iterable[Row], group: str, contestant: str, metric: str) -> dict[tuple[str, int], Row]:
+    """By site and tokens the row, in bf16, of the better of our fused backends: the larger share, the smaller anything else."""
+    found: dict[tuple[str, int], Row] = {}
+    for row in rows:
+        named = (row.group, row.contestant, row.metric, row.dtype) == (group, contestant, metric, "bfloat16")
+        if named and row.backend in FUSED and row.median is not None:
+            known = found.setdefault((row.site, row.tokens), row)
+            if known.median is not None and (row.median > known.median) == (row.unit == "share"):
+                found[row.site, row.tokens] = row
+    return found
 
 
 def read(paths: Sequence[Path]) -> list[Row]:

@@ -140,7 +140,7 @@ def gained_layer(side: str, save: str, t: int, i: int, o: int, e: int) -> dict[s
 
 
 def op(name: str, t: int, i: int, o: int, e: int) -> Kernels:
-    """The kernels of a raw op of gain_ops.ops, by its name; ``scale`` is of x [T, in].
+    """The kernels of a raw op of gain_ops.ops, or of a plain product, by its name; ``scale`` is of x [T, in].
 
     Raises:
         KeyError: no such op.
@@ -156,6 +156,8 @@ def op(name: str, t: int, i: int, o: int, e: int) -> Kernels:
         "backward_recompute": lambda: recompute(t, i, o, e),
         "ddelta_recompute": lambda: ddelta_recompute(t, i, o, e),
         "backward_input": lambda: input_backward(t, i, o, e),
+        "x @ W.T": lambda: frozen_forward(t, i, o, e),
+        "dy @ W": lambda: frozen_backward(t, i, o, e),
     }[name]()
 
 

@@ -31,6 +31,11 @@ class Architecture:
         return Site(f"{self.name} o_proj", self.hidden, self.hidden)
 
     @property
+    def up_proj(self) -> Site:
+        """The FFN's first projection."""
+        return Site(f"{self.name} up_proj", self.hidden, self.intermediate)
+
+    @property
     def down_proj(self) -> Site:
         """The FFN's second projection."""
         return Site(f"{self.name} down_proj", self.intermediate, self.hidden)
@@ -46,6 +51,7 @@ ARCHITECTURES = {
     )
 }
 SITES = [site for a in ARCHITECTURES.values() for site in (a.o_proj, a.down_proj)]
+SHAPES = [site for a in ARCHITECTURES.values() for site in (a.o_proj, a.up_proj, a.down_proj)]
 TOKENS = [512, 2048, 8192, 32768]
 
 # what a CPU measures in seconds: the shapes of SmolLM2-135M

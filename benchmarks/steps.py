@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import memory, models, results, timing
+from benchmarks.contestants import RANK
 from benchmarks.models import FROZEN, METHODS, Method
 from benchmarks.results import Row
 from benchmarks.sites import ARCHITECTURES, SMALL, Architecture
@@ -28,6 +29,11 @@ CUDA_ORDER = ("Llama-3-8B", "GPT-2 Large", "Llama-3-70B", "Qwen2.5-7B")  # as fa
 CPU_LAYERS, CPU_TOKENS, CPU_VOCABULARY = 2, 128, 512
 GATE_TOKENS = 1024  # of a window: in fp32 a GPU may have no attention but the one that forms [heads, T, T]
 NO_TIME = "no time was left"
+PEAK_LAYERS = 2  # of the steps whose peak alone is asked for
+LEAN = "gain-ffn, lean"
+LORA_PEERS = tuple(
+    f"PEFT LoRA r={RANK} on o_proj and down_proj{kind}" for kind in ("", ", adapters in the model's dtype")
+)
 FILL = 0.7  # of the free memory: the rest is for the logits, workspaces and fragments
 
 
@@ -97,6 +103,18 @@ def rows(device: torch.device, budget_s: float) -> Iterator[Row]:
             free, _ = torch.cuda.mem_get_info(device)
             setting = dataclasses.replace(setting, layers=layers_that_fit(setting, int(FILL * free)))
         yield from setting_rows(setting, hard - left + left / (len(pending) - index), hard)
+
+
+def peak_rows(device: torch.device, pending: Sequence[Setting] | None = None) -> Iterator[Row]:
+    """The rows of short steps of the frozen model, the lean gains and LoRA on the same layers: what their peaks are asked for.
+
+    pending: the models; two layers of each architecture, not checkpointed, if not given.
+    """
+    if pending is None:
+        short = {"layers": PEAK_LAYERS, "warm_up": 1, "timed": 1}
+        pending = [dataclasses.replace(setting, **short) for setting in settings(device) if not setting.checkpointed]
+    for setting in pending:
+        yield from setting_rows(setting, 0.0, math.inf, [METHODS[name] for name in (FROZEN, LEAN, *LORA_PEERS)])
 
 
 def settings(device: torch.device) -> list[Setting]:

@@ -2,6 +2,7 @@
 
 linear_forward.py   y = gain * (x @ W.T) + b in a GEMM's epilogue
 matmul_reduce.py   a GEMM that writes dz or dx and the partials of ddelta: the backwards that keep x
+fused_backward.py  dx and ddelta from a kept z in one GEMM: measured by benchmarks/, not yet chosen
 activations.py     the gain in an FFN's activation, forward and backward
 norm.py            the gain in an RMSNorm, forward and backward
 rows.py            one bandwidth-bound pass: the backward from a kept z, and the scaling of an operand

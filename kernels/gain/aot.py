@@ -30,7 +30,16 @@ from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from gain_ops.kernels import activations, config, linear_forward, matmul_reduce, norm, partials, rows
+from gain_ops.kernels import (
+    activations,
+    config,
+    fused_backward,
+    linear_forward,
+    matmul_reduce,
+    norm,
+    partials,
+    rows,
+)
 from gain_ops.kernels.config import GemmConfig
 
 TARGETS = {
@@ -83,6 +92,8 @@ def problems(target: str) -> list[Problem]:
         for precision in ("ieee", "tf32") if dtype == "float32" and target.startswith("sm") else ("ieee",):
             for kernel, variants in _GEMM_VARIANTS.items():
                 for choice, aligned in config.choices(target, getattr(torch, dtype), precision):
+                    if kernel == "backward_dx" and not fused_backward.serves(target, choice):
+                        continue
                     # float16 differs from bfloat16 in one conversion: the variants that need most registers will do
                     chosen = _HEAVIEST[kernel] if dtype == "float16" else variants
                     found += [Problem(kernel, variant, dtype, precision, choice, aligned) for variant in chosen]
@@ -120,8 +131,13 @@ _NORM_VARIANTS = ("rms_norm", "rms_norm_backward")
 _GEMM_VARIANTS = {
     "linear": ("plain", "plain, W transposed", "bias and z", "bias and z, W transposed"),
     "matmul_reduce": ("c", "acc", "nothing", "c, W transposed", "acc, W transposed", "nothing, W transposed"),
+    "backward_dx": ("scales", "W scaled", "scales, W transposed"),
 }
-_HEAVIEST = {"linear": ("bias and z", "bias and z, W transposed"), "matmul_reduce": ("acc", "c, W transposed")}
+_HEAVIEST = {
+    "linear": ("bias and z", "bias and z, W transposed"),
+    "matmul_reduce": ("acc", "c, W transposed"),
+    "backward_dx": ("scales",),
+}
 
 
 def _recorded(problem: Problem) -> list[tuple[JITFunction[Any], dict[str, Any]]]:
@@ -173,7 +189,11 @@ def _launch(problem: Problem) -> None:
             empty(m, k), weight, delta, bias, empty(m, n), empty(m, n), problem.config
         ),
     }
-    if problem.kernel == "matmul_reduce":
+    if problem.kernel == "backward_dx":
+        assert problem.config is not None
+        gain = delta if variant == "scales" else None
+        fused_backward.launch(empty(m, n), empty(m, n), weight, gain, empty(m, k), problem.config)
+    elif problem.kernel == "matmul_reduce":
         writes = variant != "nothing"
         matmul_reduce.launch(
             empty(m, k),

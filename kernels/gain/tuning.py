@@ -1,34 +1,41 @@
 """Opt-in tuning of the GEMM kernels: time candidates once, keep the winner in a JSON table that later runs read.
 
 Nothing is timed unless ``tune`` is called (or ``python -m gain_ops.kernels.tuning --tokens 8192 --out-features 4096
---in-features 4096``). The table is GAIN_OPS_TUNED, or gain_ops/<device>.json in the user's cache folder. An entry is keyed by
-kernel, dtype, precision, layout, n, k and the power of two that m falls under, and the table by device and versions: a table
-of another device or version is not read.
+--in-features 4096``). The table is GAIN_OPS_TUNED, or gain_ops/<device>.json in the user's cache folder; what that lacks is
+looked up in ``tuned/<device>.json`` of this package, where there is one. An entry is keyed by kernel, dtype, precision, layout,
+n, k and the power of two that m falls under, and a table by device and Triton: one of others is not read.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import json
 import logging
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import triton
 from torch import Tensor
+from triton.runtime import JITFunction
 
 from gain_ops.files import replace_file
 from gain_ops.kernels import config as heuristics
 from gain_ops.kernels._common import input_precision, multiprocessors
 from gain_ops.kernels.config import GemmConfig
 
-FORMAT = 1
+FORMAT = 2
+SHIPPED = Path(__file__).resolve().parent / "tuned"
+LEADERS = 3  # how many of the fastest are tried in other orders of tiles
+SHARED_MEMORY = 232_448  # bytes a block can have where there is TMA
 
 _log = logging.getLogger("gain_ops")
 
@@ -46,9 +53,15 @@ def _pick(
     kernel: str, index: int | None, dtype: torch.dtype, precision: str, aligned: bool, m: int, n: int, k: int
 ) -> GemmConfig:
     if index is not None:
-        tuned = _table(table_path(index), index).get(_key(kernel, dtype, precision, aligned, m, n, k))
-        if tuned is not None:
-            return tuned
+        key = _key(kernel, dtype, precision, aligned, m, n, k)
+        for path, level in ((table_path(index), logging.WARNING), (shipped_path(index), logging.DEBUG)):
+            tuned = _table(path, index, level).get(key)
+            if tuned is not None:
+                return tuned
+    return _heuristic(index, dtype, precision, aligned, m, n)
+
+
+def _heuristic(index: int | None, dtype: torch.dtype, precision: str, aligned: bool, m: int, n: int) -> GemmConfig:
     arch = heuristics.architecture(index)
     return heuristics.gemm_config(arch, dtype, precision, m, n, aligned, multiprocessors(index))
 
@@ -63,10 +76,10 @@ def tune(
     timer: Callable[[Callable[[], Any]], float],
     path: Path | None = None,
 ) -> GemmConfig:
-    """Time every candidate for one problem and keep the fastest in the table.
+    """Time the candidates for one problem, the fastest also in other orders of tiles, and keep the winner in the table.
 
     Args:
-        kernel: "linear", or "matmul_reduce" with what it writes: "matmul_reduce c", "matmul_reduce acc".
+        kernel: "linear", "backward_dx", or "matmul_reduce" with what it writes: "matmul_reduce c", "matmul_reduce acc".
         run: launches the kernel with a configuration and returns its result.
         a, weight: [M, K] and [N, K], the problem.
         aligned: whether every operand has unit-stride, 16-byte aligned rows.
@@ -80,37 +93,75 @@ def tune(
     """
     index = a.device.index
     path = table_path(index) if path is None else path
-    arch, precision = heuristics.architecture(index), input_precision(a.dtype)
-    m, (n, k) = a.shape[0], weight.shape
-    first = heuristics.gemm_config(arch, a.dtype, precision, m, n, aligned, multiprocessors(index))
+    first = _heuristic(index, a.dtype, input_precision(a.dtype), aligned, a.shape[0], weight.shape[0])
     truth = run(first).clone()
     tolerance = 4 * torch.finfo(a.dtype).eps
     timings: dict[GemmConfig, float] = {}
-    for candidate in candidates(first):
-        try:
-            result = run(candidate)
-        except Exception as error:  # a compiler's refusal has no common type across Triton's versions
-            _log.info("tuning %s: %s left out: %s", kernel, candidate, str(error).splitlines()[:1])
-            continue
-        if _relative_error(result, truth) <= tolerance:
-            timings[candidate] = timer(functools.partial(run, candidate))
+
+    def race(configs: Sequence[GemmConfig]) -> None:
+        for config in configs:
+            try:
+                result = run(config)
+            except Exception as error:  # a compiler's refusal has no common type across Triton's versions
+                _log.info("tuning %s: %s left out: %s", kernel, config, str(error).splitlines()[:1])
+                continue
+            if _relative_error(result, truth) <= tolerance:
+                timings[config] = timer(functools.partial(run, config))
+
+    found = candidates(first)
+    _compile_at_once(run, found)
+    race(found)
+    leaders = sorted(timings, key=timings.__getitem__)[:LEADERS]
+    race([replace(config, group_m=group) for config in leaders for group in (1, 4, 8, 16) if group != first.group_m])
     winner = min(timings, key=timings.__getitem__)
-    entries = _table(path, index)
-    _write(path, index, entries | {_key(kernel, a.dtype, precision, aligned, m, n, k): winner})
+    key = _key(kernel, a.dtype, input_precision(a.dtype), aligned, a.shape[0], *weight.shape)
+    _write(path, index, _table(path, index, logging.WARNING) | {key: winner})
     return winner
 
 
 def candidates(first: GemmConfig) -> list[GemmConfig]:
-    """What tuning tries: the heuristic's pick, its neighbours in tile, stages, order and subtiles."""
+    """What tuning tries: the heuristic's pick and its neighbours in tile, stages and subtiles, as far as they can run.
+
+    A tile of 128 x 256 elements in one piece spills, or does not fit (benchmarks/NOTES.md).
+    """
     tiles = {(first.block_m, first.block_n), (128, 256), (128, 128), (256, 128), (64, 256), (64, 128)}
     found = [
-        replace(first, block_m=m, block_n=n, num_stages=stages, subtiles=subtiles, group_m=group)
+        replace(first, block_m=m, block_n=n, num_stages=stages, subtiles=subtiles)
         for m, n in sorted(tiles)
-        for stages in sorted({first.num_stages, 3, 4})
+        for stages in sorted({first.num_stages, 3, 4, 5})
         for subtiles in (1, 2)
-        for group in sorted({first.group_m, 8, 16})
+        if m * n < 128 * 256 or subtiles == 2
     ]
-    return list(dict.fromkeys([first, *found]))
+    return list(dict.fromkeys([first, *(config for config in found if _shared_memory(config) <= SHARED_MEMORY)]))
+
+
+def _shared_memory(config: GemmConfig) -> int:
+    """Bytes that the stages and the staged store take in 16 bits; the kernels add less than a KiB of barriers."""
+    stages = config.num_stages * (config.block_m + config.block_n) * config.block_k
+    return 2 * (stages + config.block_m * config.block_n // config.subtiles) + 1024
+
+
+def _compile_at_once(run: Callable[[GemmConfig], object], configs: Sequence[GemmConfig]) -> None:
+    """Compile all of them side by side: one by one they would take longer than their timing. Nothing is launched."""
+    with (
+        ThreadPoolExecutor(os.cpu_count()) as pool,
+        triton.AsyncCompileMode(pool, ignore_errors=True),
+        _launching_nothing(),
+    ):
+        for config in configs:
+            with contextlib.suppress(Exception):  # the race says why
+                run(config)
+
+
+@contextlib.contextmanager
+def _launching_nothing() -> Iterator[None]:
+    run = JITFunction.run
+
+    def warm(self: JITFunction[Any], *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        return run(self, *arguments, grid=grid, warmup=True, **options)
+
+    with mock.patch.object(JITFunction, "run", warm):
+        yield
 
 
 def table_path(index: int | None) -> Path:
@@ -119,7 +170,16 @@ def table_path(index: int | None) -> Path:
     if named:
         return Path(named)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "gain_ops" / f"{re.sub(r'[^A-Za-z0-9]+', '-', _device_name(index))}.json"
+    return cache / "gain_ops" / _file_name(index)
+
+
+def shipped_path(index: int | None) -> Path:
+    """Where this package would have a table of a device."""
+    return SHIPPED / _file_name(index)
+
+
+def _file_name(index: int | None) -> str:
+    return f"{re.sub(r'[^A-Za-z0-9]+', '-', _device_name(index))}.json"
 
 
 def _key(kernel: str, dtype: torch.dtype, precision: str, aligned: bool, m: int, n: int, k: int) -> str:
@@ -129,12 +189,7 @@ def _key(kernel: str, dtype: torch.dtype, precision: str, aligned: bool, m: int,
 
 
 def _header(index: int | None) -> dict[str, Any]:
-    return {
-        "format": FORMAT,
-        "device": _device_name(index),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-    }
+    return {"format": FORMAT, "device": _device_name(index), "triton": triton.__version__}
 
 
 @functools.cache
@@ -143,20 +198,20 @@ def _device_name(index: int | None) -> str:
 
 
 @functools.cache
-def _table(path: Path, index: int | None) -> dict[str, GemmConfig]:
-    """The entries of a table; none, and a line in the log, where it is absent, broken or another device's."""
+def _table(path: Path, index: int | None, level: int) -> dict[str, GemmConfig]:
+    """The entries of a table; none where it is absent, and a line in the log where it is broken or another device's."""
     try:
         stored = json.loads(path.read_text())
         header = {key: stored.get(key) for key in _header(index)}
         if header != _header(index):
-            _log.warning("tuned table %s is of %s, this is %s: not read", path, header, _header(index))
+            _log.log(level, "tuned table %s is of %s, this is %s: not read", path, header, _header(index))
             return {}
         names = {field.name for field in fields(GemmConfig)}
         return {key: GemmConfig(**{n: entry[n] for n in names}) for key, entry in stored["configs"].items()}
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        _log.warning("tuned table %s cannot be read (%s): delete it and tune again", path, error)
+        _log.log(level, "tuned table %s cannot be read (%s): delete it and tune again", path, error)
         return {}
 
 
@@ -173,31 +228,28 @@ def _relative_error(result: Tensor, truth: Tensor) -> float:
     return float((result.double() - truth).norm() / truth.norm().clamp_min(torch.finfo(torch.float64).tiny))
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Tune both GEMM kernels for one layer on the current GPU and print the winners."""
-    from gain_ops.kernels import linear_forward, matmul_reduce
+def tune_layer(
+    tokens: int, out_features: int, in_features: int, dtype: torch.dtype, path: Path | None = None
+) -> Iterator[tuple[str, GemmConfig]]:
+    """Tune every GEMM kernel at the sizes of one layer on the current GPU: -> its name and the winner, as they are found.
+
+    The forward is tuned as training runs it, with z stored.
+    """
+    from gain_ops.kernels import fused_backward, linear_forward, matmul_reduce
     from gain_ops.operands import aligned
 
-    parser = argparse.ArgumentParser(prog="python -m gain_ops.kernels.tuning", description=main.__doc__)
-    parser.add_argument("--tokens", type=int, required=True)
-    parser.add_argument("--out-features", type=int, required=True)
-    parser.add_argument("--in-features", type=int, required=True)
-    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    options = parser.parse_args(arguments)
-    if not torch.cuda.is_available():
-        parser.error("tuning times kernels on a GPU, and torch sees none here")
-    device, dtype = torch.device("cuda", torch.cuda.current_device()), getattr(torch, options.dtype)
+    device = torch.device("cuda", torch.cuda.current_device())
 
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, device=device).to(dtype)
 
-    x, dy = random(options.tokens, options.in_features), random(options.tokens, options.out_features)
-    weight = random(options.out_features, options.in_features) / options.in_features**0.5
-    y, dz, dx = torch.empty_like(dy), torch.empty_like(dy), torch.empty_like(x)
-    gain_out, gain_in = torch.zeros(dy.shape[1], device=device), torch.zeros(x.shape[1], device=device)
+    x, dy = random(tokens, in_features), random(tokens, out_features)
+    weight = random(out_features, in_features) / in_features**0.5
+    y, z, dz, dx = torch.empty_like(dy), random(tokens, out_features), torch.empty_like(dy), torch.empty_like(x)
+    gain_out, gain_in = torch.zeros(out_features, device=device), torch.zeros(in_features, device=device)
 
     def forward(config: GemmConfig) -> Tensor:
-        linear_forward.launch(x, weight, gain_out, None, y, None, config)
+        linear_forward.launch(x, weight, gain_out, None, y, z, config)
         return y
 
     def recompute(config: GemmConfig) -> Tensor:
@@ -206,15 +258,37 @@ def main(arguments: Sequence[str] | None = None) -> None:
     def input_side(config: GemmConfig) -> Tensor:
         return matmul_reduce.launch(dy, weight.t(), x, gain_in, dx, "acc", config)
 
-    problems = (
-        ("linear", forward, x, weight, (y,)),
+    def fused(config: GemmConfig) -> Tensor:
+        fused_backward.launch(dy, z, weight, gain_out, dx, config)
+        return dx
+
+    problems = [
+        ("linear", forward, x, weight, (y, z)),
         ("matmul_reduce c", recompute, x, weight, (dy, dz)),
         ("matmul_reduce acc", input_side, dy, weight.t(), (x, dx)),
-    )
+    ]
+    first = _heuristic(device.index, dtype, input_precision(dtype), aligned(dy, weight, z, dx), tokens, in_features)
+    if fused_backward.serves(heuristics.architecture(device.index), first):
+        problems.append(("backward_dx", fused, dy, weight.t(), (z, dx)))
+    timer = functools.partial(triton.testing.do_bench, warmup=5, rep=25, return_mode="median")
     for kernel, run, a, w, tiles in problems:
-        winner = tune(kernel, run, a, w, aligned=aligned(a, w, *tiles), timer=triton.testing.do_bench)
-        print(f"{kernel} n={w.shape[0]} k={w.shape[1]}: {winner}")
-    print(f"written to {table_path(device.index)}")
+        yield kernel, tune(kernel, run, a, w, aligned=aligned(a, w, *tiles), timer=timer, path=path)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Tune the GEMM kernels for one layer on the current GPU and print the winners."""
+    parser = argparse.ArgumentParser(prog="python -m gain_ops.kernels.tuning", description=main.__doc__)
+    parser.add_argument("--tokens", type=int, required=True)
+    parser.add_argument("--out-features", type=int, required=True)
+    parser.add_argument("--in-features", type=int, required=True)
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        parser.error("tuning times kernels on a GPU, and torch sees none here")
+    sizes = (options.tokens, options.out_features, options.in_features)
+    for kernel, winner in tune_layer(*sizes, getattr(torch, options.dtype)):
+        print(f"{kernel}: {winner}")
+    print(f"written to {table_path(torch.cuda.current_device())}")
 
 
 if __name__ == "__main__":

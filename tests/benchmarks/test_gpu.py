@@ -1,79 +1,163 @@
-"""The one command for a GPU: order, resuming, cutting, and that nothing is timed on a red proof."""
+"""The one command for a GPU: order, resuming, cutting, what hangs or breaks, and that nothing is timed on a red proof."""
 
 import dataclasses
-import json
-from collections.abc import Iterator
+import importlib.util
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import gpu, proof, results
+from benchmarks import gpu, parts, proof, results
 from benchmarks.results import Row
 
+ROOT = Path(__file__).resolve().parent.parent.parent
 ROW = Row("op", "site", "-", "eager", "time", "us", "float32", 1, 1, 1, 2.0, 1.0, 3.0, 5)
+NAMES = ("environment", "proof", "ops", "layers")
+
+
+def adding(row: Row, folder: Path) -> str:
+    """Python without torch, which takes seconds to import, that adds a row to a results file."""
+    results.append(folder / "one.csv", [row])
+    header, line = (folder / "one.csv").read_text().splitlines(keepends=True)
+    (folder / "one.csv").unlink()
+    return (
+        f"file = out / 'results.csv'; fresh = not file.exists(); file.open('a').write({header!r} * fresh + {line!r})\n"
+    )
 
 
 @pytest.fixture
-def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Stands in for the parts; each leaves its name here and gives two rows."""
-    names: list[str] = []
+def said(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Python that stands in for a part, by its name, after it has noted that it ran; by default it adds a row."""
+    scripts: dict[str, str] = {}
 
-    def part(name: str) -> gpu.Part:
-        def run(budget_s: float, before: list[Row]) -> Iterator[Row]:
-            names.append(name)
-            for _ in range(2):
-                yield dataclasses.replace(ROW, group=name, median=1.0)
-
-        return gpu.Part(name, 0.5, run)
+    def command(part: gpu.Part, out: Path, seconds: float) -> list[str]:
+        note = (
+            f"from pathlib import Path; out = Path({str(out)!r}); print({part.name!r}, file=(out / 'ran').open('a'))\n"
+        )
+        row = dataclasses.replace(ROW, group=part.name, median=1.0)
+        return [sys.executable, "-c", note + scripts.get(part.name, adding(row, tmp_path_factory.mktemp("row")))]
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(gpu, "prepare", lambda: None)
-    monkeypatch.setattr(gpu, "PARTS", tuple(part(name) for name in ("proof", "ceilings", "ops")))
+    monkeypatch.setattr(gpu, "command", command)
+    monkeypatch.setattr(gpu, "PARTS", tuple(gpu.Part(name, 0.5, lambda *_: iter(())) for name in NAMES))
+    return scripts
+
+
+def ran(out: Path) -> list[str]:
+    """The parts that were started since the last question."""
+    names = (out / "ran").read_text().split() if (out / "ran").exists() else []
+    (out / "ran").unlink(missing_ok=True)
     return names
 
 
-def test_every_part_in_order_each_flushed(ran: list[str], tmp_path: Path) -> None:
+def ended(out: Path) -> dict[str, str]:
+    return {row.site: row.metric for row in results.read([out / "results.csv"]) if row.group == "part"}
+
+
+def test_every_part_in_order_each_with_its_end(said: dict[str, str], tmp_path: Path) -> None:
     assert gpu.run(tmp_path, 1.0, resume=False)
-    assert ran == ["proof", "ceilings", "ops"]
-    assert json.loads((tmp_path / "parts.json").read_text()) == ran
-    assert [row.group for row in results.read([tmp_path / "results.csv"])] == [name for name in ran for _ in range(2)]
+    assert ran(tmp_path) == [*NAMES]
+    rows = results.read([tmp_path / "results.csv"])
+    assert [row.group for row in rows] == [name for part in NAMES for name in (part, "part")]
+    assert ended(tmp_path) == dict.fromkeys(NAMES, gpu.FINISHED)
+    assert all(row.median > 0 and row.unit == "s" for row in rows if row.group == "part")
 
 
-def test_resume_goes_on_after_the_finished_parts(ran: list[str], tmp_path: Path) -> None:
-    gpu.run(tmp_path, 1.0, resume=False)
-    (tmp_path / "parts.json").write_text('["proof", "ceilings"]')
-    ran.clear()
-    assert gpu.run(tmp_path, 1.0, resume=True)
-    assert ran == ["ops"]
-    assert len(results.read([tmp_path / "results.csv"])) == 8
-    ran.clear()
-    gpu.run(tmp_path, 1.0, resume=False)
-    assert ran == ["proof", "ceilings", "ops"]
-    assert len(results.read([tmp_path / "results.csv"])) == 6
-
-
-def test_a_cut_leaves_what_was_measured_and_no_finished_part(
-    ran: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_what_breaks_or_hangs_takes_no_other_with_it(
+    said: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    clock = iter((0.0, 0.0, 0.0, 100.0, *[100.0] * 9))
-    monkeypatch.setattr(gpu.time, "monotonic", lambda: next(clock))
-    assert gpu.run(tmp_path, 1.0, resume=False)
-    assert ran == ["proof"]
-    assert len(results.read([tmp_path / "results.csv"])) == 1
-    assert not (tmp_path / "parts.json").exists()
-
-
-def test_nothing_is_timed_where_the_proof_is_red(
-    ran: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(proof, "steps", lambda: iter([proof.Outcome("memcheck", False, "1 error", ("at 0x0",))]))
-    parts = (gpu.Part("proof", 0.5, lambda budget_s, before: gpu._proof()), *gpu.PARTS[1:])
-    monkeypatch.setattr(gpu, "PARTS", parts)
-    monkeypatch.setattr(results, "environment", lambda device: {"device": "a card"})
+    monkeypatch.setattr(gpu, "GRACE_S", 3.0)
+    said["environment"] = "import sys; print('boom', file=sys.stderr); sys.exit(3)"
+    said["ops"] = (
+        adding(ROW, tmp_path) + "import subprocess, sys, time\n"
+        "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+        "time.sleep(60)"
+    )
+    monkeypatch.setattr(gpu, "PARTS", tuple(gpu.Part(name, 0.001, lambda *_: iter(())) for name in NAMES))
     assert not gpu.run(tmp_path, 1.0, resume=False)
-    assert ran == []
+    assert ran(tmp_path) == [*NAMES]
+    assert ended(tmp_path) == {"environment": "failed", "proof": "finished", "ops": "failed", "layers": "finished"}
+    assert ROW in results.read([tmp_path / "results.csv"]), "what it had measured stays"
+    assert "boom" in (tmp_path / "log.txt").read_text()
+    printed = capsys.readouterr().out
+    assert "environment: failed" in printed
+    assert "exit status 3" in printed
+    assert "stopped after 3 s" in printed
+
+
+def test_resume_goes_on_and_comes_back_to_what_failed(said: dict[str, str], tmp_path: Path) -> None:
+    said["environment"] = "import sys; sys.exit(1)"
+    gpu.run(tmp_path, 1.0, resume=False)
+    ran(tmp_path)
+    del said["environment"]
+    cut = dataclasses.replace(ROW, group="part", site="layers", metric=gpu.CUT)
+    results.append(tmp_path / "results.csv", [cut])
+    assert gpu.run(tmp_path, 1.0, resume=True)
+    assert ran(tmp_path) == ["layers", "environment"]
+    assert gpu.run(tmp_path, 1.0, resume=True)
+    assert ran(tmp_path) == []
+    gpu.run(tmp_path, 1.0, resume=False)
+    assert ran(tmp_path) == [*NAMES]
+
+
+def test_another_run_can_be_gone_on_with_in_an_empty_folder(said: dict[str, str], tmp_path: Path) -> None:
+    first, file, again = tmp_path / "first", tmp_path / "kept.csv", tmp_path / "again"
+    gpu.run(first, 1.0, resume=False)
+    (first / "tuned.json").write_text("{}")
+    rows = [row for row in results.read([first / "results.csv"]) if row.site != "layers"]
+    (first / "results.csv").unlink()
+    results.append(first / "results.csv", rows)
+    results.append(file, rows)
+    for source in (first, file):
+        assert gpu.run(again, 1.0, resume=False, resume_from=source)
+        assert ran(again) == ["layers"]
+        assert results.read([again / "results.csv"])[: len(rows)] == rows
+    assert (again / "tuned.json").exists()
+    with pytest.raises(FileNotFoundError):
+        gpu.run(again, 1.0, resume=False, resume_from=tmp_path / "none.csv")
+
+
+def test_the_clock_cuts(said: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said["proof"] = "import time; time.sleep(60)"
+    started = time.monotonic()
+    assert gpu.run(tmp_path, 6 / 60, resume=False)
+    assert time.monotonic() - started < 30
+    assert ended(tmp_path) == {"environment": "finished", "proof": "cut"}
+    assert "layers: no time left" in capsys.readouterr().out
+    assert [part.name for part in gpu.order(results.read([tmp_path / "results.csv"]))] == ["proof", "ops", "layers"]
+
+
+def test_nothing_is_timed_where_the_proof_is_red_and_it_is_made_again(
+    said: dict[str, str],
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    red = dataclasses.replace(ROW, group="proof", site="memcheck", median=0.0, note="1 error | at 0x0")
+    said["proof"] = adding(red, tmp_path_factory.mktemp("red"))
+    assert not gpu.run(tmp_path, 1.0, resume=False)
+    assert ran(tmp_path) == ["environment", "proof"]
     assert "nothing is timed: memcheck: 1 error | at 0x0" in capsys.readouterr().err
+    said["proof"] = adding(dataclasses.replace(red, median=1.0), tmp_path_factory.mktemp("green"))
+    assert gpu.run(tmp_path, 1.0, resume=True)
+    assert ran(tmp_path) == ["proof", "ops", "layers"]
+
+
+def test_what_another_sanitizer_says_is_printed_and_the_rest_is_timed(
+    said: dict[str, str],
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    red = dataclasses.replace(ROW, group="proof", site="initcheck", median=0.0, note="1 error")
+    said["proof"] = adding(red, tmp_path_factory.mktemp("red"))
+    assert not gpu.run(tmp_path, 1.0, resume=False)
+    assert ran(tmp_path) == [*NAMES]
+    assert "the proof said no: initcheck: 1 error" in capsys.readouterr().out
 
 
 def test_without_a_gpu_it_says_what_to_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,6 +166,114 @@ def test_without_a_gpu_it_says_what_to_run(tmp_path: Path, monkeypatch: pytest.M
         gpu.run(tmp_path, 1.0, resume=False)
 
 
+def test_a_part_is_found_by_its_name_and_flushes_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = []
+
+    def run(budget_s: float, before: list[Row], out: Path):
+        given.append((budget_s, before, out))
+        yield ROW
+        assert results.read([tmp_path / "results.csv"])[-1] == ROW
+        raise RuntimeError("after its first row")
+
+    monkeypatch.setattr(parts, "PARTS", (parts.Part("one", 1.0, run),))
+    for before in ([], [ROW]):
+        with pytest.raises(RuntimeError, match="after its first row"):
+            parts.main("one", tmp_path, 7.0)
+        assert given[-1] == (7.0, before, tmp_path)
+
+
+def test_what_the_targets_ask_for_comes_first_and_every_part_once() -> None:
+    names = [part.name for part in parts.PARTS]
+    assert len(set(names)) == len(names)
+    asked = ["proof", "ceilings", "cublaslt", "variants 8192", "ops 8192", "blocks", "layers 8192", "peaks of steps"]
+    assert [name for name in names if name in asked] == asked
+    assert max(names.index(name) for name in asked) < names.index("tuning")
+    left = 1.0
+    for part in parts.PARTS[: names.index("blocks") + 1]:
+        left -= part.share * left
+    assert left > 0.1, "shares are of what is left: the later parts must have some"
+    assert [site.name for site in parts.ORDERED[:4]] == [
+        "Llama-3-8B o_proj",
+        "Llama-3-8B down_proj",
+        "GPT-2 Large o_proj",
+        "GPT-2 Large down_proj",
+    ]
+    assert sorted(map(str, parts.ORDERED)) == sorted(map(str, parts.sites.SITES))
+
+
+def test_a_part_that_was_cut_goes_on_with_the_next_site() -> None:
+    key = ("layer", "frozen linear", "forward+backward", 8192)
+    done = dataclasses.replace(
+        ROW, group="layer", site=parts.ORDERED[0].name, contestant=key[1], metric=key[2], tokens=8192
+    )
+    assert parts._not_yet([done], *key) == parts.ORDERED[1:]
+    for other in ({"median": None}, {"tokens": 2048}, {"metric": "peak"}, {"group": "variant"}):
+        assert parts._not_yet([dataclasses.replace(done, **other)], *key) == parts.ORDERED
+
+
+def test_only_what_is_not_green_is_proved_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(proof, "steps", lambda limit, names: asked.append(names) or iter(()))
+    rows = [
+        dataclasses.replace(ROW, group="proof", site=s, median=m) for s, m in (("memcheck", 0.0), ("memcheck", 1.0))
+    ]
+    list(parts.prove(1.0, rows, Path()))
+    assert asked == [[proof.PARITY, "racecheck", "initcheck", "synccheck"]]
+    list(parts.prove(1.0, [dataclasses.replace(rows[1], site=s) for s in (proof.PARITY, *proof.TOOLS)], Path()))
+    assert len(asked) == 1
+
+
 def test_a_tool_that_is_missing_is_neither_red_nor_green(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(proof.shutil, "which", lambda name: None)
-    assert proof.sanitizer("memcheck") == proof.Outcome("memcheck", None, "compute-sanitizer is not installed")
+    assert proof.sanitizer("memcheck", 1.0) == proof.Outcome("memcheck", None, "compute-sanitizer is not installed")
+
+
+def test_steps_run_side_by_side_and_what_takes_too_long_is_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(
+        "#!/bin/sh\ncase $2 in racecheck) sleep 60;; initcheck) echo bad; exit 99;; *) echo 0 errors;; esac\n"
+    )
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    started = time.monotonic()
+    found = {outcome.step: outcome for outcome in proof.steps(2.0, proof.TOOLS)}
+    assert time.monotonic() - started < 10
+    assert {step: outcome.green for step, outcome in found.items()} == {
+        "memcheck": True,
+        "racecheck": None,
+        "initcheck": False,
+        "synccheck": True,
+    }
+    assert found["racecheck"].summary == "not finished in 2 s"
+    assert found["initcheck"].details == ("bad",)
+
+
+@pytest.mark.parametrize(("body", "green"), [("assert True", True), ("assert False, 'no'", False)])
+def test_the_tests_of_the_proof(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str, green: bool) -> None:
+    file = tmp_path / "test_one_of_the_proof.py"
+    file.write_text(f"def test_it():\n    {body}\n")
+    monkeypatch.setattr(proof, "TESTS", (str(file),))
+    find = importlib.util.find_spec  # workers would take longer to start than the test
+    monkeypatch.setattr(proof.importlib.util, "find_spec", lambda name: None if name == "xdist" else find(name))
+    outcome = proof.tests(120.0)
+    assert (outcome.step, outcome.green) == (proof.PARITY, green), outcome
+    assert ("passed" in outcome.summary) is green
+    assert len(outcome.details) == (not green)
+
+
+def test_without_hypothesis_the_other_tests_of_a_file_run(tmp_path: Path) -> None:
+    file = tmp_path / "test_drawn.py"
+    file.write_text(
+        "from hypothesis import given, settings\n"
+        "from hypothesis import strategies as st\n"
+        "@settings(max_examples=2, deadline=None)\n"
+        "@given(n=st.integers(1, 2), data=st.data())\ndef test_drawn(n, data): assert 0\n"
+        "@given(st.lists(st.booleans()))\ndef test_more(found): assert 0\n"
+        "def test_plain(): assert True\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "benchmarks.without_hypothesis", "-p", "no:cacheprovider"]
+    command += ["-p", "no:hypothesispytest", "-p", "no:xdist", "--rootdir", str(tmp_path), str(file)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert "1 passed, 2 skipped" in run.stdout, run.stdout + run.stderr

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks import layers, ops, results, roofline
+from benchmarks import ceilings, layers, ops, results, roofline
 from benchmarks.contestants import FROZEN, Contestant, Scaled, contestants
 from benchmarks.sites import Site
 from gain_ops import dispatch
@@ -92,6 +92,17 @@ def test_who_is_wrong_gets_no_figure() -> None:
     ]
 
 
+def test_rows_of_another_group() -> None:
+    rows = list(layers.rows([SITE], 8, torch.float32, CPU, 0, who=contestants()[:1], group="variant"))
+    assert {row.group for row in rows} == {"variant"}
+
+
+def test_what_a_kernel_more_takes() -> None:
+    row = ceilings._launch(CPU, 0.0, {"device": "a device"})
+    assert (row.group, row.metric, row.unit, row.device) == ("ceiling", "launch", "us", "a device")
+    assert 0 < row.median < 1000
+
+
 def test_rows_come_as_they_are_measured() -> None:
     rows = layers.rows([SITE, Site("never", 10**9, 10**9)], 8, torch.float32, CPU, 0, who=contestants()[:1])
     assert [row.site for row in itertools.islice(rows, 3)] == ["tiny"] * 3
@@ -99,9 +110,16 @@ def test_rows_come_as_they_are_measured() -> None:
 
 def test_ops() -> None:
     found = list(ops.rows([SITE], [8], torch.float32, CPU, 0, ceilings=CEILINGS))
-    assert {(row.contestant, row.backend) for row in found} == set(itertools.product(dispatch.OPS, ops.BACKENDS))
+    products = {(name, "eager") for name in ops.PRODUCTS}
+    everyone = set(itertools.product(dispatch.OPS, ops.BACKENDS)) | products
+    assert {(row.contestant, row.backend) for row in found} == everyone
+    over = [row for row in found if row.metric == ops.OVER_PRODUCT]
+    assert {row.contestant for row in over} == set(ops.BASES) < set(dispatch.OPS)
+    assert all(row.median > 0 and row.unit == "x" for row in over)
     for row in found:
         assert row.group == "op"
+        if row.metric == ops.OVER_PRODUCT:
+            continue
         if row.backend == "cuda":
             assert row.median is None
             assert "GPU" in row.note
@@ -111,11 +129,19 @@ def test_ops() -> None:
             assert (row.metric, row.unit) == ("achieved share of the floor", "share")
             assert 0 < row.q20 <= row.median <= row.q80 < 1
     eager = [row for row in found if row.backend == "eager"]
-    assert len(eager) == 2 * len(dispatch.OPS)
+    assert len(eager) == 2 * len(dispatch.OPS) + 2 * len(products) + len(ops.BASES)
+
+
+def test_an_op_is_compared_with_the_product_of_its_own_operands() -> None:
+    given = ops.tensors(SITE, 8, torch.float32, CPU)
+    assert ops.product("x @ W.T", given)().shape == (8, 32)
+    assert ops.product("dy @ W", given)().shape == (8, 16)
+    assert [name for name, base in ops.BASES.items() if base == "dy @ W"] == ["backward_input"]
 
 
 def test_an_op_that_is_wrong_gets_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gain_ops.ops.scale", lambda x, delta, backend: x)
-    (row,) = ops.rows([SITE], [8], torch.float32, CPU, 0, names=["scale"], backends=["eager"])
+    rows = list(ops.rows([SITE], [8], torch.float32, CPU, 0, names=["scale"], backends=["eager"]))
+    (row,) = (row for row in rows if row.contestant == "scale")
     assert row.median is None
     assert "scale[0]: relative error" in row.note

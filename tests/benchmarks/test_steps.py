@@ -138,6 +138,14 @@ def test_a_cpu_trains_the_small_model_without_and_with_checkpointing() -> None:
     assert (small.architecture.name, small.checkpointed, checkpointed.checkpointed) == ("SmolLM2-135M", False, True)
 
 
+@needs_peft
+def test_peaks_are_asked_of_the_frozen_model_the_lean_gains_and_lora() -> None:
+    rows = list(steps.peak_rows(torch.device("cpu"), [dataclasses.replace(SETTING, timed=1)]))
+    measured = [row for row in rows if row.metric == "throughput"]
+    assert [row.contestant for row in measured] == ["frozen", steps.LEAN, *steps.LORA_PEERS]
+    assert [row.samples for row in measured] == [1] * 4, "one turn, and one timed step in it"
+
+
 def test_as_many_layers_as_fit_and_one_at_least() -> None:
     setting = steps.Setting(ARCHITECTURES["Llama-3-8B"], 8, 16384, 8192, torch.bfloat16, torch.device("cuda"))
     block = steps.block_bytes(setting.architecture, setting.tokens, setting.dtype)

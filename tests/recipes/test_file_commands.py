@@ -11,11 +11,18 @@ from typer.testing import CliRunner, Result
 import gain_ops
 from gain_ops.adapters import read_gains
 from gain_ops.checkpoints.comparing import compare
+from gain_ops.recipes import console
 from gain_ops.recipes.commands import app
 
 
 def call(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "200"})
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+@pytest.fixture(autouse=True)
+def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table that folds is right, and hard to read for a test."""
+    monkeypatch.setattr(console.STDOUT, "_width", 200)
 
 
 @pytest.fixture
