@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import runpy
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -137,7 +138,7 @@ def failures(contestant: Contestant, site: Site, tokens: int, dtype: torch.dtype
     return Judge(site, tokens, dtype, device).failures(contestant)
 
 
-def op_failures(name: str, arguments: Sequence[Tensor | None], backends: Sequence[str]) -> dict[str, list[str]]:
+def op_failures(name: str, arguments: Sequence[Any], backends: Sequence[str]) -> dict[str, list[str]]:
     """What is wrong with the results of a raw op by each backend, in words; empty lists where nothing is."""
     calls = {backend: functools.partial(getattr(ops, name), *arguments, backend) for backend in backends}
     return call_failures(name, getattr(reference, name), arguments, calls)
@@ -146,19 +147,19 @@ def op_failures(name: str, arguments: Sequence[Tensor | None], backends: Sequenc
 def call_failures(
     name: str,
     equation: Callable[..., Tensor | tuple[Tensor, ...]],
-    arguments: Sequence[Tensor | None],
+    arguments: Sequence[Any],
     calls: Mapping[str, Callable[[], Tensor | tuple[Tensor, ...]]],
 ) -> dict[str, list[str]]:
     """What is wrong with the results of several calls that are to be ``equation(*arguments)``, in words, by their names."""
 
-    def referenced(of: Sequence[Tensor | None]) -> list[Tensor]:
+    def referenced(of: Sequence[Any]) -> list[Tensor]:
         return _as_list(equation(*of))
 
     if not calls:
         return {}
     plain = referenced(arguments)
-    truth = referenced([None if a is None else a.double() for a in arguments])
-    size = referenced([None if a is None else a.abs() for a in arguments])
+    truth = referenced([a.double() if isinstance(a, Tensor) else a for a in arguments])
+    size = referenced([a.abs() if isinstance(a, Tensor) else a for a in arguments])
     names = [f"{name}[{i}]" for i in range(len(truth))]
     found: dict[str, list[str]] = {}
     for caller, call in calls.items():

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,12 @@ ARGUMENTS = {
     "backward_recompute": ("dy", "x", "weight", "delta_out"),
     "ddelta_recompute": ("dy", "x", "weight"),
     "backward_input": ("dy", "x", "weight", "delta_in"),
+    # out is the width of the FFN's hidden activation here, and of the norm
+    "glu": ("dy", "z", "delta_out", "silu"),
+    "glu_backward": ("dh", "dy", "z", "delta_out", "silu"),
+    "glu_ddelta": ("dh", "dy", "z", "silu"),
+    "rms_norm": ("dy", "norm_weight", "delta_out", "eps"),
+    "rms_norm_backward": ("dh", "dy", "norm_weight", "delta_out", "r"),
 }
 # the vendor's matrix products, and which of them an op with a GEMM is a multiple of
 PRODUCTS = {"x @ W.T": ("x", "weight"), "dy @ W": ("dy", "weight")}
@@ -83,7 +90,7 @@ def rows(
 
 
 def _cases(
-    names: Sequence[str], backends: Sequence[str], given: dict[str, Tensor | None]
+    names: Sequence[str], backends: Sequence[str], given: dict[str, Any]
 ) -> tuple[dict[tuple[str, str], Callable[[], object]], dict[tuple[str, str], str]]:
     """The calls to be timed, and why the others are not, by op and backend."""
     cases, reasons = {}, {}
@@ -97,7 +104,7 @@ def _cases(
     return cases, reasons
 
 
-def product(name: str, given: dict[str, Tensor | None]) -> Callable[[], Tensor]:
+def product(name: str, given: dict[str, Any]) -> Callable[[], Tensor]:
     """One of PRODUCTS on these tensors."""
     a, weight = (given[argument] for argument in PRODUCTS[name])
     assert a is not None
@@ -106,7 +113,7 @@ def product(name: str, given: dict[str, Tensor | None]) -> Callable[[], Tensor]:
     return lambda: a @ b
 
 
-def tensors(site: Site, tokens: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor | None]:
+def tensors(site: Site, tokens: int, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     """Every argument of ARGUMENTS: random, and with gains away from 1."""
     x, weight, dy = gate.draw(site, tokens, dtype, device)
     return {
@@ -117,16 +124,21 @@ def tensors(site: Site, tokens: int, dtype: torch.dtype, device: torch.device) -
         "delta_in": gate.NOISE * torch.randn(site.in_features, device=device),
         "delta_out": gate.NOISE * torch.randn(site.out_features, device=device),
         "no bias": None,
+        "dh": torch.randn_like(dy),
+        "norm_weight": 1 + gate.NOISE * torch.randn(site.out_features, device=device),
+        "r": torch.rand(tokens, device=device) + 0.5,
+        "eps": 1e-6,
+        "silu": "silu",
     }
 
 
-def obstacles(name: str, arguments: Sequence[Tensor | None], backends: Sequence[str]) -> dict[str, str | None]:
+def obstacles(name: str, arguments: Sequence[Any], backends: Sequence[str]) -> dict[str, str | None]:
     """By backend, why an op gets no figure: it cannot run here, or it is not right; None where nothing is in the way."""
     found: dict[str, str | None] = {}
     for backend in backends:
         found[backend] = None
         try:
-            dispatch.implementation(backend, next(a for a in arguments if a is not None))
+            dispatch.implementation(backend, next(a for a in arguments if isinstance(a, Tensor)))
         except BackendUnavailable as reason:
             found[backend] = str(reason)
     wrong = gate.op_failures(name, arguments, [backend for backend in backends if found[backend] is None])

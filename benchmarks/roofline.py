@@ -125,6 +125,26 @@ def scale(t: int, n: int, e: int) -> Kernels:
     return (Kernel(t * n, 2 * e * t * n, False),)
 
 
+def glu(t: int, n: int, e: int) -> Kernels:
+    """``h = act(g) * u * gain``: 20 T n flops, 3 e T n bytes."""
+    return (Kernel(20 * t * n, 3 * e * t * n, False),)
+
+
+def glu_backward(t: int, n: int, e: int, *, writes: bool) -> Kernels:
+    """``dg, du, ddelta``: 40 T n flops, 5 e T n + 4 ceil(T / 128) n bytes (3 e T n for ddelta alone), and the partials' sum."""
+    return (Kernel(40 * t * n, (5 if writes else 3) * e * t * n + _partials(t, n), False), _second_stage(t, n))
+
+
+def rms_norm(t: int, n: int, e: int) -> Kernels:
+    """``y = r * x * w * gain``: 4 T n flops, 2 e T n bytes."""
+    return (Kernel(4 * t * n, 2 * e * t * n, False),)
+
+
+def rms_norm_backward(t: int, n: int, e: int) -> Kernels:
+    """``dx, ddelta``: 10 T n flops, 3 e T n bytes; partials of a row in 128 as elsewhere, which is the least."""
+    return (Kernel(10 * t * n, 3 * e * t * n + _partials(t, n), False), _second_stage(t, n))
+
+
 def frozen_layer(t: int, i: int, o: int, e: int) -> dict[str, Kernels]:
     """Forward and backward of the frozen linear."""
     return _with_both(frozen_forward(t, i, o, e), frozen_backward(t, i, o, e))
@@ -156,6 +176,11 @@ def op(name: str, t: int, i: int, o: int, e: int) -> Kernels:
         "backward_recompute": lambda: recompute(t, i, o, e),
         "ddelta_recompute": lambda: ddelta_recompute(t, i, o, e),
         "backward_input": lambda: input_backward(t, i, o, e),
+        "glu": lambda: glu(t, o, e),
+        "glu_backward": lambda: glu_backward(t, o, e, writes=True),
+        "glu_ddelta": lambda: glu_backward(t, o, e, writes=False),
+        "rms_norm": lambda: rms_norm(t, o, e),
+        "rms_norm_backward": lambda: rms_norm_backward(t, o, e),
         "x @ W.T": lambda: frozen_forward(t, i, o, e),
         "dy @ W": lambda: frozen_backward(t, i, o, e),
     }[name]()
