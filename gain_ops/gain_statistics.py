@@ -35,7 +35,7 @@ class Distribution:
         mean: their mean.
         maximum: the highest gain.
         rms_from_one: the root mean square of delta.
-        largest_from_one: the largest |delta|.
+        largest_from_one: the largest ``|delta|``.
         dead: how many are closer to 0 than ``dead_below``.
         negative: how many are below 0.
         quantiles: the gains at QUANTILES, linear between two of them.
