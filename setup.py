@@ -73,7 +73,11 @@ setup(
         "gain_ops.kernels",
     ],
     package_dir={"gain_ops": "gain_ops", "gain_ops.csrc": "csrc", "gain_ops.kernels": "kernels/gain"},
-    package_data={"gain_ops.csrc": ["*.h", "*.cpp", "*.cu", "*.md"], "gain_ops.csrc.sm90": ["*.h", "*.cpp", "*.cu"]},
+    package_data={
+        "gain_ops.csrc": ["*.h", "*.cpp", "*.cu", "*.md"],
+        "gain_ops.csrc.sm90": ["*.h", "*.cpp", "*.cu"],
+        "gain_ops.kernels": ["tuned/*.json"],
+    },
     exclude_package_data={"gain_ops.csrc": ["tests/*"]},
     ext_modules=[Extension("gain_ops._C", sources=[], py_limited_api=True)] if PARAMETERS else [],
     cmdclass={"build_ext": BuildCuda, "bdist_wheel": AbiWheel},

@@ -86,7 +86,7 @@ def order(rows: Sequence[Row]) -> list[Part]:
     return sorted(left, key=lambda part: ended.get(part.name) == FAILED)
 
 
-def red(rows: Sequence[Row], steps: Sequence[str] = (proof.PARITY, *proof.TOOLS)) -> list[str]:
+def red(rows: Sequence[Row], steps: Sequence[str] = proof.STEPS) -> list[str]:
     """The steps of the proof that said no when they last ran, with what they said."""
     said = {row.site: row for row in rows if row.group == "proof" and row.site in steps}
     return [f"{step}: {row.note}" for step, row in said.items() if row.median == 0.0]

@@ -12,16 +12,15 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-TESTS = (
-    "tests/test_parity.py",
-    "tests/kernels",
-    "tests/csrc/test_cuda_ops.py",
-    "tests/test_dispatch.py",
-    "tests/test_functional.py",
-)
+# those that run something on the GPU
+TESTS = ("tests/test_parity.py", "tests/kernels", "tests/test_dispatch.py::test_auto_is_triton_on_a_gpu")
 PARITY = "parity tests"
+DRAWN = "parity tests of drawn shapes"  # nearly each of which is compiled: minutes, and so a step of its own
+_DRAWN = "test_any_shape_and_strides"
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
-BLOCKING = (PARITY, "memcheck")  # the others may take TMA and its barriers for what they are not: a person judges
+STEPS = (PARITY, DRAWN, *TOOLS)
+# the other tools may take TMA and its barriers for what they are not: a person judges
+BLOCKING = (PARITY, DRAWN, "memcheck")
 SPARED_CORES = len(TOOLS)  # for the sanitizers
 
 
@@ -35,28 +34,41 @@ class Outcome:
     details: tuple[str, ...] = ()
 
 
-def steps(limit_s: float, names: Sequence[str] = (PARITY, *TOOLS)) -> Iterator[Outcome]:
+def steps(limit_s: float, names: Sequence[str]) -> Iterator[Outcome]:
     """The steps of these names, all at once, each as it ends; what takes longer than the limit is stopped."""
     with ThreadPoolExecutor(len(names)) as pool:
-        running = [pool.submit(tests, limit_s) if n == PARITY else pool.submit(sanitizer, n, limit_s) for n in names]
+        running = [pool.submit(sanitizer if name in TOOLS else tests, name, limit_s) for name in names]
         for ended in as_completed(running):
             yield ended.result()
 
 
-def tests(limit_s: float) -> Outcome:
-    """Every test of the kernels that this machine can run, on the cores that are left; what failed is in the details."""
+def tests(step: str, limit_s: float) -> Outcome:
+    """The tests of PARITY or DRAWN that this machine can run, on the cores that are left; what failed is in the details."""
     if importlib.util.find_spec("pytest") is None:
-        return Outcome(PARITY, None, "pytest is not installed")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu or not slow", *TESTS]
+        return Outcome(step, None, "pytest is not installed")
+    chosen = _DRAWN if step == DRAWN else f"not {_DRAWN}"
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-m",
+        "gpu or not slow",
+        "-k",
+        chosen,
+        *TESTS,
+    ]
     if importlib.util.find_spec("hypothesis") is None:
         command += ["-p", "benchmarks.without_hypothesis"]
     if importlib.util.find_spec("xdist") is not None:
         command += ["-n", str(max(1, (os.cpu_count() or 1) - SPARED_CORES))]
     code, lines = _run(command, limit_s)
     if code is None:
-        return Outcome(PARITY, None, f"not finished in {limit_s:.0f} s")
+        return Outcome(step, None, f"not finished in {limit_s:.0f} s")
     failed = tuple(line for line in lines if line.startswith(("FAILED", "ERROR")))
-    return Outcome(PARITY, code == 0, lines[-1] if lines else "it said nothing", failed)
+    return Outcome(step, code == 0, lines[-1] if lines else "it said nothing", failed)
 
 
 def sanitizer(tool: str, limit_s: float) -> Outcome:

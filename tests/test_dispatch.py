@@ -22,6 +22,7 @@ def _call(backend: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return gain_linear(torch.ones(2, 3, dtype=dtype), torch.ones(4, 3, dtype=dtype), torch.zeros(4), backend=backend)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU the interpreter is off")
 def test_auto_is_eager_on_a_cpu_even_under_the_interpreter() -> None:
     assert dispatch.implementation("auto", torch.zeros(1)) is reference
     assert dispatch.implementation("triton", torch.zeros(1)) is kernels or torch.cuda.is_available()
@@ -36,6 +37,7 @@ def test_the_reason_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     assert "need a GPU" in caplog.text
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU the interpreter is off")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_an_explicit_backend_that_cannot_run_raises_and_says_why(dtype: torch.dtype) -> None:
     with pytest.raises(
@@ -92,6 +94,7 @@ def _without_interpreter() -> dict[str, str]:
     return {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU the interpreter is off")
 def test_the_environment_replaces_auto_and_not_an_explicit_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GAIN_OPS_BACKEND", "triton")
     assert dispatch.implementation("auto", torch.zeros(1)) is kernels

@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu, parts, proof, results
+from benchmarks import gpu, odd_shapes, parts, proof, results
 from benchmarks.results import Row
+from gain_ops import dispatch, ops
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ROOT = Path(__file__).resolve().parent.parent.parent
 ROW = Row("op", "site", "-", "eager", "time", "us", "float32", 1, 1, 1, 2.0, 1.0, 3.0, 5)
 NAMES = ("environment", "proof", "ops", "layers")
@@ -217,10 +219,37 @@ def test_only_what_is_not_green_is_proved_again(monkeypatch: pytest.MonkeyPatch)
     rows = [
         dataclasses.replace(ROW, group="proof", site=s, median=m) for s, m in (("memcheck", 0.0), ("memcheck", 1.0))
     ]
-    list(parts.prove(1.0, rows, Path()))
-    assert asked == [[proof.PARITY, "racecheck", "initcheck", "synccheck"]]
-    list(parts.prove(1.0, [dataclasses.replace(rows[1], site=s) for s in (proof.PARITY, *proof.TOOLS)], Path()))
+    prove = parts._proof(proof.PARITY, *proof.TOOLS)
+    list(prove(1.0, rows, Path()))
+    assert asked.pop() == [proof.PARITY, "racecheck", "initcheck", "synccheck"]
+    red = dataclasses.replace(rows[0], site=proof.DRAWN)
+    list(prove(1.0, [red], Path()))
+    assert proof.DRAWN in asked[0], "a step that was red, whichever part made it"
+    list(prove(1.0, [dataclasses.replace(rows[1], site=s) for s in (proof.PARITY, *proof.TOOLS)], Path()))
     assert len(asked) == 1
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_what_the_sanitizers_watch_is_every_op(transposed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    called = []
+    for name in dispatch.OPS:
+        op = getattr(ops, name)
+        monkeypatch.setattr(ops, name, lambda *of, name=name, op=op: called.append(name) or op(*of))
+    for t, i, o in odd_shapes.SHAPES[:3]:
+        called.clear()
+        odd_shapes.call("triton", torch.float32, DEVICE, t, i, o, transposed)
+        assert called == [*dispatch.OPS]
+
+
+def test_every_step_of_the_proof_is_made_by_some_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: set[str] = set()
+    monkeypatch.setattr(proof, "steps", lambda limit, names: asked.update(names) or iter(()))
+    for part in parts.PARTS:
+        if "proof" in part.name:
+            list(part.run(1.0, [], Path()))
+    assert asked == {*proof.STEPS} >= {*proof.BLOCKING}
+    text = (ROOT / "tests" / "test_parity.py").read_text()
+    assert f"def {proof._DRAWN}(" in text
 
 
 def test_a_tool_that_is_missing_is_neither_red_nor_green(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,10 +286,11 @@ def test_the_tests_of_the_proof(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(proof, "TESTS", (str(file),))
     find = importlib.util.find_spec  # workers would take longer to start than the test
     monkeypatch.setattr(proof.importlib.util, "find_spec", lambda name: None if name == "xdist" else find(name))
-    outcome = proof.tests(120.0)
+    outcome = proof.tests(proof.PARITY, 120.0)
     assert (outcome.step, outcome.green) == (proof.PARITY, green), outcome
     assert ("passed" in outcome.summary) is green
     assert len(outcome.details) == (not green)
+    assert proof.tests(proof.DRAWN, 120.0).green is False, "no test of drawn shapes is in this file: not a proof"
 
 
 def test_without_hypothesis_the_other_tests_of_a_file_run(tmp_path: Path) -> None:

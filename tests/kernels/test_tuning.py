@@ -13,6 +13,8 @@ import torch
 from gain_ops.kernels import config, linear_forward, tuning
 from gain_ops.kernels.config import GemmConfig
 
+DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
 
 @pytest.fixture
 def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -23,7 +25,7 @@ def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def _tune(candidates: list[GemmConfig], monkeypatch: pytest.MonkeyPatch) -> GemmConfig:
     monkeypatch.setattr(tuning, "candidates", lambda first: candidates)
-    x, weight, delta, y = torch.randn(32, 32), torch.randn(48, 32), torch.randn(48), torch.empty(32, 48)
+    x, weight, delta, y = (torch.randn(shape, device=DEVICE) for shape in ((32, 32), (48, 32), (48,), (32, 48)))
 
     def run(config: GemmConfig) -> torch.Tensor:
         if config.num_stages == 9:
@@ -52,7 +54,7 @@ def test_the_fastest_right_candidate_wins(table: Path, monkeypatch: pytest.Monke
 
 def test_the_table_is_read_again_and_added_to(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     winner = _tune([_config(16)], monkeypatch)
-    entries = tuning._table(table, None, logging.WARNING)
+    entries = tuning._table(table, DEVICE.index, logging.WARNING)
     key = tuning._key("linear", torch.float32, "ieee", True, 20, 48, 32)
     assert entries[key] == winner, "20 tokens fall under the same power of two as 32"
     assert tuning._key("linear", torch.float32, "ieee", True, 33, 48, 32) not in entries
@@ -63,7 +65,7 @@ def test_a_broken_table_is_named_and_left_out(table: Path, text: str, caplog: py
     table.parent.mkdir()
     table.write_text(text)
     with caplog.at_level(logging.WARNING, "gain_ops"):
-        assert tuning._table(table, None, logging.WARNING) == {}
+        assert tuning._table(table, DEVICE.index, logging.WARNING) == {}
     assert str(table) in caplog.text
 
 
@@ -74,7 +76,7 @@ def test_a_table_of_another_version_is_not_read(
     table.write_text(table.read_text().replace(f'"format": {tuning.FORMAT}', '"format": 0'))
     tuning._table.cache_clear()
     with caplog.at_level(logging.WARNING, "gain_ops"):
-        assert tuning._table(table, None, logging.WARNING) == {}
+        assert tuning._table(table, DEVICE.index, logging.WARNING) == {}
     assert "not read" in caplog.text
 
 
