@@ -91,7 +91,7 @@ struct GluBlock {
 template <class T, int kWidth, bool kWrites>
 struct GluBackwardBlock {
   static constexpr int kColumns = kLanes * kWidth;
-  static constexpr int kUnroll = 2;  // rows in flight a warp: 3 x 2 x 16 bytes a thread
+  static constexpr int kUnroll = 1;  // rows in flight a warp: 3 x 16 bytes a thread; two rows spill on sm_100
 
   struct Shared {
     float sums[kWarps][kColumns];
