@@ -2,12 +2,15 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from gain_ops.checkpoints.edits import CheckpointError, Region
+from gain_ops.checkpoints.gguf import read_gguf
+from gain_ops.checkpoints.gguf_blocks import decode
 from gain_ops.checkpoints.headers import read_header
 
 __all__ = ["Difference", "Listed", "compare", "list_tensors"]
@@ -104,25 +107,10 @@ def list_tensors(path: Path) -> dict[str, Listed]:
 
 
 def _list_gguf(path: Path) -> dict[str, Listed]:
-    try:
-        import gguf
-    except ImportError as error:
-        raise ImportError('reading a GGUF file needs the package gguf: pip install "gain-ops[cli]"') from error
-    try:
-        tensors = gguf.GGUFReader(path).tensors
-    except (ValueError, IndexError, KeyError) as error:
-        raise CheckpointError(f"{path} is not a whole GGUF file: {error}") from error
-    listed = {}
-    for tensor in tensors:
-        rows = int(tensor.n_elements) // int(tensor.shape[0])
-        region = Region(path, int(tensor.data_offset), rows, int(tensor.n_bytes) // rows)
-
-        def decode(block: Tensor, kind: gguf.GGMLQuantizationType = tensor.tensor_type) -> Tensor:
-            return torch.from_numpy(gguf.quants.dequantize(block.numpy(), kind))
-
-        stored = f"{tensor.tensor_type.name} {[int(n) for n in reversed(tensor.shape)]}"
-        listed[tensor.name] = Listed(stored, region, decode if len(tensor.shape) == 2 else None)
-    return listed
+    return {
+        name: Listed(str(tensor), tensor.region, partial(decode, tensor.kind) if len(tensor.shape) == 2 else None)
+        for name, tensor in read_gguf(path)[1].items()
+    }
 
 
 def _viewer(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:

@@ -190,21 +190,18 @@ def open_gguf(path: Path) -> GGUFCheckpoint:
         OSError: files that cannot be read.
 
     """
-    try:
-        import gguf
-    except ImportError as error:
-        raise ImportError('reading a GGUF file needs the package gguf: pip install "gain-ops[cli]"') from error
-
     shards = _shards(path)
     fields: dict[Path, Mapping[str, ReaderField]] = {}
     tensors: dict[str, _Tensor] = {}
     for shard in shards:
-        fields[shard], found = _read(shard)
+        fields[shard], found = read_gguf(shard)
         if _number(fields[shard], "split.count", 1) != len(shards):
             raise CheckpointError(f"{shard} is a part of a split file under another name: name it as it was")
         for name in tensors.keys() & found.keys():
             raise CheckpointError(f"{name} is in {tensors[name].region.file} and in {shard}: fetch them again")
         tensors |= found
+    import gguf
+
     first = fields[shards[0]]
     architecture = bytes(first["general.architecture"].parts[-1]).decode() if "general.architecture" in first else ""
     known = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
@@ -296,10 +293,12 @@ def _shards(path: Path) -> list[Path]:
     return shards
 
 
-def _read(file: Path) -> "tuple[Mapping[str, ReaderField], dict[str, _Tensor]]":
-    """The header of a file: its fields, and where its tensors lie."""
-    import gguf
-
+def read_gguf(file: Path) -> "tuple[Mapping[str, ReaderField], dict[str, _Tensor]]":
+    """The header of a file: its fields, and where its tensors lie; raises as open_gguf()."""
+    try:
+        import gguf
+    except ImportError as error:
+        raise ImportError('reading a GGUF file needs the package gguf: pip install "gain-ops[cli]"') from error
     try:
         reader = gguf.GGUFReader(file)
     except (ValueError, KeyError, IndexError, OverflowError) as error:
