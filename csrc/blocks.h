@@ -72,15 +72,33 @@ struct BlockPlace {
   }
 };
 
+// Each column's sum over a chunk of rows: every warp's own rows first, then the warps in their order.
+template <int kColumns>
+struct WarpSums {
+  float sums[kWarps][kColumns];
+
+  template <int kWidth>
+  GAIN_OPS_HD void put(int thread, const float (&running)[kWidth]) {
+    static_assert(kColumns == kLanes * kWidth);
+    for (int i = 0; i < kWidth; ++i) sums[thread / kLanes][thread % kLanes * kWidth + i] = running[i];
+  }
+
+  GAIN_OPS_HD void write(const BlockPlace<kColumns>& place, int64_t cols, int thread, float* partials) const {
+    for (int i = thread; i < kColumns && place.col + i < cols; i += kRowThreads) {
+      float sum = 0.0f;
+      for (int warp = 0; warp < kWarps; ++warp) sum += sums[warp][i];
+      partials[place.chunk * cols + place.col + i] = sum;
+    }
+  }
+};
+
 // A block of BackwardRows: one chunk of rows of kColumns columns, a warp a row.
 template <class T, int kWidth, bool kWrites>
 struct BackwardBlock {
   static constexpr int kColumns = kLanes * kWidth;
   static constexpr int kUnroll = 4;  // rows in flight a warp: 2 x 4 x 16 bytes a thread cover the latency of HBM
 
-  struct Shared {
-    float sums[kWarps][kColumns];
-  };
+  using Shared = WarpSums<kColumns>;
 
   GAIN_OPS_HD static int64_t blocks(const BackwardRows& p) {
     return ceil_div(p.cols, kColumns) * ceil_div(p.rows, rows_per_chunk(p.rows));
@@ -125,17 +143,11 @@ struct BackwardBlock {
         }
       }
     }
-    for (int i = 0; i < kWidth; ++i) shared.sums[warp][thread % kLanes * kWidth + i] = running[i];
+    shared.put(thread, running);
   }
 
-  // The warps' sums are added in the order of the warps.
   GAIN_OPS_HD static void finish(const BackwardRows& p, int64_t block, int thread, const Shared& shared) {
-    const BlockPlace<kColumns> place(block, p.cols);
-    for (int i = thread; i < kColumns && place.col + i < p.cols; i += kRowThreads) {
-      float sum = 0.0f;
-      for (int warp = 0; warp < kWarps; ++warp) sum += shared.sums[warp][i];
-      p.partials[place.chunk * p.cols + place.col + i] = sum;
-    }
+    shared.write(BlockPlace<kColumns>(block, p.cols), p.cols, thread, p.partials);
   }
 };
 

@@ -93,9 +93,7 @@ struct GluBackwardBlock {
   static constexpr int kColumns = kLanes * kWidth;
   static constexpr int kUnroll = 1;  // rows in flight a warp: 3 x 16 bytes a thread; two rows spill on sm_100
 
-  struct Shared {
-    float sums[kWarps][kColumns];
-  };
+  using Shared = WarpSums<kColumns>;
 
   GAIN_OPS_HD static int64_t blocks(const GluBackwardRows& p) {
     return ceil_div(p.cols, kColumns) * ceil_div(p.rows, rows_per_chunk(p.rows));
@@ -111,14 +109,8 @@ struct GluBackwardBlock {
     }
   }
 
-  // The warps' sums are added in the order of the warps.
   GAIN_OPS_HD static void finish(const GluBackwardRows& p, int64_t block, int thread, const Shared& shared) {
-    const BlockPlace<kColumns> place(block, p.cols);
-    for (int i = thread; i < kColumns && place.col + i < p.cols; i += kRowThreads) {
-      float sum = 0.0f;
-      for (int warp = 0; warp < kWarps; ++warp) sum += shared.sums[warp][i];
-      p.partials[place.chunk * p.cols + place.col + i] = sum;
-    }
+    shared.write(BlockPlace<kColumns>(block, p.cols), p.cols, thread, p.partials);
   }
 
  private:
@@ -173,7 +165,7 @@ struct GluBackwardBlock {
         }
       }
     }
-    for (int i = 0; i < kWidth; ++i) shared.sums[warp][thread % kLanes * kWidth + i] = running[i];
+    shared.put(thread, running);
   }
 };
 

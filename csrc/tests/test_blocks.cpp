@@ -1,119 +1,14 @@
 // blocks.h on the host: every thread of every block, phase by phase, against loops in double.
-//
-// Outputs lie between guard zones and everything starts as NaN, so what is not written, or written beside, shows.
-// Inputs are allocated to the element, so that the sanitizers see a read past them.
-#include <doctest/doctest.h>
 #include <sys/mman.h>
 
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
 #include <limits>
-#include <memory>
 #include <random>
-#include <type_traits>
-#include <vector>
 
-#include "../blocks.h"
 #include "../launch.h"
+#include "harness.h"
 
 namespace gain_ops {
 namespace {
-
-// ---- number formats, by their definition: not by the conversions under test ----
-
-template <class T>
-struct Format;
-template <>
-struct Format<float> {
-  static constexpr Dtype kDtype = Dtype::float32;
-  static constexpr int kFraction = 23, kLeast = -126;
-};
-template <>
-struct Format<__half> {
-  static constexpr Dtype kDtype = Dtype::float16;
-  static constexpr int kFraction = 10, kLeast = -14;
-};
-template <>
-struct Format<__nv_bfloat16> {
-  static constexpr Dtype kDtype = Dtype::bfloat16;
-  static constexpr int kFraction = 7, kLeast = -126;
-};
-
-template <class T>
-using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>;
-
-template <class T>
-T from_bits(uint32_t bits) {
-  const auto narrow = static_cast<Bits<T>>(bits);
-  T value;
-  std::memcpy(static_cast<void*>(&value), &narrow, sizeof(value));
-  return value;
-}
-
-template <class T>
-uint32_t bits_of(T value) {
-  Bits<T> bits;
-  std::memcpy(&bits, &value, sizeof(bits));
-  return bits;
-}
-
-template <class T>
-constexpr uint32_t sign_bit = uint32_t{1} << (8 * sizeof(T) - 1);
-
-template <class T>
-constexpr uint32_t infinity_bits = sign_bit<T> - (uint32_t{1} << Format<T>::kFraction);
-
-template <class T>
-bool is_finite(uint32_t bits) {
-  return (bits & ~sign_bit<T>) < infinity_bits<T>;
-}
-
-template <class T>
-double decode(T value) {
-  constexpr int kFraction = Format<T>::kFraction;
-  const uint32_t magnitude = bits_of(value) & ~sign_bit<T>;
-  const int exponent = static_cast<int>(magnitude >> kFraction);
-  const uint32_t fraction = magnitude & ((uint32_t{1} << kFraction) - 1);
-  const double significand = exponent == 0 ? fraction : fraction + (uint32_t{1} << kFraction);
-  const double absolute = std::ldexp(significand, std::max(exponent, 1) - 1 + Format<T>::kLeast - kFraction);
-  return bits_of(value) & sign_bit<T> ? -absolute : absolute;
-}
-
-// Nearest, ties to even, overflow to infinity.
-template <class T>
-T encode(double value) {
-  constexpr int kFraction = Format<T>::kFraction;
-  const uint32_t sign = std::signbit(value) ? sign_bit<T> : 0;
-  if (value == 0) return from_bits<T>(sign);
-  const int exponent = std::max(std::ilogb(value), Format<T>::kLeast);
-  const double units = std::nearbyint(std::ldexp(std::fabs(value), kFraction - exponent));
-  // The leading one of a normal number's units is what makes its exponent field one more.
-  const uint64_t bits =
-      (static_cast<uint64_t>(exponent - Format<T>::kLeast) << kFraction) + static_cast<uint64_t>(units);
-  return from_bits<T>(sign | static_cast<uint32_t>(std::min<uint64_t>(bits, infinity_bits<T>)));
-}
-
-// ---- running blocks ----
-
-enum class Order { forward, backward };
-
-// Every thread ends a phase before any begins the next. Nothing may depend on the order otherwise: a device has none.
-template <class Shared, class... Phases>
-void execute(int64_t first, int64_t last, int threads, Order order, const Phases&... phases) {
-  const auto at = [order](int64_t begin, int64_t end, int64_t i) {
-    return order == Order::forward ? i : begin + end - 1 - i;
-  };
-  const auto shared = std::make_unique<Shared>();
-  for (int64_t i = first; i < last; ++i) {
-    std::memset(static_cast<void*>(shared.get()), 0xFF, sizeof(Shared));
-    const auto every_thread = [&](const auto& phase) {
-      for (int t = 0; t < threads; ++t) phase(at(first, last, i), static_cast<int>(at(0, threads, t)), *shared);
-    };
-    (every_thread(phases), ...);
-  }
-}
 
 template <class Block>
 void run_backward(const BackwardRows& p, Order order, int64_t first, int64_t last) {
@@ -128,104 +23,6 @@ void run_scale(const ScaleRows& p, Order order, int64_t first, int64_t last) {
   struct None {};
   execute<None>(
       first, last, kRowThreads, order, [&](int64_t block, int thread, None&) { Block::run(p, block, thread); });
-}
-
-void run_partials(
-    const float* partials, PartialLayout layout, int64_t cols, float* sums, Order order, int64_t first, int64_t last) {
-  execute<PartialsBlock::Shared>(
-      first, last, PartialsBlock::kThreads, order,
-      [&](int64_t block, int thread, auto& shared) {
-        PartialsBlock::accumulate(partials, layout, cols, block, thread, shared);
-      },
-      [&](int64_t block, int thread, const auto& shared) { PartialsBlock::finish(cols, block, thread, shared, sums); });
-}
-
-// ---- memory ----
-
-constexpr int64_t kGuard = 64;
-
-template <class T>
-std::vector<T> poisoned(int64_t elements) {
-  return std::vector<T>(static_cast<size_t>(elements), from_bits<T>(0xFFFFFFFF));
-}
-
-// The first element whose bits differ, or -1.
-template <class T>
-int64_t first_difference(const std::vector<T>& a, const std::vector<T>& b) {
-  REQUIRE(a.size() == b.size());
-  if (std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0) return -1;
-  size_t i = 0;
-  while (bits_of(a[i]) == bits_of(b[i])) ++i;
-  return static_cast<int64_t>(i);
-}
-
-// Whether nothing but [kGuard, size - kGuard) was written.
-bool guards_hold(const std::vector<float>& memory) {
-  const auto untouched = [](float value) { return bits_of(value) == 0xFFFFFFFF; };
-  return std::all_of(memory.begin(), memory.begin() + kGuard, untouched) &&
-         std::all_of(memory.end() - kGuard, memory.end(), untouched);
-}
-
-enum class Kind { contiguous, padded, wide, transposed, reversed, expanded };
-
-// Where the elements of a matrix lie.
-struct Layout {
-  int64_t origin, row_stride, col_stride, extent;
-
-  static Layout of(Kind kind, int64_t rows, int64_t cols) {
-    const int64_t stride = cols + (kind == Kind::contiguous ? 0 : kind == Kind::wide ? 24 : 8);
-    const int64_t extent = (rows - 1) * stride + cols;
-    switch (kind) {
-      case Kind::transposed: return {0, 1, rows, rows * cols};
-      case Kind::reversed: return {extent - 1, -stride, -1, extent};
-      case Kind::expanded: return {0, 0, 1, cols};
-      default: return {0, stride, 1, extent};
-    }
-  }
-  int64_t operator()(int64_t row, int64_t col) const { return origin + row * row_stride + col * col_stride; }
-};
-
-// A matrix in its layout, with `guard` elements around it.
-template <class T>
-struct Placed {
-  Layout layout;
-  std::vector<T> memory;
-
-  Placed(Kind kind, int64_t rows, int64_t cols, int64_t guard)
-      : layout(Layout::of(kind, rows, cols)), memory(poisoned<T>(layout.extent + 2 * guard)) {
-    layout.origin += guard;
-  }
-  Placed(Kind kind, int64_t rows, int64_t cols, int64_t guard, const std::vector<T>& values)
-      : Placed(kind, rows, cols, guard) {
-    for (int64_t r = 0; r < rows; ++r) {
-      for (int64_t c = 0; c < cols; ++c) memory[layout(r, c)] = values[r * cols + c];
-    }
-  }
-  T* data() { return memory.data() + layout.origin; }
-  operator ConstMatrix() { return {data(), layout.row_stride, layout.col_stride}; }
-  operator Matrix() { return {data(), layout.row_stride, layout.col_stride}; }
-  bool aligned(int64_t rows) { return rows_aligned(data(), rows, layout.row_stride, layout.col_stride, sizeof(T)); }
-};
-
-// ---- the truth ----
-
-struct Sum {
-  double value = 0, magnitude = 0;
-  void add(double term) {
-    value += term;
-    magnitude += std::fabs(term);
-  }
-  // Whether fp32 additions of at most `terms` rounded terms, in any order, can give `computed`.
-  bool allows(float computed, int64_t terms) const {
-    const double roundings = static_cast<double>(terms + 1) * 0x1p-24;
-    return std::fabs(computed - value) <= roundings / (1 - roundings) * magnitude;  // false for NaN
-  }
-};
-
-int64_t count_wrong(const float* computed, const std::vector<Sum>& truth, int64_t terms) {
-  int64_t wrong = 0;
-  for (const Sum& sum : truth) wrong += !sum.allows(*computed++, terms);
-  return wrong;
 }
 
 // One set of operands and all that should come of them. The rows of constant data are alike: they can be expanded.
@@ -347,9 +144,6 @@ void check_blocks(const Data<T>& d, const std::vector<Kinds>& layouts) {
     order = Order::backward;
   }
 }
-
-template <class T>
-constexpr int kWide = 16 / sizeof(T);
 
 TEST_CASE_TEMPLATE("rows: dz, ddelta and scaled rows in every layout", T, float, __half, __nv_bfloat16) {
   for (int64_t rows : {1, 7, 31, 32, 33, 127, 128, 129, 300, 2049}) {

@@ -40,7 +40,8 @@ def test_plans_and_threads_under_the_sanitizers(parameters: build.Parameters, tm
     sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
     include = ["-isystem", str(parameters.cuda_home / "include")]
     objects = []
-    for source in (TESTS / "main.cpp", TESTS / "test_plan.cpp", TESTS / "test_blocks.cpp", TESTS.parent / "plan.cpp"):
+    tests = ("main", "test_plan", "test_blocks", "test_glu_blocks", "test_norm_blocks")
+    for source in (*(TESTS / f"{name}.cpp" for name in tests), TESTS.parent / "plan.cpp"):
         objects.append(tmp_path / f"{source.stem}.o")
         _compile("g++", *flags, *sanitizers, *include, "-c", source, "-o", objects[-1])
     _run("g++", *sanitizers, *objects, "-o", tmp_path / "host")
