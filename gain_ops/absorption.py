@@ -1,6 +1,6 @@
 """Fold the gains of a model into its weights: after it the model is plain again and computes the same."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from gain_ops.adapt import gained_modules, refuse_base_active, remove
-from gain_ops.linears import is_sharded, refuse_fsdp
+from gain_ops.linears import is_plain_linear, is_sharded, refuse_fsdp, sizes
 from gain_ops.modules import Gained, GainWrapper, own_tensors
+from gain_ops.up_rows import NotGated, up_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -22,7 +23,8 @@ class Absorbed:
     """What absorb() did.
 
     Attributes:
-        layers: the layers whose weights changed, by name.
+        layers: the layers whose weights changed, by name: those with a gain, or the up projection for a down projection
+            that could not take it.
         max_abs_error: the largest ``|stored - exact|`` over all weights, or scales of quantised weights: the one
             rounding to their dtype.
         max_rel_error: the largest ``|stored - exact| / |exact|``, where exact is not zero.
@@ -72,7 +74,11 @@ def absorb(model: nn.Module) -> Absorbed:
     one is written: a refusal changes nothing. A gain of zero is fine. There is no way back: keep the base.
 
     Of a quantised weight the scales are multiplied and the codes stay: exact up to the scales' own rounding. That works on
-    the output side where a scale covers weights of one row only; gain_ops.integrations.quantized lists the layers.
+    the output side where a scale covers weights of one row only; gain_ops.integrations.quantized lists the layers. A gain
+    on the input side of a quantised down projection goes into the up projection, where the FFN is a gated one that is known
+    by its forward (gain_ops.up_rows)::
+
+        W_up <- diag(gain) @ W_up        b_up <- gain * b_up
 
     Of a model with named gain sets the active one is folded in and the others are dropped: they belong to the weights
     as they were.
@@ -93,62 +99,109 @@ def absorb(model: nn.Module) -> Absorbed:
         raise ValueError(f"{type(model).__name__} has no gains to absorb")
     refuse_base_active(model, "absorb")
     refuse_fsdp(model, "absorb")
-    found = {name: _foldable(name, layer) for name, layer in layers.items()}
-    _refuse_shared(model, layers, found)
-    errors = {name: _rounding(name, layer, found[name]) for name, layer in layers.items()}
+    folds = [_fold(model, name, layer) for name, layer in layers.items()]
+    _refuse_shared(model, folds)
+    errors = {fold.into: _rounding(fold) for fold in folds}
     with torch.no_grad():
-        for name, layer in layers.items():
-            if (prepare := found[name].prepare) is not None:
-                prepare()
-            for block, rounded, _ in _blocks(layer, found[name]):
-                block.copy_(rounded)
-            layer.delta.zero_()  # with its weight, so an interruption leaves the same map
+        for fold in folds:
+            if fold.prepare is not None:
+                fold.prepare()
+            for carrier in fold.carriers:
+                for block, rounded, _ in _blocks(carrier, fold.delta):
+                    block.copy_(rounded)
+            fold.layer.delta.zero_()  # with its weight, so an interruption leaves the same map
     remove(model)
     _forget_quantizers(model)
     where = max(errors, key=lambda name: errors[name][1])
     return Absorbed(
-        layers=tuple(layers),
+        layers=tuple(errors),
         max_abs_error=max(absolute for absolute, _ in errors.values()),
         max_rel_error=errors[where][1],
         where=where,
     )
 
 
-def _foldable(name: str, layer: Gained) -> Foldable:
-    """What to multiply; ValueError if that is not all there, or the gain not finite."""
-    if isinstance(layer, GainWrapper):
-        found, missing = _scales(name, layer), 0
+@dataclass(frozen=True)
+class _Fold:
+    """A gain, and where it goes: ``delta`` [features of the carriers] into the carriers, tensors of ``holder``."""
+
+    name: str
+    layer: Gained
+    into: str
+    holder: nn.Module
+    delta: Tensor
+    carriers: tuple[Carrier, ...]
+    prepare: Callable[[], None] | None = None
+
+    @property
+    def whose(self) -> str:
+        """Whose tensors change, for an error message that names the layer with the gain."""
+        return "its" if self.into == self.name else f"{self.into}'s"
+
+
+def _fold(model: nn.Module, name: str, layer: Gained) -> _Fold:
+    """Where a gain goes; ValueError if that is not all there, or the gain not finite."""
+    if not isinstance(layer, GainWrapper):
+        carrier = Carrier(cast(Tensor, layer.weight), layer.gained_dim)
+        fold = _Fold(name, layer, name, layer, layer.delta.detach(), (carrier,))
     else:
-        weight = cast(Tensor, layer.weight)
-        found = Foldable((Carrier(weight, layer.gained_dim),))
-        missing = layer.in_features * layer.out_features - weight.numel()
-    if any(is_sharded(carrier.tensor) for carrier in found.carriers):
+        fold = _into_scales(model, name, layer)
+    if any(is_sharded(carrier.tensor) for carrier in fold.carriers):
         raise ValueError(
-            f"cannot absorb {name}: its weight is a DTensor. Save the gains, and absorb in an unsharded model."
+            f"cannot absorb {name}: {fold.whose} weight is a DTensor. Save the gains, and absorb in an unsharded model."
         )
-    if any(carrier.tensor.is_meta for carrier in found.carriers):
-        raise ValueError(f"cannot absorb {name}: its weight is on the meta device. Load the weights first.")
-    if missing:
+    if any(carrier.tensor.is_meta for carrier in fold.carriers):
+        raise ValueError(f"cannot absorb {name}: {fold.whose} weight is on the meta device. Load the weights first.")
+    if _is_partitioned(fold):
         raise ValueError(
-            f"cannot absorb {name}: its weight is partitioned. Do it in deepspeed.zero.GatheredParameters."
+            f"cannot absorb {name}: {fold.whose} weight is partitioned. Do it in deepspeed.zero.GatheredParameters."
         )
     if not layer.delta.isfinite().all():
         raise ValueError(
             f"cannot absorb {name}: its gain is not finite. The training has diverged; load earlier gains."
         )
-    return found
+    return fold
 
 
-def _scales(name: str, layer: GainWrapper) -> Foldable:
+def _into_scales(model: nn.Module, name: str, layer: GainWrapper) -> _Fold:
+    """Into the scales of a wrapped layer's rows, or if it has to go into columns into the up projection's rows."""
     from gain_ops.integrations.quantized import CannotFold, foldable
 
     try:
-        return foldable(layer.base, layer.side)
+        found = foldable(layer.base, layer.side)
     except CannotFold as error:
-        raise ValueError(f"cannot absorb {name}: {error}") from None
+        reason = str(error)
+        if layer.side == "input":
+            try:
+                return _into_up(model, name, layer)
+            except (CannotFold, NotGated) as no_up:
+                reason = f"{reason} Nor can the rows of an up projection take it: {no_up}"
+        raise ValueError(f"cannot absorb {name}: {reason}") from None
+    return _Fold(name, layer, name, layer.base, layer.delta.detach(), found.carriers, found.prepare)
 
 
-def _refuse_shared(model: nn.Module, layers: Mapping[str, Gained], found: Mapping[str, Foldable]) -> None:
+def _into_up(model: nn.Module, name: str, layer: Gained) -> _Fold:
+    from gain_ops.integrations.quantized import CannotFold, foldable
+
+    rows = up_rows(model, layer)
+    up, into = rows.module, f"{name.rpartition('.')[0]}.{rows.leaf}".lstrip(".")
+    if isinstance(up, Gained):
+        raise CannotFold(f"{into} has a gain of its own, which does the same: leave one of the two without")
+    plain = is_plain_linear(up)
+    found = Foldable((Carrier(cast(Tensor, up.weight), 0),)) if plain else foldable(up, "output")
+    bias = () if up.bias is None else (Carrier(cast(Tensor, up.bias), 0),)
+    delta = rows.padded(layer.delta.detach(), 0.0)
+    return _Fold(name, layer, into, up, delta, (*found.carriers, *bias), found.prepare)
+
+
+def _is_partitioned(fold: _Fold) -> bool:
+    """Whether ZeRO-3 holds the weight elsewhere: what stands for it is empty."""
+    weight = fold.carriers[0].tensor
+    n_in, n_out = cast(tuple[int, int], sizes(fold.holder))
+    return isinstance(weight, nn.Parameter) and weight.numel() != n_in * n_out
+
+
+def _refuse_shared(model: nn.Module, folds: Iterable[_Fold]) -> None:
     """Raise ValueError if a weight to be changed lies in memory that another parameter or buffer uses."""
     tensors = {
         (id(module), key): (f"{name}.{key}".lstrip("."), tensor)
@@ -156,15 +209,19 @@ def _refuse_shared(model: nn.Module, layers: Mapping[str, Gained], found: Mappin
         for key, tensor in own_tensors(module, recurse=False).items()
         if tensor.numel() and not tensor.is_meta
     }
-    for name, layer in layers.items():
-        holder = layer.base if isinstance(layer, GainWrapper) else layer
-        own = {key: tensor for key, (_, tensor) in tensors.items() if key[0] == id(holder) and _is_weight(key[1])}
-        for weight in (*own.values(), *(carrier.tensor for carrier in found[name].carriers)):
+    for fold in folds:
+        changed = {id(carrier.tensor): carrier.tensor for carrier in fold.carriers}
+        own = {
+            key: tensor
+            for key, (_, tensor) in tensors.items()
+            if key[0] == id(fold.holder) and (_is_weight(key[1]) or id(tensor) in changed)
+        }
+        for weight in (*own.values(), *changed.values()):
             for key, (other_name, other) in tensors.items():
                 if key not in own and _overlap(weight, other):
                     raise ValueError(
-                        f"cannot absorb {name}: {other_name} shares its weight (tied), and would change with it. Untie "
-                        "them (give one a clone of the weight), or leave this layer without a gain."
+                        f"cannot absorb {fold.name}: {other_name} shares {fold.whose} weight (tied), and would change with "
+                        "it. Untie them (give one a clone of the weight), or leave this layer without a gain."
                     )
 
 
@@ -186,32 +243,34 @@ def _extent(tensor: Tensor) -> tuple[int, int]:
     return tensor.data_ptr(), tensor.data_ptr() + span * tensor.element_size()
 
 
-def _rounding(name: str, layer: Gained, found: Foldable) -> tuple[float, float]:
+def _rounding(fold: _Fold) -> tuple[float, float]:
     """The largest absolute and relative error of rounding what is absorbed into; ValueError if it is not finite."""
     absolute = relative = 0.0
-    for block, rounded, scale in _blocks(layer, found):
-        if not rounded.isfinite().all():
-            what = "scale" if isinstance(layer, GainWrapper) else "weight"
-            why = "overflows" if block.isfinite().all() else "is not finite to begin with"
-            raise ValueError(f"cannot absorb {name}: its {what} {why} in {block.dtype}; nothing was changed")
-        exact = block.double() * scale.double()
-        error = (rounded.double() - exact).abs()
-        absolute = max(absolute, error.max().item())
-        relative = max(relative, (error / exact.abs().clamp_min(torch.finfo(torch.float64).tiny)).max().item())
+    for carrier in fold.carriers:
+        for block, rounded, scale in _blocks(carrier, fold.delta):
+            if not rounded.isfinite().all():
+                what = "weight" if isinstance(carrier.tensor, nn.Parameter) else "scale"
+                why = "overflows" if block.isfinite().all() else "is not finite to begin with"
+                raise ValueError(
+                    f"cannot absorb {fold.name}: {fold.whose} {what} {why} in {block.dtype}; nothing was changed"
+                )
+            exact = block.double() * scale.double()
+            error = (rounded.double() - exact).abs()
+            absolute = max(absolute, error.max().item())
+            relative = max(relative, (error / exact.abs().clamp_min(torch.finfo(torch.float64).tiny)).max().item())
     return absolute, relative
 
 
-def _blocks(layer: Gained, found: Foldable) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def _blocks(carrier: Carrier, delta: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """(rows of a tensor, a view; these rows absorbed and rounded; the gain that scales them), a few at a time."""
-    for carrier in found.carriers:
-        stored = carrier.tensor.detach()
-        accumulation = torch.float64 if stored.dtype == torch.float64 else torch.float32
-        gain = 1 + layer.delta.detach().to(accumulation)
-        scale = gain.view(-1, *(1,) * (stored.dim() - 1 - carrier.dim)).expand(stored.shape)
-        rows = max(1, _CHUNK // max(1, stored[:1].numel()))
-        for start in range(0, stored.shape[0], rows):
-            block, block_scale = stored[start : start + rows], scale[start : start + rows]
-            yield block, (block.to(accumulation) * block_scale).to(stored.dtype), block_scale
+    stored = carrier.tensor.detach()
+    accumulation = torch.float64 if stored.dtype == torch.float64 else torch.float32
+    gain = 1 + delta.to(accumulation)
+    scale = gain.view(-1, *(1,) * (stored.dim() - 1 - carrier.dim)).expand(stored.shape)
+    rows = max(1, _CHUNK // max(1, stored[:1].numel()))
+    for start in range(0, stored.shape[0], rows):
+        block, block_scale = stored[start : start + rows], scale[start : start + rows]
+        yield block, (block.to(accumulation) * block_scale).to(stored.dtype), block_scale
 
 
 def _forget_quantizers(model: nn.Module) -> None:

@@ -26,6 +26,10 @@ class Container(Protocol):
     def edits(self, gains: GainFile, *, requantize: bool, check_base: bool) -> list[Edit]:
         """What has to be rewritten, in the gain file's order; ``Edit.layer`` is the gain file's name. Changes nothing.
 
+        A gain goes into its layer's own weight where that can take it exactly; else, on the input side of the down
+        projection of a gated FFN, into the rows of the up projection (gain_ops.up_rows); else it is refused, or the layer's
+        weight is quantised anew if that was asked for.
+
         Args:
             gains: the gains to fold in.
             requantize: whether quantised weights may be decoded, scaled and quantised anew where no scale can take the

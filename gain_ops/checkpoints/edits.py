@@ -18,6 +18,10 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be read, or that cannot take these gains; nothing was changed."""
 
 
+class InexactError(CheckpointError):
+    """A gain that nothing stored of its layer can take exactly."""
+
+
 @dataclass(frozen=True)
 class Region:
     """Where a tensor lies: ``rows`` rows of ``row_bytes`` bytes from ``offset`` in ``file``, without gaps."""
@@ -92,10 +96,12 @@ class Edit:
 
     ``rewrite(block, start)`` takes rows ``start`` and following, uint8 [n, row_bytes], and gives the new rows, of the
     same shape, and their rounding. It raises CheckpointError for values that are not finite after it. It is called with
-    any number of rows at a time, in any order, and more than once.
+    any number of rows at a time, in any order, and more than once. ``into_up`` says that the tensor is the up projection's,
+    and the gain that of the down projection's input.
     """
 
     layer: str
     tensor: str
     region: Region
     rewrite: Callable[[Tensor, int], tuple[Tensor, Rounding]]
+    into_up: bool = False

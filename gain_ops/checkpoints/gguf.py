@@ -3,7 +3,8 @@
 ::
 
     output side:  a row of the tensor is an output feature      scales <- gain * scales, rounded to float16 (gguf_blocks.py)
-    input side:   a block shares a scale over input features    exact only for F32, F16 and BF16; else requantised if asked
+    input side:   a block shares a scale over input features    exact only for F32, F16 and BF16; of a down projection's
+                                                                input into the up projection's rows; else requantised if asked
 
 llama.cpp's converter names the tensors ("blk.0.ffn_down") and, for some layers of some architectures, reorders rows or
 columns. Not those of the attention output and FFN down projections; see _refuse_unknown_order() for the others. Source:
@@ -11,8 +12,8 @@ conversion/ in https://github.com/ggml-org/llama.cpp.
 """
 
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +24,7 @@ from torch import Tensor
 from gain_ops.adapters import GainFile, some_of
 from gain_ops.checkpoints import plain
 from gain_ops.checkpoints.container import refuse
-from gain_ops.checkpoints.edits import CheckpointError, Edit, Layer, Region, Rounding, Stored
+from gain_ops.checkpoints.edits import CheckpointError, Edit, InexactError, Layer, Region, Rounding, Stored
 from gain_ops.checkpoints.gguf_blocks import (
     BLOCKS,
     block_size,
@@ -32,6 +33,7 @@ from gain_ops.checkpoints.gguf_blocks import (
     requantize_rows,
     scale_rows,
 )
+from gain_ops.checkpoints.schemes.exact import scaled
 from gain_ops.fingerprints import digest, step
 
 if TYPE_CHECKING:
@@ -41,6 +43,10 @@ _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 # Why an output gain cannot go into the scales of a type that has some.
 _COARSE = {"MXFP4": "powers of two", "NVFP4": "numbers of four bits' precision"}
+
+# Architectures whose FFN is down(act(gate(x)) * up(x)), and those of them whose ffn_up holds the gate's rows and then up's.
+_GATED = frozenset(("gemma", "gemma2", "gemma3", "glm4", "llama", "phi3", "qwen2", "qwen3", "smollm3"))
+_PACKED = frozenset(("glm4", "phi3"))
 
 _AS_IN_THE_MODEL = ("attn_output", "ffn_down", "ffn_down_shexp")
 
@@ -103,13 +109,13 @@ class GGUFCheckpoint:
             if f"{name}.weight" not in self.tensors:
                 continue
             try:
-                gained = self._gained(layer, name, gains)
+                gained = self._gained(layer, name, gains.sides[layer], 1 + gains.deltas[layer])
                 expected = gains.fingerprints[layer] if check_base else None
                 if expected is None:
                     self._refuse_unknown_order(gained, name)
                 elif not _has_fingerprint(gained, expected):
                     differing.append(layer)
-                edits.append(_edit(gained, requantize=requantize))
+                edits += self._edits(gained, name, names.values(), requantize=requantize)
             except CheckpointError as error:
                 problems.append(str(error))
         if differing:
@@ -140,8 +146,45 @@ class GGUFCheckpoint:
         why = ": an output head that shares the embedding's weight is not stored" if tied else ""
         return [f"it has no layer {some_of(missing)} (architecture {self.architecture}){why}"]
 
-    def _gained(self, layer: str, name: str, gains: GainFile) -> _Gained:
-        weight, side, gain = self.tensors[f"{name}.weight"], gains.sides[layer], 1 + gains.deltas[layer]
+    def _edits(self, gained: _Gained, name: str, names: Collection[str], *, requantize: bool) -> list[Edit]:
+        """Into the layer; on the input side exactly, or else into the up projection beside it, or else as asked."""
+        if gained.side == "output":
+            return [_edit(gained, requantize=requantize)]
+        try:
+            return [_edit(gained, requantize=False)]
+        except InexactError as inexact:
+            try:
+                return self._into_up(gained, name, names)
+            except CheckpointError as error:
+                if requantize:
+                    return [_edit(gained, requantize=True)]
+                raise InexactError(f"{inexact}. Nor can the rows of an up projection take it: {error}") from None
+
+    def _into_up(self, gained: _Gained, name: str, names: Collection[str]) -> list[Edit]:
+        """The edits of the up projection's rows, and of its bias, for a gain on the input of a down projection."""
+        block, _, leaf = name.rpartition(".")
+        up, packed = f"{block}.ffn_up", self.architecture in _PACKED
+        gate = f"{block}.ffn_gate.weight" in self.tensors
+        if (
+            leaf != "ffn_down"
+            or self.architecture not in _GATED
+            or gate == packed
+            or f"{up}.weight" not in self.tensors
+        ):
+            raise CheckpointError(f"{name} is not known to be that of a gated FFN (architecture {self.architecture})")
+        if up in names:
+            raise CheckpointError(f"{up} has a gain of its own, which does the same: leave one of the two without")
+        gain = torch.cat([torch.ones_like(gained.gain), gained.gain]) if packed else gained.gain
+        edits = [_edit(self._gained(up, up, "output", gain), requantize=False)]
+        bias = self.tensors.get(f"{up}.bias")
+        if bias is not None:
+            dtype = _PLAIN.get(bias.kind, torch.uint8)  # blocks of bytes, which scaled() refuses
+            stored = Stored(bias.name, dtype, bias.shape, bias.region)
+            edits.append(scaled(Layer(up, "output", gain, {"bias": stored}), stored, gain))
+        return [replace(edit, layer=gained.layer, into_up=True) for edit in edits]
+
+    def _gained(self, layer: str, name: str, side: str, gain: Tensor) -> _Gained:
+        weight = self.tensors[f"{name}.weight"]
         others = [other for other in self.tensors if other.startswith(f"{name}.")]
         terms = [other for other in others if other.removeprefix(f"{name}.") not in _FACTORS]
         if terms:
@@ -238,7 +281,7 @@ def _edit(gained: _Gained, *, requantize: bool) -> Edit:
 
 
 def _refuse_requantizing(gained: _Gained, *, asked: bool) -> None:
-    """Raise CheckpointError unless requantising was asked for and can be done."""
+    """Raise InexactError unless requantising was asked for and can be done."""
     kind = gained.weight.kind
     possible = can_requantize(kind)
     if asked and possible:
@@ -248,7 +291,7 @@ def _refuse_requantizing(gained: _Gained, *, asked: bool) -> None:
     else:
         why = f"the scales of {kind} are {_COARSE[kind]}" if kind in _COARSE else f"{kind} has no scales"
     how = "requantise with --requantize, or " if possible else f"the package gguf cannot quantise to {kind}: "
-    raise CheckpointError(
+    raise InexactError(
         f"{gained.layer} cannot take its gain on the {gained.side} side exactly: {why}; {how}absorb into an F16 or BF16 "
         "file of the model and quantise that"
     )

@@ -18,7 +18,10 @@ __all__ = ["Change", "Plan", "open_checkpoint", "plan"]
 
 @dataclass(frozen=True)
 class Change:
-    """What happens to one tensor: its stored form, its size in bytes, and the least and the largest gain."""
+    """What happens to one tensor: its stored form, its size in bytes, and the least and the largest gain.
+
+    ``into_up`` says that it is the up projection's, and the layer the down projection with the gain.
+    """
 
     layer: str
     tensor: str
@@ -26,6 +29,7 @@ class Change:
     stored: str
     size: int
     gains: tuple[float, float]
+    into_up: bool
 
 
 @dataclass(frozen=True)
@@ -152,6 +156,7 @@ def _change(edit: Edit, gains: GainFile, container: Container, names: Mapping[Pa
         stored=container.describe(edit),
         size=edit.region.size,
         gains=(gain.min().item(), gain.max().item()),
+        into_up=edit.into_up,
     )
 
 

@@ -1,19 +1,24 @@
 """Checkpoints in safetensors: the folder of a transformers model, sharded or not, or a single file."""
 
+import functools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from gain_ops.adapters import GainFile, some_of
 from gain_ops.checkpoints import plain
 from gain_ops.checkpoints.config import Config, read_object
 from gain_ops.checkpoints.container import refuse
-from gain_ops.checkpoints.edits import CheckpointError, Edit, Layer, Stored
+from gain_ops.checkpoints.edits import CheckpointError, Edit, InexactError, Layer, Stored
 from gain_ops.checkpoints.headers import Entry, read_header
 from gain_ops.checkpoints.names import find_layers
 from gain_ops.checkpoints.sampling import fingerprint
+from gain_ops.checkpoints.skeleton import skeleton
+from gain_ops.up_rows import NotGated, up_rows
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -65,10 +70,11 @@ class SafetensorsCheckpoint:
     def edits(self, gains: GainFile, *, requantize: bool, check_base: bool) -> list[Edit]:
         """As in container.py."""
         layers, problems = self._layers(gains)
+        gained = {name for _, name in layers}
         edits: list[Edit] = []
         for layer, name in layers:
             try:
-                edits += self._edits(layer, name, requantize=requantize)
+                edits += self._edits(layer, name, gained, requantize=requantize)
             except CheckpointError as error:
                 problems.append(str(error))
         if check_base:
@@ -101,7 +107,22 @@ class SafetensorsCheckpoint:
             layers.append((Layer(layer, gains.sides[layer], gain, tensors[name]), name))
         return layers, problems
 
-    def _edits(self, layer: Layer, name: str, *, requantize: bool) -> list[Edit]:
+    def _edits(self, layer: Layer, name: str, gained: Collection[str], *, requantize: bool) -> list[Edit]:
+        """Into the layer; on the input side exactly, or else into the up projection beside it, or else as asked."""
+        if layer.side == "output":
+            return self._own(layer, name, requantize=requantize)
+        try:
+            return self._own(layer, name, requantize=False)
+        except InexactError as inexact:
+            try:
+                return self._into_up(layer, name, gained)
+            except (CheckpointError, NotGated) as error:
+                if requantize:
+                    return self._own(layer, name, requantize=True)
+                raise InexactError(f"{inexact}. Nor can the rows of an up projection take it: {error}") from None
+
+    def _own(self, layer: Layer, name: str, *, requantize: bool) -> list[Edit]:
+        """The edits of the layer's own weight."""
         quantization = self._config.quantization()
         if plain.is_plain(layer) or quantization is None:
             edits = plain.edits(layer, transposed=self._config.is_conv1d(name))
@@ -116,6 +137,39 @@ class SafetensorsCheckpoint:
         files = {tensor.region.file for tensor in layer.tensors.values()}
         metadata = {key: value for file in sorted(files) for key, value in self._metadata[file].items()}
         return schemes.edits(quantization, metadata, layer, requantize=requantize)
+
+    def _into_up(self, layer: Layer, name: str, gained: Collection[str]) -> list[Edit]:
+        """The edits of the up projection's rows, and of its bias, for a gain on the input of a down projection.
+
+        Raises:
+            CheckpointError, NotGated: why not.
+
+        """
+        from gain_ops.checkpoints.schemes.exact import scaled
+
+        modules = dict(self._skeleton.named_modules())
+        found = find_layers([layer.name], modules)
+        if not found:
+            raise CheckpointError(f"config.json describes a model without {layer.name}")
+        rows = up_rows(self._skeleton, modules[found[layer.name]])
+        up = f"{name.rpartition('.')[0]}.{rows.leaf}".lstrip(".")
+        tensors = {
+            key.removeprefix(f"{up}."): e.stored() for key, e in self._entries.items() if key.startswith(f"{up}.")
+        }
+        if not tensors:
+            raise CheckpointError(f"there is no {up} in the checkpoint")
+        if up in gained:
+            raise CheckpointError(f"{up} has a gain of its own, which does the same: leave one of the two without")
+        gain = rows.padded(layer.gain, 1.0)
+        target = Layer(up, "output", gain, tensors)
+        edits = self._own(target, up, requantize=False)
+        if "bias" in tensors:
+            edits.append(scaled(target, tensors["bias"], gain))
+        return [replace(edit, layer=layer.name, into_up=True) for edit in edits]
+
+    @functools.cached_property
+    def _skeleton(self) -> nn.Module:
+        return skeleton(self.root)
 
 
 def _above(tensor: str) -> Iterable[str]:

@@ -6,7 +6,8 @@ A gain on the output side multiplies rows of the weight, and so the scales of th
     gain[o] * W[o, i] = (gain[o] * scale[o, g]) * (q[o, i] - zero[o, g])
 
 Exact, up to the rounding of the scale. Where the zero is added after scaling, W = scale * q + zero, both are multiplied. A
-gain on the input side multiplies columns, and one scale covers many of those.
+gain on the input side multiplies columns, and one scale covers many of those; that of a down projection's input goes into
+rows of another layer instead (gain_ops.up_rows).
 
 No package of these formats is needed here: layers are known by the names of their classes.
 """

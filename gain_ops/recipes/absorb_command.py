@@ -91,24 +91,25 @@ def _kept(out: Path) -> str:
 
 
 def _print_changes(work: Plan) -> None:
+    moved = any(change.into_up for change in work.changes)
     for file in sorted({change.file for change in work.changes}):
         table = Table(title=escape(file), title_justify="left")
-        for column in ("layer", "stored as"):
+        for column in ("gain of", *(["goes into"] if moved else []), "stored as"):
             table.add_column(column, overflow="fold")
         for column in ("size", "gains"):
             table.add_column(column, justify="right")
         for change in work.changes:
             if change.file == file:
                 least, largest = change.gains
-                table.add_row(
-                    escape(change.layer), escape(change.stored), size_text(change.size), f"{least:.3f} to {largest:.3f}"
-                )
+                names = [change.layer, *([change.tensor] if moved else []), change.stored]
+                table.add_row(*map(escape, names), size_text(change.size), f"{least:.3f} to {largest:.3f}")
         STDOUT.print(table)
     STDOUT.print(
         f"would copy {_files(work)}, {size_text(work.size)}, and rewrite {len(work.changes)} tensors there, "
         f"{size_text(work.rewritten)}; nothing was written",
         soft_wrap=True,
     )
+    _print_moved(work)
     _print_left_out(work)
 
 
@@ -118,6 +119,7 @@ def _print_absorbed(work: Plan, done: Absorbed, out: Path) -> None:
         f"relative {done.rounding.relative:.1e} in {escape(done.where)}",
         soft_wrap=True,
     )
+    _print_moved(work)
     STDOUT.print(
         "verified: read again, every byte is the base's or that of the base with its gain"
         if done.verified
@@ -126,6 +128,17 @@ def _print_absorbed(work: Plan, done: Absorbed, out: Path) -> None:
     )
     _print_left_out(work)
     STDOUT.print(f"wrote {escape(str(out))} ({_files(work)}, {size_text(work.size)})", soft_wrap=True)
+
+
+def _print_moved(work: Plan) -> None:
+    """Which gains a user may look for in vain where they were trained."""
+    moved = {change.layer for change in work.changes if change.into_up}
+    if moved:
+        STDOUT.print(
+            f"the input gains of {len(moved)} down projections, whose weights cannot take them exactly, go into the rows of "
+            "the up projections: the same map",
+            soft_wrap=True,
+        )
 
 
 def _files(work: Plan) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -389,6 +390,29 @@ def test_absorb_dry_run_lists_what_would_change_and_writes_nothing(adapted, tiny
     assert list(tmp_path.iterdir()) == []
     assert _run(*call).exit_code == 0
     assert "not empty" in _one_line(_run(*call, "--dry-run"))
+
+
+def test_absorb_says_which_gains_go_into_up_projections(tiny_model: Path, tmp_path: Path):
+    pytest.importorskip("bitsandbytes")
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    options = {"quantization_config": BitsAndBytesConfig(load_in_8bit=True), "device_map": "cpu"}
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, **options)
+    model.save_pretrained(tmp_path / "base")
+    gain_ops.apply(model, ["down_proj"], side="input")
+    gain_ops.save_gains(model, tmp_path / "gains.safetensors")
+    call = ["absorb", "--base", tmp_path / "base", "--gain", tmp_path / "gains.safetensors", "--out", tmp_path / "out"]
+    said = "the input gains of 2 down projections, whose weights cannot take them exactly, go into the rows of the up"
+    for more in (["--dry-run"], []):
+        result = _run(*call, *more)
+        assert result.exit_code == 0, result.output
+        assert said in result.output
+        if more:
+            table = re.sub(r"[^\w.]", "", result.output)  # long names are folded at the screen's width
+            assert "gain of" in result.output
+            assert "goes into" in result.output
+            for part in ("model.layers.0.m", "mlp.up", "SCB", "F32128"):
+                assert part in table, table
 
 
 def test_absorb_says_what_it_does_not_copy_and_what_it_does_not_verify(adapted, tiny_model: Path, tmp_path: Path):

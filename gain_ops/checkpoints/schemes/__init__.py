@@ -44,8 +44,8 @@ def edits(config: Mapping[str, Any], metadata: Mapping[str, str], layer: Layer, 
         requantize: whether codes may be rounded anew where no scale can take the gain.
 
     Raises:
-        CheckpointError: a format that is not known; a gain that its scales cannot take, without ``requantize`` or where
-            the format is not unpacked here; a gain of another length.
+        InexactError: a gain that its scales cannot take, without ``requantize`` or where the format is not unpacked here.
+        CheckpointError: a format that is not known; a gain of another length.
 
     """
     unnamed = "bitsandbytes" if config.get("load_in_8bit") or config.get("load_in_4bit") else "nothing"

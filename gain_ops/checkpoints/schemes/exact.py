@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from gain_ops.checkpoints.edits import CheckpointError, Edit, Layer, Rounding, Stored
+from gain_ops.checkpoints.edits import CheckpointError, Edit, InexactError, Layer, Rounding, Stored
 from gain_ops.checkpoints.plain import DTYPES, rounding
 
 OTHER_SIDE = "its scales go with outputs, and the gain with inputs"
@@ -30,10 +30,10 @@ def unknown(layer: Layer) -> CheckpointError:
     )
 
 
-def refused(layer: Layer, reason: str, *, requantizable: bool = False) -> CheckpointError:
+def refused(layer: Layer, reason: str, *, requantizable: bool = False) -> InexactError:
     """The error for a gain that nothing stored can take exactly, because of ``reason``."""
     way_out = ", or have it requantised, which rounds every weight (--requantize)" if requantizable else ""
-    return CheckpointError(f"{layer.name} cannot take its gain exactly: {reason}. {REMEDY}{way_out}")
+    return InexactError(f"{layer.name} cannot take its gain exactly: {reason}. {REMEDY}{way_out}")
 
 
 def check_gain(layer: Layer, outputs: int, inputs: int) -> None:
