@@ -25,12 +25,13 @@ from gain_ops._version import __version__
 from gain_ops.adapt import Applied, applied_record, canonical_name, gained_modules, place, refuse_base_active
 from gain_ops.architectures import Site, linear_modules, names_attention_output
 from gain_ops.files import replace_file
-from gain_ops.fingerprints import digest, step
+from gain_ops.fingerprints import digest, sample
 from gain_ops.functional import SIDES
 from gain_ops.linears import has_plain_weight, is_sharded, sizes
 from gain_ops.modules import Gained, GainWrapper, check_options, raw_tensors
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
 
 FORMAT = "gain_ops.gains"
@@ -60,8 +61,11 @@ def save_gains(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write the gains of a model to a gain file (a few hundred kilobytes; the format is in this module's docstring).
 
     The file is written beside ``path`` and moved into place, so an interrupted save leaves an old file whole. Deltas of
-    other dtypes are rounded to float32. Under FSDP2 or tensor parallelism every rank must call it, as the deltas are
-    gathered, each with a path of its own.
+    other dtypes are rounded to float32.
+
+    Under FSDP2 or tensor parallelism every rank must call it: the deltas are gathered, and of each frozen weight the 8 KB
+    that its fingerprint is taken of. The first rank of the mesh writes, and no rank returns before it has. Under DDP call
+    it on one rank.
 
     Args:
         model: a model with gains, by apply(), load_gains() or by hand.
@@ -70,12 +74,14 @@ def save_gains(model: nn.Module, path: str | os.PathLike[str]) -> None:
     Raises:
         ValueError: the model has no gains, or a delta that is not finite, on the meta device or partitioned by ZeRO-3;
             or it has named gain sets, and none of them is active.
+        OSError: the file cannot be written; under FSDP2 or tensor parallelism on every rank.
 
     """
     layers = gained_modules(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no gains to save: put them on with gain_ops.apply()")
     refuse_base_active(model, "save")
+    reshard(model)
     applied = applied_record(model)
     file = GainFile(
         deltas={name: _saveable(name, layer) for name, layer in layers.items()},
@@ -85,7 +91,7 @@ def save_gains(model: nn.Module, path: str | os.PathLike[str]) -> None:
         base_model=_base_model(model),
         package=__version__,
     )
-    write_gains(file, path)
+    _write_once(file, path, _mesh(model))
 
 
 def write_gains(file: GainFile, path: str | os.PathLike[str]) -> None:
@@ -124,7 +130,8 @@ def load_gains(
     """Load a gain file into a model: into the gains that it has, or else put them on first as apply() does.
 
     The file is checked against the model before anything is changed: layers, sides, sizes, finite values, and that each
-    frozen weight is the one the gain was trained on.
+    frozen weight is the one the gain was trained on. Under FSDP2 or tensor parallelism every rank must call it, and reads
+    the file; only the samples of the fingerprints are gathered.
 
     Args:
         model: with gains on the very layers of the file and on the same sides, or with none.
@@ -146,6 +153,7 @@ def load_gains(
     check_options("output", "auto", backend)
     refuse_base_active(model, "load gains")
     file = read_gains(path)
+    reshard(model)
     gained = gained_modules(model)
     found: dict[str, nn.Module] = dict(gained) if gained else named_linears(model)
     refuse_misfit(file, found, exact=bool(gained), path=path)
@@ -157,7 +165,6 @@ def load_gains(
         applied = place(model, sites, file.targets, memory, backend)
         gained = gained_modules(model)
     with torch.no_grad():
-        reshard(model)
         for name, delta in file.deltas.items():
             copy_delta(delta, gained[name].delta)
     return applied
@@ -207,7 +214,7 @@ def fingerprint(layer: nn.Module) -> str | None:
     A floating weight is sampled alone, rounded to bfloat16 (to nearest, ties to even), so that one checkpoint loaded in
     float32 and in bfloat16 gives one fingerprint. Of a quantised layer its parameters and buffers are sampled, in order
     of their names, or what use does not change of them (gain_ops.integrations.quantized.lasting_tensors); values that are
-    not floating are taken as they are stored.
+    not floating are taken as they are stored. Of a DTensor the sample alone is gathered: every rank must call it.
 
     Returns:
         32 hexadecimal digits, or None where there is nothing to sample: no tensors, or tensors on the meta device.
@@ -215,14 +222,12 @@ def fingerprint(layer: nn.Module) -> str | None:
     """
     base = layer.base if isinstance(layer, GainWrapper) else layer
     if isinstance(base, Gained) or has_plain_weight(base):
-        tensors = {"weight": whole(cast(Tensor, base.weight))}
+        tensors = {"weight": cast(Tensor, base.weight)}
     else:
-        tensors = {name: whole(tensor) for name, tensor in sorted(raw_tensors(base).items())}
+        tensors = dict(sorted(raw_tensors(base).items()))
     if not tensors or any(tensor.is_meta for tensor in tensors.values()):
         return None
-    return digest(
-        (name, tensor.shape, tensor.detach().reshape(-1)[:: step(tensor.numel())]) for name, tensor in tensors.items()
-    )
+    return digest((name, tensor.shape, sample(tensor)) for name, tensor in tensors.items())
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -238,13 +243,43 @@ def reshard(model: nn.Module) -> None:
 
 
 def copy_delta(delta: Tensor, into: Tensor) -> None:
-    """Copy values into a layer's delta, sharded as that is: then every rank must call it."""
+    """Copy values, the same on every rank, into a layer's delta, sharded as that is; nothing is sent."""
     if is_sharded(into):
         from torch.distributed.tensor import distribute_tensor
 
         sharded = cast("DTensor", into)
-        delta = distribute_tensor(delta.to(into.device), sharded.device_mesh, sharded.placements)
+        delta = distribute_tensor(delta.to(into.device), sharded.device_mesh, sharded.placements, src_data_rank=None)
     into.copy_(delta)
+
+
+def _mesh(model: nn.Module) -> "DeviceMesh | None":
+    """The device mesh that a model's layers with a gain are sharded over, the largest of several, or None."""
+    parameters = (p for layer in gained_modules(model).values() for p in layer.parameters())
+    meshes = [cast("DTensor", p).device_mesh for p in parameters if is_sharded(p)]
+    return max(meshes, key=lambda mesh: mesh.size(), default=None)
+
+
+def _write_once(file: GainFile, path: str | os.PathLike[str], mesh: "DeviceMesh | None") -> None:
+    """write_gains() on the first rank of a mesh; the others wait for it, and raise if it failed."""
+    if mesh is None:
+        write_gains(file, path)
+        return
+    import torch.distributed as dist
+
+    error: Exception | None = None
+    coordinate = mesh.get_coordinate()
+    if coordinate is not None and not any(coordinate):
+        try:
+            write_gains(file, path)
+        except Exception as raised:  # for after the others know
+            error = raised
+    failures = torch.tensor([error is not None], dtype=torch.int32, device=mesh.device_type)
+    for dim in range(mesh.ndim):
+        dist.all_reduce(failures, group=mesh.get_group(dim))
+    if error is not None:
+        raise error
+    if failures.item():
+        raise OSError(f"{path} could not be written; the error of the mesh's first rank says why")
 
 
 def _saveable(name: str, layer: Gained) -> Tensor:

@@ -77,6 +77,7 @@ def add_gains(
         )
     now = _values(model) if present else {}
     opened = {name: (path, read_gains(path)) for name, path in files.items() if path is not None}
+    reshard(model)
     found: dict[str, nn.Module] = dict(gained) if gained else named_linears(model)
     for path, file in opened.values():
         refuse_misfit(file, found, exact=False, path=path)

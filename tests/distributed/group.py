@@ -13,7 +13,15 @@ import torch
 import torch.distributed as dist
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch.distributed.tensor.parallel", "torch.distributed.fsdp", "gain_ops"])
+_CONTEXT.set_forkserver_preload(
+    [
+        "torch.distributed.tensor.parallel",
+        "torch.distributed.fsdp",
+        "torch.distributed.checkpoint.state_dict",
+        "gain_ops",
+        "transformers.models.llama.modeling_llama",
+    ]
+)
 _LIMIT = 120  # seconds a call may take: a rank that waits for one that failed would wait for ever
 
 
