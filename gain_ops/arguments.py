@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from gain_ops.linears import is_sharded
+
 
 def flatten(x: Tensor) -> Tensor:
     """[..., n] -> [T, n], before autograd, so that one compiled graph serves every rank."""
@@ -42,3 +44,8 @@ def check_floating(**tensors: Tensor) -> None:
     for name, tensor in tensors.items():
         if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
             raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {tensor.dtype}")
+
+
+def any_sharded(*tensors: Tensor | None) -> bool:
+    """Whether one of them is a DTensor."""
+    return any(tensor is not None and is_sharded(tensor) for tensor in tensors)

@@ -1,10 +1,20 @@
 """Gains folded into what an FFN does anyway: its activation, the norm before it, and the whole of it."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from gain_ops import ops, reference
-from gain_ops.arguments import check_device, check_features, check_floating, flatten, transformed, unflatten
+from gain_ops.arguments import (
+    any_sharded,
+    check_device,
+    check_features,
+    check_floating,
+    flatten,
+    transformed,
+    unflatten,
+)
 from gain_ops.ffn_autograd import Glu, RmsNorm, halves
 
 
@@ -142,6 +152,11 @@ def gain_rms_norm(x: Tensor, weight: Tensor, delta: Tensor, eps: float = 1e-6, *
             "weight requires a gradient, but the norm of a gained layer is frozen: call weight.requires_grad_(False) "
             "(gain_ops.apply does), or train it with torch.nn.functional.rms_norm"
         )
+    if any_sharded(x, weight, delta):
+        from gain_ops import sharding
+
+        function = partial(gain_rms_norm, eps=eps, backend=backend)
+        return sharding.on_shards("rms_norm", function, {"x": x, "weight": weight, "delta": delta}, n)
     if transformed():
         return reference.composite_rms_norm(x, weight, delta, eps)
     flat = flatten(x)
@@ -156,6 +171,12 @@ def _activated(gate: Tensor, up: Tensor | None, delta: Tensor, activation: str, 
     check_floating(gate=gate, delta=delta)
     width = gate.shape[-1] if gate.dim() else 0
     check_features(gate, width // 2 if packed else width, delta, "the hidden neurons")
+    if any_sharded(gate, up, delta):
+        from gain_ops import sharding
+
+        function = partial(_activated, activation=activation, packed=packed, backend=backend)
+        operands = {"gate": gate, "up": up, "delta": delta}
+        return sharding.on_shards("glu_packed" if packed else "glu", function, operands, delta.shape[0])
     if transformed():
         g, u = gate.chunk(2, -1) if packed else (gate, up)
         return reference.composite_glu(g, u, delta, activation)

@@ -1,10 +1,20 @@
 """The public functions: check the arguments, apply autocast's rule, flatten, and hand over to autograd.py."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from gain_ops import ops, reference
-from gain_ops.arguments import check_device, check_features, check_floating, flatten, transformed, unflatten
+from gain_ops.arguments import (
+    any_sharded,
+    check_device,
+    check_features,
+    check_floating,
+    flatten,
+    transformed,
+    unflatten,
+)
 from gain_ops.autograd import KeepInput, KeepOutput, Scale, autocast_enabled
 
 SIDES = ("output", "input")
@@ -54,8 +64,12 @@ def gain_linear(
     Under autocast x, weight and the input side's bias go to autocast's dtype and delta stays as it is; the cast weight is
     not kept for backward. torch.func transforms, forward-mode and double backward work through plain torch, unfused.
 
+    DTensors are computed shard by shard where their placements fit together, with y a DTensor, and nothing is gathered: see
+    gain_ops.sharding. Row-parallel, y is a sum over the ranks that is left open, each of its terms scaled already.
+
     Raises:
-        ValueError: shapes, devices, ``side``, ``save`` or ``backend`` that do not fit, or a weight that requires a gradient.
+        ValueError: shapes, devices, placements, ``side``, ``save`` or ``backend`` that do not fit, or a weight that requires
+            a gradient.
         TypeError: dtypes that do not fit.
         BackendUnavailable: a backend asked for by name that cannot run here.
 
@@ -63,6 +77,13 @@ def gain_linear(
 
     """
     _check(x, weight, delta, bias, side, save)
+    if any_sharded(x, weight, delta, bias):
+        from gain_ops import sharding
+
+        function = partial(gain_linear, side=side, save=save, backend=backend)
+        rule = "linear" if side == "output" else "linear_input"
+        operands = {"x": x, "weight": weight, "delta": delta, "bias": bias}
+        return sharding.on_shards(rule, function, operands, weight.shape[0])
     device_type = x.device.type
     if transformed():
         return reference.composite(x, weight, delta, bias, side)
@@ -104,6 +125,10 @@ def gain_scale(x: Tensor, delta: Tensor, *, backend: str = "auto") -> Tensor:
     """
     check_floating(x=x, delta=delta)
     check_features(x, x.shape[-1] if x.dim() else 0, delta, "x.shape[-1]")
+    if any_sharded(x, delta):
+        from gain_ops import sharding
+
+        return sharding.on_shards("scale", partial(gain_scale, backend=backend), {"x": x, "delta": delta}, x.shape[-1])
     if transformed():
         return reference.composite_scale(x, delta)
     flat = flatten(x)

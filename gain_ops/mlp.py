@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +11,15 @@ from torch import Tensor
 from torch.autograd import Function
 
 from gain_ops import ops, reference
-from gain_ops.arguments import check_device, check_features, check_floating, flatten, transformed, unflatten
+from gain_ops.arguments import (
+    any_sharded,
+    check_device,
+    check_features,
+    check_floating,
+    flatten,
+    transformed,
+    unflatten,
+)
 from gain_ops.autograd import Gradients, autocast_enabled, differentiable, outside_autocast
 from gain_ops.ffn_autograd import halves
 
@@ -88,6 +97,19 @@ def gain_mlp(
     weights = (gate_weight, up_weight, down_weight)
     biases = (gate_bias, up_bias, down_bias)
     packed = _check(x, weights, biases, delta, activation, chunk)
+    if any_sharded(x, delta, *weights, *biases):
+        from gain_ops import sharding
+
+        function = partial(gain_mlp, activation=activation, recompute=recompute, chunk=chunk, backend=backend)
+        operands = {
+            "x": x,
+            "gate_weight": gate_weight,
+            "up_weight": up_weight,
+            "down_weight": down_weight,
+            "delta": delta,
+        }
+        operands |= {"gate_bias": gate_bias, "up_bias": up_bias, "down_bias": down_bias}
+        return sharding.on_shards("mlp_packed" if packed else "mlp", function, operands, down_weight.shape[0])
     device_type = x.device.type
     if transformed():
         return _composite(x, weights, biases, delta, activation, packed)

@@ -17,7 +17,15 @@ from torch import Tensor, nn
 
 from gain_ops.dispatch import check_name
 from gain_ops.functional import check_side_and_save, gain_linear, gain_scale
-from gain_ops.linears import describe, is_conv1d, is_plain_linear, quantises_activations, refuse_sharded, sizes
+from gain_ops.linears import (
+    describe,
+    is_conv1d,
+    is_plain_linear,
+    is_sharded,
+    quantises_activations,
+    refuse_sharded,
+    sizes,
+)
 
 _Linear = TypeVar("_Linear", bound=nn.Module)
 
@@ -232,7 +240,8 @@ class GainWrapper(Gained):
     T x r. Round torchao's weight-only linears there is a copy of the unpacked weight, with a gain or without.
 
     Raises:
-        ValueError: a side or backend that does not exist, or a base already sharded.
+        ValueError: a side or backend that does not exist, or a base already sharded; in a forward on DTensors, a base with a
+            bias that gives a sum over ranks.
         RuntimeError: in a forward that is to be differentiated, if base gives its input no gradient: activations that are
             quantised too, or a 4-bit layer that bitsandbytes has repacked for inference on a CPU.
 
@@ -274,6 +283,11 @@ class GainWrapper(Gained):
         bias = self.bias
         if bias is None:
             return gain_scale(y, self.delta, backend=self.backend)
+        if is_sharded(y) and any(placement.is_partial() for placement in cast(Any, y).placements):
+            raise ValueError(
+                f"{type(self.base).__name__} gives a sum over ranks that is left open (Partial), and its bias is to be taken "
+                "out of it before the gain: let the base reduce its output"
+            )
         # gain_scale multiplies by one plus what it gets: this is y + delta * (y - b).
         return y + gain_scale(y - bias.to(y.dtype), self.delta - 1, backend=self.backend)
 
@@ -352,7 +366,7 @@ def own_tensors(module: nn.Module, *, recurse: bool = True) -> dict[str, Tensor]
     tensors: dict[str, Tensor] = {}
     pending = [*module.named_parameters(recurse=recurse), *module.named_buffers(recurse=recurse)]
     for name, tensor in pending:
-        if hasattr(tensor, "__tensor_flatten__"):
+        if hasattr(tensor, "__tensor_flatten__") and not is_sharded(tensor):
             inner, _ = tensor.__tensor_flatten__()
             pending.extend((f"{name}.{part}", getattr(tensor, part)) for part in inner)
         else:

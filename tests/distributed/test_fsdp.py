@@ -277,24 +277,30 @@ def test_the_fingerprint_of_a_sharded_weight_is_that_of_the_whole_one(four, shap
         assert len(seen) == (2 if kind in ("tp", "groups") else 1)
 
 
-class _Wrapped(nn.Linear):
-    """A forward of its own, so that a gain goes round it."""
+class _Coded(nn.Module):
+    """A linear map that is stored as codes and scales."""
+
+    def __init__(self):
+        super().__init__()
+        self.in_features, self.out_features = 64, 96
+        self.codes = nn.Parameter(torch.randint(-127, 128, (96, 64), dtype=torch.int8), requires_grad=False)
+        self.scales = nn.Parameter(torch.rand(96, 1))
 
     def forward(self, x):
-        return super().forward(x)
+        return nn.functional.linear(x, self.codes * self.scales)
 
 
-def _save_wrapped(path, sharded):
+def _save_coded(path, sharded):
     torch.manual_seed(0)
-    model = gain_ops.modules.GainWrapper(_Wrapped(64, 96), 64, 96)
+    model = nn.Sequential(gain_ops.modules.gain_layer(_Coded()))
     if sharded:
         fully_shard(model, mesh=mesh_of())
-    gain_ops.save_gains(nn.Sequential(model), path)
+    gain_ops.save_gains(model, path)
 
 
-def test_the_fingerprint_of_a_layer_with_a_gain_round_it(two, tmp_path):
-    _save_wrapped(tmp_path / "whole", False)
-    two(_save_wrapped, tmp_path / "sharded", True)
+def test_the_file_of_gains_round_a_quantised_layer(two, tmp_path):
+    _save_coded(tmp_path / "whole", False)
+    two(_save_coded, tmp_path / "sharded", True)
     assert (tmp_path / "sharded").read_bytes() == (tmp_path / "whole").read_bytes()
 
 
