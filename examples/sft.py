@@ -64,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         save_steps=options.save_steps,
         report_to=options.report_to,
         bf16=torch.cuda.is_available(),
+        use_cpu=not torch.cuda.is_available(),  # or torchrun would start trainers that know nothing of each other
         dataloader_pin_memory=torch.cuda.is_available(),
     )
     trainer = GainSFTTrainer(model, arguments, train_dataset=Dataset.from_list(chats), processing_class=tokenizer)

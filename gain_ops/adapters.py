@@ -88,7 +88,7 @@ def save_gains(model: nn.Module, path: str | os.PathLike[str]) -> None:
         sides={name: layer.side for name, layer in layers.items()},
         fingerprints={name: fingerprint(layer) for name, layer in layers.items()},
         targets=tuple(layers) if applied is None else applied.targets,
-        base_model=_base_model(model),
+        base_model=base_model_of(model),
         package=__version__,
     )
     _write_once(file, path, _mesh(model))
@@ -285,14 +285,19 @@ def _write_once(file: GainFile, path: str | os.PathLike[str], mesh: "DeviceMesh 
 def _saveable(name: str, layer: Gained) -> Tensor:
     delta = whole(layer.delta.detach())
     if delta.is_meta or delta.numel() != layer.features:
-        where = "on the meta device" if delta.is_meta else "partitioned: save inside deepspeed.zero.GatheredParameters"
+        where = (
+            "on the meta device"
+            if delta.is_meta
+            else "partitioned: call gain_ops.integrations.deepspeed.save_gains() on every process"
+        )
         raise ValueError(f"cannot save {name}: its delta is {where}")
     if not delta.isfinite().all():
         raise ValueError(f"cannot save {name}: its delta is not finite; the training has diverged")
     return delta.to("cpu", torch.float32, copy=True)
 
 
-def _base_model(model: nn.Module) -> str | None:
+def base_model_of(model: nn.Module) -> str | None:
+    """The name of a transformers model's folder or repository, or None."""
     paths = (getattr(getattr(module, "config", None), "_name_or_path", None) for module in model.modules())
     return next((Path(path).name for path in paths if isinstance(path, str) and path), None)
 
@@ -374,7 +379,7 @@ def refuse_other_base(file: GainFile, found: dict[str, nn.Module], model: nn.Mod
     if differing:
         raise GainFileError(
             f"{path} was trained on other weights (base model {file.base_model or 'unknown'}; this one is "
-            f"{_base_model(model) or 'unknown'}): the frozen weights differ in {len(differing)} of {len(file.deltas)} "
+            f"{base_model_of(model) or 'unknown'}): the frozen weights differ in {len(differing)} of {len(file.deltas)} "
             f"layers, {some_of(differing)}. Load the base it was trained on, or pass check_base=False to use them anyway."
         )
 

@@ -13,7 +13,6 @@ GainTrainerMixin makes a trainer one for gains: it takes a quantised base, and i
 """
 
 import importlib.util
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -245,12 +244,14 @@ def _refuse_other_trained(model: nn.Module) -> None:
 
 
 def _save_gains(model: nn.Module, path: Path, *, writes: bool) -> None:
-    """save_gains() on the process that writes; on the others too, into nothing, where gathering needs all of them."""
-    if writes:
+    """save_gains() on the process that writes; on the others too where gathering needs all of them."""
+    deltas = [layer.delta for layer in gained_modules(model).values()]
+    if any(hasattr(delta, "ds_id") for delta in deltas):
+        from gain_ops.integrations.deepspeed import save_gains as save_partitioned
+
+        save_partitioned(model, path)
+    elif writes or any(is_sharded(delta) for delta in deltas):
         save_gains(model, path)
-    elif any(is_sharded(layer.delta) for layer in gained_modules(model).values()):
-        with tempfile.TemporaryDirectory() as folder:
-            save_gains(model, Path(folder, GAIN_FILE))
 
 
 def _load_gains(model: nn.Module, checkpoint: Path) -> None:

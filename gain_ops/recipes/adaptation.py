@@ -23,7 +23,7 @@ from gain_ops.recipes import domains, environment
 from gain_ops.recipes.domains import Domain, Tokenizer
 from gain_ops.recipes.evaluation import largest_difference, logits, perplexity
 from gain_ops.recipes.memory import backward_bytes, lora_backward_bytes
-from gain_ops.recipes.models import bundled_model, load_model, resolve_device, resolve_dtype
+from gain_ops.recipes.models import bundled_model, check_length, load_model, resolve_device, resolve_dtype
 from gain_ops.recipes.report import (
     AbsorbFigures,
     BackwardBytes,
@@ -142,7 +142,7 @@ def adapt(settings: Settings, watcher: Watcher) -> Report:
     watcher.phase(f"loading {source.name}")
     loaded = load_model(source, dtype=dtype, device=device)
     model = loaded.model
-    _check_length(model, settings.sequence_length)
+    check_length(model, settings.sequence_length)
     model_parameters = sum(parameter.numel() for parameter in model.parameters())
     texts = _tokenised(target, held_out, loaded.tokenizer, settings, watcher)
     train_windows = texts[0].train
@@ -226,12 +226,6 @@ def _check_folder(out: Path) -> None:
         raise ValueError(
             f"{out} holds {', '.join(present)} from something else than gain-ops adapt: name another folder (--out)"
         )
-
-
-def _check_length(model: nn.Module, length: int) -> None:
-    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    if limit is not None and length > limit:
-        raise ValueError(f"sequence length is {length}: this model takes at most {limit} tokens (--sequence-length)")
 
 
 def _targets(text: str) -> str | list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -12,7 +14,7 @@ from rich.table import Table
 
 from gain_ops import dispatch
 
-__all__ = ["STDERR", "STDOUT", "clear_errors", "print_pairs"]
+__all__ = ["STDERR", "STDOUT", "clear_errors", "print_pairs", "quiet_libraries"]
 
 STDOUT = Console()
 STDERR = Console(stderr=True)
@@ -42,3 +44,12 @@ def print_pairs(title: str | None, pairs: Mapping[str, str]) -> None:
     for pair in pairs.items():
         table.add_row(*(escape(text) for text in pair))
     STDOUT.print(table)
+
+
+def quiet_libraries() -> None:
+    """Progress bars and warnings of transformers and PEFT would stand between our own lines."""
+    import transformers
+
+    transformers.logging.disable_progress_bar()
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.|peft\.")

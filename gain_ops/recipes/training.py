@@ -89,6 +89,7 @@ def train(
     lr: float = 1e-2,
     warmup: int | None = None,
     max_grad_norm: float = 1.0,
+    after_backward: Callable[[], object] | None = None,
     on_step: Callable[[Step], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> History:
@@ -103,6 +104,8 @@ def train(
         lr: the peak learning rate.
         warmup: steps of linear warm-up; None takes a fifth of the steps, at most 5.
         max_grad_norm: gradients are scaled down to this norm.
+        after_backward: called when the loss's gradients are there and before they are scaled; what regularises adds its own
+            to them. It is not in the losses of the history.
         on_step: called after each step.
         should_stop: asked after each step; True ends the run there, with the step's update made.
 
@@ -127,6 +130,8 @@ def train(
             optimizer.zero_grad()
             loss = next_token_loss(model, ids)
             loss.backward()
+            if after_backward is not None:
+                after_backward()
             norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm).item()
             value = loss.item()
             if not (math.isfinite(value) and math.isfinite(norm)):

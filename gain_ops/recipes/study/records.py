@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
-__all__ = ["BASE", "Base", "Curve", "Header", "Rate", "Record", "Stage", "Study", "append", "read"]
+__all__ = ["BASE", "Base", "Curve", "Header", "Rate", "Record", "Stage", "Study", "append", "mend", "read"]
 
 BASE = "base"
 """The name of the unadapted model where methods are listed."""
@@ -81,8 +81,9 @@ class Stage:
     """A method has learned one more domain: the ``number``-th (from 1) of an order, with a seed.
 
     ``perplexity`` is of every domain, those to come too; ``accuracy`` of every task; ``losses`` of each step, in nats a token;
-    ``trained`` the numbers that are trained; ``saved_bytes`` what a step keeps for backward; ``peak_bytes`` the most memory
-    that the process (CPU) or the allocator (CUDA) held while it trained.
+    ``trained`` the numbers that are trained; ``seconds`` of the whole stage, measuring included; ``tokens_per_second`` of its
+    training steps alone; ``saved_bytes`` what a step keeps for backward; ``peak_bytes`` the most memory that the process
+    (CPU) or the allocator (CUDA) held while it trained.
     """
 
     kind: ClassVar[str] = "stage"
@@ -126,18 +127,22 @@ def append(path: Path, record: Record) -> None:
         os.fsync(file.fileno())
 
 
+def mend(path: Path) -> None:
+    """Cut off half a last line, of a study that was killed while it wrote. Only who may append may call this."""
+    whole = path.read_bytes().rfind(b"\n") + 1
+    if whole < path.stat().st_size:
+        os.truncate(path, whole)
+
+
 def read(path: Path) -> Study:
-    """A results file. Half a last line, of a study that was killed while it wrote, is cut off the file.
+    """A results file, also of a study that runs or was killed: half a last line does not count.
 
     Raises:
         FileNotFoundError: there is none.
         ValueError: a file that is not a study's results.
 
     """
-    lines = path.read_bytes().split(b"\n")
-    if lines[-1]:
-        os.truncate(path, path.stat().st_size - len(lines[-1]))
-    records = [_record(line, path) for line in lines[:-1]]
+    records = [_record(line, path) for line in path.read_bytes().split(b"\n")[:-1]]
     if not records or not isinstance(records[0], Header):
         raise ValueError(f"{path} is not the results file of a study: its first line is no header")
     return Study(records[0], next(_of(records, Base), None), list(_of(records, Rate)), list(_of(records, Stage)))
