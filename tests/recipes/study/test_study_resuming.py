@@ -1,0 +1,210 @@
+"""A study that is killed, whenever, comes to the numbers of one that was not."""
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from gain_ops.recipes.study import records, running, weights
+from gain_ops.recipes.study.records import Rate, Stage, Study
+from gain_ops.recipes.study.running import RESULTS, Stopped, study
+from gain_ops.recipes.study.settings import Settings
+
+from small_studies import Watcher
+
+METHODS = (
+    "gain-ffn",
+    "lora-replay",
+    "ewc",
+)  # that keep least, that look back at texts, and that keep Fisher information
+RATES = {"gain-ffn": (1e-2,), "lora": (1e-3,), "full": (1e-4,)}
+
+
+Kill = Callable[[pytest.MonkeyPatch], object]
+"""Arranges for the process to be killed at some point."""
+
+
+def _numbers(done: Study) -> tuple[object, list[Rate], list[Stage]]:
+    """All of a results file but what a clock and the system's memory say."""
+    stages = [replace(stage, seconds=0.0, tokens_per_second=0.0, peak_bytes=0) for stage in done.stages]
+    return done.base, done.rates, stages
+
+
+def _die(*arguments: object, **options: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _in_step(number: int) -> Kill:
+    """When the process has made so many steps, and this is the last."""
+    steps = iter(range(1, number))
+    return lambda patch: patch.setattr(Watcher, "step", lambda self, step: next(steps, None) or _die())
+
+
+def _before_record(patch: pytest.MonkeyPatch) -> None:
+    """When a state is saved that no record tells of."""
+    save = weights.save_state
+    patch.setattr(running, "save_state", lambda state, path: (save(state, path), _die()))
+
+
+def _within_record(patch: pytest.MonkeyPatch) -> None:
+    append = records.append
+
+    def cut(path: Path, record: records.Record) -> None:
+        before = path.stat().st_size
+        append(path, record)
+        if isinstance(record, Stage):
+            os.truncate(path, (before + path.stat().st_size) // 2)
+            _die()
+
+    patch.setattr(records, "append", cut)
+
+
+def _after_record(patch: pytest.MonkeyPatch) -> None:
+    """When the state of the stage before is still there."""
+    append = records.append
+
+    def last(path: Path, record: records.Record) -> None:
+        append(path, record)
+        if isinstance(record, Stage):
+            _die()
+
+    patch.setattr(records, "append", last)
+
+
+def _within_state(patch: pytest.MonkeyPatch) -> None:
+    import safetensors.torch
+
+    def half(tensors: object, path: Path) -> None:
+        path.write_bytes(b"half a state")
+        _die()
+
+    patch.setattr(safetensors.torch, "save_file", half)
+
+
+def _kill(settings: Settings, prepare: Kill) -> None:
+    """Run the study in a process of its own, which kills itself."""
+
+    def target() -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            prepare(patch)
+            study(settings, Watcher())
+
+    process = multiprocessing.get_context("fork").Process(
+        target=target
+    )  # forked: importing torch would take most of the time
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+
+
+def test_a_study_killed_again_and_again_has_the_numbers_of_one_that_was_not(small, tmp_path: Path):
+    call = {"methods": METHODS, "rates": RATES}
+    whole = study(small(tmp_path / "whole", **call), Watcher())
+    settings = small(tmp_path / "killed", **call)
+    kills: list[tuple[Kill, int]] = [  # and the stages that are done then, of nine
+        (_in_step(2), 0),  # of the trial of gain-ffn's learning rate
+        (_in_step(5), 0),  # of its first stage
+        (_before_record, 0),
+        (_within_record, 0),
+        (_after_record, 1),
+        (_in_step(2), 1),
+        (_after_record, 2),
+        (_in_step(5), 3),  # of LoRA's trial
+        (_within_state, 3),
+        (_after_record, 4),
+        (_after_record, 5),
+        (_within_record, 5),
+        (_in_step(5), 6),  # of the trial of full fine-tuning
+        (_before_record, 6),
+        (_in_step(5), 7),
+        (_within_state, 7),
+        (_after_record, 8),
+        (_in_step(1), 8),
+    ]
+    for number, (kill, stages) in enumerate(kills):
+        _kill(settings, kill)
+        assert len(records.read(settings.out / RESULTS).stages) == stages, f"kill {number}"
+    assert _numbers(study(settings, Watcher())) == _numbers(whole)
+    assert sorted(path.name for path in settings.out.iterdir()) == [".lock", RESULTS, "states"]
+    assert list((settings.out / "states").iterdir()) == []
+
+
+def test_so_has_one_that_keeps_its_adapters(small, tmp_path: Path):
+    call = {"methods": ("lora-replay",), "rates": RATES, "keep_adapters": True}
+    whole = study(small(tmp_path / "whole", **call), Watcher())
+    settings = small(tmp_path / "killed", **call)
+    for kill in (_before_record, _after_record, _in_step(2), _after_record, _in_step(1)):
+        _kill(settings, kill)
+    assert _numbers(study(settings, Watcher())) == _numbers(whole)
+
+
+def test_a_study_that_is_done_trains_nothing(small, tmp_path: Path):
+    settings = small(tmp_path / "out", methods=("gain",), rates={"gain": (1e-2,)})
+    study(settings, Watcher())
+    before = (settings.out / RESULTS).read_bytes()
+    again = Watcher()
+    study(settings, again)
+    assert again.steps == []
+    assert (settings.out / RESULTS).read_bytes() == before
+
+
+def test_a_stopped_study_has_what_was_done_and_goes_on_to_the_same_numbers(small, tmp_path: Path):
+    call = {"methods": ("gain",), "rates": {"gain": (1e-2,)}}
+    whole = study(small(tmp_path / "whole", **call), Watcher())
+    settings = small(tmp_path / "stopped", **call)
+    for steps, stages in ((2, 0), (3, 0), (4, 1), (3, 2), (2, 2)):
+        watcher = Watcher(stop_after=steps)
+        with pytest.raises(Stopped):
+            study(settings, watcher)
+        assert len(watcher.steps) == steps
+        assert len(records.read(settings.out / RESULTS).stages) == stages
+    assert _numbers(study(settings, Watcher())) == _numbers(whole)
+
+
+def test_two_at_work_in_one_folder_are_refused(small, tmp_path: Path):
+    settings = small(tmp_path / "out", methods=("gain",))
+
+    class Second(Watcher):
+        def phase(self, text: str) -> None:
+            super().phase(text)
+            if text.startswith("measuring"):
+                with pytest.raises(BlockingIOError, match="another study is at work"):
+                    study(settings, Watcher())
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        study(settings, Second())
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"steps": 4}, "other settings: steps was 3, is 4"),
+        ({"ewc_lambda": 1.0}, "other settings: ewc_lambda was 50.0, is 1.0"),
+        ({"methods": ("gain", "lora")}, "other settings: methods was"),
+    ],
+)
+def test_another_study_in_the_folder_is_refused_with_what_differs(small, tmp_path: Path, changes, said):
+    call = {"methods": ("gain",), "rates": {"gain": (1e-2,)}, "ewc_lambda": 50.0}
+    with pytest.raises(Stopped):
+        study(small(tmp_path / "out", **call), Watcher(stop_after=1))
+    before = (tmp_path / "out" / RESULTS).read_bytes()
+    with pytest.raises(ValueError, match=said):
+        study(small(tmp_path / "out", **call | changes), Watcher())
+    assert (tmp_path / "out" / RESULTS).read_bytes() == before
+
+
+def test_a_text_that_changed_is_refused(small, domain_folders, tmp_path: Path):
+    import shutil
+
+    folders = [shutil.copytree(folder, tmp_path / Path(folder).name) for folder in domain_folders]
+    call = {"domains": tuple(map(str, folders)), "methods": ("gain",), "rates": {"gain": (1e-2,)}}
+    with pytest.raises(Stopped):
+        study(small(tmp_path / "out", **call), Watcher(stop_after=1))
+    (tmp_path / "sums" / "0.txt").write_text("32 + 32 = 64\n" * 30)
+    with pytest.raises(ValueError, match="other domains: sums was"):
+        study(small(tmp_path / "out", **call), Watcher())
