@@ -95,7 +95,7 @@ def _report(files: list[Path], plots_folder: Path | None, readme: bool) -> None:
 def _for_the_readme(row: Row) -> bool:
     """What a reader decides by: the memory of two whole models, and the time of a layer at the longest common length."""
     if row.group == "model":
-        return row.site in ("Llama-3-8B", "Llama-3-70B")
+        return row.site in ("Llama-3-8B", "Llama-3-70B", "SmolLM2-135M", "SmolLM2-135M, checkpointed")
     longest = 1024 if row.device.endswith("threads") else 8192
     return row.group == "layer" and row.metric.startswith("forward+backward") and row.tokens == longest
 

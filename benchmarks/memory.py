@@ -3,22 +3,31 @@
 Counted by saved-tensor hooks on the meta device, where nothing is allocated: storages, each once, parameters and buffers
 apart. ``saved`` is what the pass made, ``saved inputs`` what it holds of its own input, which costs nothing where that is
 alive anyway. ``optimizer`` is the gradient and AdamW's two moments of what is trained, each in the parameter's dtype.
-peak_rows() is the one that needs a GPU: what the allocator saw of a layer's forward and backward.
+``peak, counted`` of a model is its weights, the moments, and the most that was alive of what forward and backward made, counted
+op by op; cpu_peak_rows() has the CPU allocator's own figure beside it. peak_rows() is the one that needs a GPU: what the
+allocator saw of a layer's forward and backward.
 """
 
+import argparse
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator
+import itertools
+import json
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import models, results, sites, timing
 from benchmarks.contestants import Contestant, contestants
 from benchmarks.results import Row
 from benchmarks.sites import Architecture, Site
 from gain_ops.recipes.evaluation import next_token_loss
+from gain_ops.recipes.plan_peak import peak_bytes
 from gain_ops.saved_bytes import SavedBytes, SavedTensor, saved_bytes
 
 TOKENS = 8192
@@ -26,6 +35,8 @@ ANY_DEVICE = "any device (counted on meta)"
 FLASH = "attention as flash keeps it: q, k, v, output, one fp32 a head and token"
 AGAIN = "while a block is run again: every block's input and all of that block; what the loss kept is gone by then"
 CLOSURES = "rotary tables held by a checkpoint's closure are not seen by hooks"
+COUNTED_PEAK, PEAK = "peak, counted", "peak"
+CPU_TOKENS = 256  # of the model whose peak a CPU measures
 FEW = 17  # tokens where a compiler has to run: prime, so that no other dimension is taken for them
 
 Figures = dict[str, tuple[float, str]]
@@ -35,13 +46,13 @@ class Obstacle(RuntimeError):
     """What a contestant says that keeps it from running here."""
 
 
-def rows() -> Iterator[Row]:
-    """Everything that is exact, at true size in bf16 for 8192 tokens: in about a minute, on any machine."""
+def rows(peaks: bool = False) -> Iterator[Row]:
+    """Everything that is exact, at true size in bf16 for 8192 tokens: in about a minute, with the models' peaks in many."""
     yield from layer_rows(sites.SITES, TOKENS, torch.bfloat16)
     for architecture in sites.ARCHITECTURES.values():
         yield from block_rows(architecture, TOKENS, torch.bfloat16)
     for architecture in sites.ARCHITECTURES.values():
-        yield from model_rows(architecture, TOKENS, torch.bfloat16)
+        yield from model_rows(architecture, TOKENS, torch.bfloat16, peaks)
 
 
 def layer_rows(where: Iterable[Site], tokens: int, dtype: torch.dtype) -> Iterator[Row]:
@@ -112,9 +123,9 @@ def _of_more_tokens(kept: SavedBytes, few: int, tokens: int) -> SavedBytes:
 
 def block_rows(architecture: Architecture, tokens: int, dtype: torch.dtype) -> Iterator[Row]:
     """One decoder block under every method, its input told apart."""
-    for method in models.METHODS.values():
+    for method in models.COUNTED.values():
         row = _model_row("block", architecture.name, method.name, architecture, tokens, dtype)
-        if obstacle := method.obstacle():
+        if obstacle := method.obstacle(architecture.model_type):
             yield dataclasses.replace(row, metric="saved", unit="B", note=obstacle)
             continue
         model = models.build(architecture, dtype=dtype, layers=1)
@@ -139,23 +150,24 @@ def block_saved(model: nn.Module, tokens: int) -> SavedBytes:
     return saved_bytes(lambda: block(x, attention_mask=None, **shared), exclude=apart, inputs=[x])
 
 
-def model_rows(architecture: Architecture, tokens: int, dtype: torch.dtype) -> Iterator[Row]:
+def model_rows(architecture: Architecture, tokens: int, dtype: torch.dtype, peaks: bool = False) -> Iterator[Row]:
     """A whole model with its loss under every method, without and with activation checkpointing, every block run on meta."""
     unseen = () if architecture.model_type == "gpt2" else (CLOSURES,)
-    for method in models.METHODS.values():
+    for method in models.COUNTED.values():
         row = _model_row("model", architecture.name, method.name, architecture, tokens, dtype)
         checkpointed = dataclasses.replace(row, site=f"{architecture.name}, checkpointed")
-        if obstacle := method.obstacle():
+        if obstacle := method.obstacle(architecture.model_type):
             yield from (dataclasses.replace(r, metric="saved", unit="B", note=obstacle) for r in (row, checkpointed))
             continue
         model = models.build(architecture, dtype=dtype)
         models.adapt(model, method.name)
         ids = models.tokens_of(architecture, tokens, architecture.vocabulary, "meta")
-        yield from _exact(row, _model_figures(model, ids, architecture.vocabulary), FLASH)
+        yield from _exact(row, _model_figures(model, ids, architecture.vocabulary, peaks), FLASH)
         inputs = architecture.layers * tokens * architecture.hidden * dtype.itemsize
         again = inputs + block_saved(model, tokens).new
         models.checkpoint(model)
-        found = _model_figures(model, ids, architecture.vocabulary) | {"saved, one block run again": (again, "B")}
+        found = _model_figures(model, ids, architecture.vocabulary, peaks)
+        found["saved, one block run again"] = (again, "B")
         yield from _exact(checkpointed, found, "; ".join((FLASH, AGAIN, *unseen)))
 
 
@@ -164,10 +176,69 @@ def model_saved(model: nn.Module, ids: Tensor) -> SavedBytes:
     return saved_bytes(lambda: next_token_loss(model, ids), exclude=model, inputs=[ids])
 
 
-def _model_figures(model: nn.Module, ids: Tensor, vocabulary: int) -> Figures:
+def _model_figures(model: nn.Module, ids: Tensor, vocabulary: int, peaks: bool) -> Figures:
     kept = model_saved(model, ids)
     loss = sum(saved.nbytes for saved in kept.tensors if vocabulary in saved.shape)
-    return {**figures(model, kept), "saved by the loss": (loss, "B")}
+    found = {**figures(model, kept), "saved by the loss": (loss, "B")}
+    if peaks:
+        found[COUNTED_PEAK] = (held(model) + counted_pass(model, ids), "B")
+    return found
+
+
+def held(model: nn.Module) -> int:
+    """Bytes that are there before a step begins and after it: the weights and AdamW's two moments."""
+    moments = 2 * sum(parameter.nbytes for parameter in models.trained(model))
+    return sum(parameter.nbytes for parameter in model.parameters()) + moments
+
+
+def counted_pass(model: nn.Module, ids: Tensor, *, eager: bool = False) -> int:
+    """The most that is alive of what forward and backward make, gradients too; our ops as kernels, or as a CPU runs them."""
+    apart = [*model.parameters(), *model.buffers(), ids]
+    return peak_bytes(lambda: next_token_loss(model, ids).backward(), exclude=apart, eager=eager)
+
+
+def cpu_peak_rows(architecture: Architecture, tokens: int, dtype: torch.dtype) -> Iterator[Row]:
+    """The peak of a whole model's step on a CPU under every method, as its allocator saw it and as it is counted."""
+    about = results.environment(torch.device("cpu"))
+    for method, checkpointed in itertools.product(models.COUNTED.values(), (False, True)):
+        site = f"{architecture.name}, checkpointed" if checkpointed else architecture.name
+        row = _model_row("model", site, method.name, architecture, tokens, dtype)
+        row = dataclasses.replace(row, **about)
+        if obstacle := method.obstacle(architecture.model_type):
+            yield dataclasses.replace(row, metric=PEAK, unit="B", note=obstacle)
+            continue
+        measured = allocated_pass(*_ready(method.name, checkpointed, architecture, tokens, dtype, "cpu"))
+        model, ids = _ready(method.name, checkpointed, architecture, tokens, dtype, "meta")
+        found = {PEAK: held(model) + measured, COUNTED_PEAK: held(model) + counted_pass(model, ids, eager=True)}
+        yield from _exact(row, {metric: (nbytes, "B") for metric, nbytes in found.items()}, "")
+
+
+def _ready(
+    name: str, checkpointed: bool, architecture: Architecture, tokens: int, dtype: torch.dtype, device: str
+) -> tuple[nn.Module, Tensor]:
+    """An adapted model and its ids."""
+    model = models.build(architecture, device, dtype)
+    models.adapt(model, name)
+    if checkpointed:
+        models.checkpoint(model)
+    return model, models.tokens_of(architecture, tokens, architecture.vocabulary, device)
+
+
+def allocated_pass(model: nn.Module, ids: Tensor) -> int:
+    """The same by what the CPU's allocator reports, what an op takes and gives back within itself included."""
+    return allocator_peak(lambda: next_token_loss(model, ids).backward())
+
+
+def allocator_peak(step: Callable[[], object]) -> int:
+    """The most bytes beyond those at the start that the CPU's allocator had given out during ``step()``."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        step()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiled.export_chrome_trace(str(path))
+        events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
+    changes = sorted((event["ts"], event["args"]["Bytes"]) for event in events if event["name"] == "[memory]")
+    return max(itertools.accumulate((nbytes for _, nbytes in changes), initial=0))
 
 
 def peak_rows(where: Iterable[Site], tokens: int, dtype: torch.dtype, device: torch.device) -> Iterator[Row]:
@@ -258,3 +329,16 @@ def _empty(
 def _about() -> dict[str, str]:
     """Asked once: it runs git, and a meta tensor is counted in less time."""
     return results.environment(torch.device("cpu")) | {"device": ANY_DEVICE}
+
+
+def main() -> None:
+    """Write everything that is exact, and the peaks that this CPU measures, to a results file."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=main.__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="the results file; rows are added to it")
+    out = parser.parse_args().out
+    for row in itertools.chain(rows(peaks=True), cpu_peak_rows(sites.SMALL, CPU_TOKENS, torch.float32)):
+        results.append(out, [row])
+
+
+if __name__ == "__main__":
+    main()

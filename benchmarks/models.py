@@ -1,28 +1,27 @@
-"""Causal language models of true size with random weights, and every way to adapt one, in place.
-
-On the meta device nothing is allocated, so 70 billion parameters are built on a laptop in a second. The attention is torch's
-scaled_dot_product_attention. On meta that would take its math path, which keeps [heads, T, T] matrices and is what no GPU
-runs; there the flash kernel is called by name instead, which keeps q, k, v, its output and one fp32 number a head and token.
-"""
+"""Causal language models of true size with random weights, and every way to adapt one, in place."""
 
 import dataclasses
 import importlib.util
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 import gain_ops
+from benchmarks import liger_swiglu
 from benchmarks.contestants import RANK
 from benchmarks.sites import Architecture
 from gain_ops.architectures import preset_sites
+from gain_ops.recipes import meta_models
+from gain_ops.recipes.meta_models import blocks as blocks  # the benchmarks take all that is about a model from here
+from gain_ops.recipes.meta_models import checkpoint as checkpoint
+from gain_ops.recipes.meta_models import quiet as quiet
 
 FROZEN = "frozen"  # the floor: what every other figure is compared with
+FROZEN_LIGER = "frozen, with Liger's SwiGLU"  # and the floor of who keeps less than eager PyTorch
 CONTEXT = {"llama": 8192, "qwen2": 32768, "gpt2": 1024}  # the longest window; more tokens make more windows
-ATTENTION = "gain_ops_benchmarks"
+GATED = ("llama", "qwen2")  # the model types with a SwiGLU
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +29,7 @@ class Method:
     """A way to adapt a model.
 
     put(model, backend) does it in place and leaves requires_grad as training would have it; backend is for our gains alone.
-    rate is a learning rate that suits the method; packages are what it needs.
+    rate is a learning rate that suits the method; packages are what it needs, model_types what it is for.
     """
 
     name: str
@@ -38,14 +37,18 @@ class Method:
     rate: float
     packages: tuple[str, ...] = ()
     ours: bool = False
+    model_types: tuple[str, ...] = tuple(CONTEXT)
 
-    def obstacle(self) -> str | None:
-        """What is not installed that building a model or this method needs, or None."""
+    def obstacle(self, model_type: str | None = None) -> str | None:
+        """What is not installed that building a model or this method needs, or that it is not for such a model, or None."""
         missing = [package for package in ("transformers", *self.packages) if importlib.util.find_spec(package) is None]
-        return f"{' and '.join(missing)} not installed" if missing else None
+        if missing:
+            return f"{' and '.join(missing)} not installed"
+        unfit = model_type is not None and model_type not in self.model_types
+        return f"does not apply: {model_type} has no gated FFN" if unfit else None
 
 
-def _gain(name: str, targets: str, **options: str) -> Method:
+def _gain(name: str, targets: str, **options: Any) -> Method:
     def put(model: nn.Module, backend: str) -> None:
         gain_ops.apply(model, targets, backend=backend, **options)
 
@@ -60,6 +63,16 @@ def _peft(name: str, rate: float, config: Callable[[nn.Module], object], fp32_ad
             peft.get_peft_model(cast(Any, model), cast(Any, config(model)), autocast_adapter_dtype=fp32_adapters)
 
     return Method(name, put, rate, ("peft",))
+
+
+def _with_liger(method: Method, name: str) -> Method:
+    """A method with the hidden activation of every FFN as Liger keeps it."""
+
+    def put(model: nn.Module, backend: str) -> None:
+        liger_swiglu.put(model)
+        method.put(model, backend)
+
+    return dataclasses.replace(method, name=name, put=put, model_types=GATED)
 
 
 def _ia3(model: nn.Module) -> object:
@@ -97,6 +110,8 @@ METHODS = {
         _gain("gain-ffn", "gain-ffn"),
         _gain("gain-ffn, lean", "gain-ffn", memory="lean"),
         _gain("gain-ffn, input side", "gain-ffn", side="input"),
+        _gain("gain-ffn, input side, fused MLP", "gain-ffn", side="input", fuse_mlp=True),
+        _gain("gain-ffn, input side, fused MLP, lean", "gain-ffn", side="input", fuse_mlp=True, memory="lean"),
         _peft(f"PEFT (IA)^3 {_SAME}", 1e-2, _ia3),
         _peft(f"PEFT LoRA r={RANK} {_SAME}", 1e-3, _lora(_same_layers)),
         _peft(f"PEFT LoRA r={RANK} {_SAME}, adapters in the model's dtype", 1e-3, _lora(_same_layers), False),
@@ -108,6 +123,17 @@ METHODS = {
         Method("full fine-tuning", lambda model, backend: model.requires_grad_(True), 1e-4),
     )
 }
+_LORA = f"PEFT LoRA r={RANK} {_SAME}"
+_LORA_16 = f"{_LORA}, adapters in the model's dtype"
+COUNTED = METHODS | {
+    method.name: method
+    for method in (
+        _with_liger(METHODS[FROZEN], FROZEN_LIGER),
+        _with_liger(METHODS[_LORA], f"{_LORA}, with Liger's SwiGLU"),
+        _with_liger(METHODS[_LORA_16], f"{_LORA_16}, with Liger's SwiGLU"),
+    )
+}
+"""METHODS and those that are counted and never timed: they keep what another's kernels keep, in plain PyTorch."""
 
 
 def build(
@@ -118,11 +144,7 @@ def build(
     layers: int | None = None,
     vocabulary: int | None = None,
 ) -> nn.Module:
-    """The model, not adapted, in training mode, with random weights drawn from torch's generator and no dropout.
-
-    The output of its embeddings requires a gradient under every method: then the backward runs through all of the blocks,
-    the first is as any other, and what differs between two methods is theirs. transformers and PEFT do so themselves under
-    activation checkpointing.
+    """The model, not adapted, as meta_models.build makes it, without dropout.
 
     Args:
         architecture: the sizes.
@@ -135,14 +157,8 @@ def build(
         ValueError: an architecture of another model_type than CONTEXT names.
 
     """
-    from transformers import AttentionInterface, AutoModelForCausalLM
-
-    AttentionInterface.register(ATTENTION, _attend)
     config = _config(architecture, layers or architecture.layers, vocabulary or architecture.vocabulary)
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=ATTENTION)
-    model.enable_input_require_grads()
-    return cast(nn.Module, model.train())
+    return meta_models.build(config, device, dtype)
 
 
 def _config(architecture: Architecture, layers: int, vocabulary: int) -> Any:
@@ -179,64 +195,21 @@ def _config(architecture: Architecture, layers: int, vocabulary: int) -> Any:
     )
 
 
-def _attend(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    **options: Any,
-) -> tuple[Tensor, None]:
-    """Causal attention without padding, query [B, heads, T, d] -> [B, T, heads, d].
-
-    For an attention that is not its own transformers makes no mask, whose making would read values and so fail on meta.
-    """
-    if query.device.type == "meta":
-        kept = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        output, _ = kept(query, key, value, dropout, True, scale=scaling)
-    else:
-        grouped = key.shape[1] != query.shape[1]
-        output = nn.functional.scaled_dot_product_attention(
-            query, key, value, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=grouped
-        )
-    return output.transpose(1, 2).contiguous(), None
-
-
 def adapt(model: nn.Module, name: str, backend: str = "auto") -> None:
-    """Adapt a model of build() in place by one of METHODS.
+    """Adapt a model of build() in place by one of COUNTED.
 
     Raises:
-        KeyError: a name that METHODS lacks.
+        KeyError: a name that COUNTED lacks.
         ImportError: something that the method needs is missing.
+        ValueError: the method is not for such a model.
 
     """
-    method = METHODS[name]
+    method = METHODS.get(name) or COUNTED[name]
     if obstacle := method.obstacle():
         raise ImportError(f"{name} cannot be put on the model: {obstacle}")
+    if obstacle := method.obstacle(cast(Any, model).config.model_type):
+        raise ValueError(f"{name} cannot be put on the model: {obstacle}")
     method.put(model, backend)
-
-
-def checkpoint(model: nn.Module) -> None:
-    """Activation checkpointing of every block, without reentrance: a block keeps its input and is run again."""
-    with quiet():
-        cast(Any, model).gradient_checkpointing_enable({"use_reentrant": False})
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without what PEFT says on GPT-2's Conv1D, which it then sets right itself, and on a name that transformers 6 drops."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="fan_in_fan_out")
-        warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
-        yield
-
-
-def blocks(model: nn.Module) -> Sequence[nn.Module]:
-    """The decoder layers, in order."""
-    body = cast(Any, model).base_model
-    return cast(Sequence[nn.Module], body.h if hasattr(body, "h") else body.layers)
 
 
 def trained(model: nn.Module) -> list[nn.Parameter]:
@@ -251,7 +224,4 @@ def tokens_of(architecture: Architecture, tokens: int, vocabulary: int, device: 
         ValueError: tokens that are no whole number of windows.
 
     """
-    length = min(tokens, CONTEXT[architecture.model_type])
-    if tokens % length:
-        raise ValueError(f"{tokens} tokens are no whole number of {architecture.name}'s windows of {length}")
-    return torch.randint(vocabulary, (tokens // length, length), device=device)
+    return meta_models.random_ids(tokens, CONTEXT[architecture.model_type], vocabulary, device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -52,11 +53,12 @@ def saved_bytes(
 ) -> SavedBytes:
     """Run ``forward()`` and count the storages that autograd saves for its backward.
 
+    Counted is what the result holds: a part of the graph that is dropped on the way (behind a detach(), say) has no backward.
     A tensor counts by its storage: two views of one storage are one, and a view costs its whole storage. What a custom
     ``autograd.Function`` hides in attributes of ``ctx``, rather than in ``save_for_backward``, is not seen.
 
     Args:
-        forward: called once, with gradients on; what it returns is dropped.
+        forward: called once, with gradients on; what it returns is held while it is counted, and then dropped.
         exclude: a module (its parameters and buffers) or tensors whose storages do not count, as the weights are there
             with or without a backward.
         inputs: tensors whose storages are told apart, as ``SavedBytes.inputs``.
@@ -67,20 +69,30 @@ def saved_bytes(
     tensors = [*exclude.parameters(), *exclude.buffers()] if isinstance(exclude, nn.Module) else list(exclude)
     excluded = {_key(tensor) for tensor in tensors}
     given = {_key(tensor) for tensor in inputs}
-    found: dict[int, SavedTensor] = {}
-    alive: list[torch.UntypedStorage] = []  # an address that is freed during the pass could be handed out again
+    packed: list[weakref.ref[_Packed]] = []
 
-    def pack(tensor: Tensor) -> Tensor:
-        key = _key(tensor)
-        if key not in excluded and key not in found:
-            storage = tensor.untyped_storage()
-            alive.append(storage)
-            found[key] = SavedTensor(tuple(tensor.shape), tensor.dtype, storage.nbytes(), key in given)
-        return tensor
+    def pack(tensor: Tensor) -> _Packed:
+        kept = _Packed(tensor.detach())  # an output that held its own graph would keep that alive
+        packed.append(weakref.ref(kept))
+        return kept
 
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        forward()
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.tensor):
+        result = forward()
+        found: dict[int, SavedTensor] = {}
+        for tensor in (kept.tensor for reference in packed if (kept := reference()) is not None):
+            key = _key(tensor)
+            if key not in excluded:
+                nbytes = tensor.untyped_storage().nbytes()
+                found.setdefault(key, SavedTensor(tuple(tensor.shape), tensor.dtype, nbytes, key in given))
+        del result
     return SavedBytes(tuple(found.values()))
+
+
+class _Packed:
+    """What a graph holds for a tensor that it saves: gone when that part of the graph is."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
 
 
 def _key(tensor: Tensor) -> int:

@@ -55,12 +55,13 @@ def test_two_views_of_one_storage_count_once_and_as_the_whole_storage():
 
 
 def test_a_tensor_freed_during_the_pass_does_not_hide_the_next_one():
-    def forward() -> None:
+    def forward() -> torch.Tensor:
         for _ in range(5):
             x = torch.randn(1 << 16, requires_grad=True)
-            (x * x).sum()  # the graph dies here, and the next tensor may get the same address
+            y = (x * x).sum()  # the graph before dies here, and the next tensor may get the same address
+        return y
 
-    assert saved_bytes(forward).new == 5 * (1 << 16) * FLOAT
+    assert saved_bytes(forward).new == (1 << 16) * FLOAT
 
 
 def test_a_storage_is_described_as_it_was_first_saved():
@@ -97,3 +98,15 @@ def test_an_error_in_the_pass_comes_through_and_leaves_no_hook():
     x = torch.randn(3, requires_grad=True)
     x.sin().sum().backward()
     assert x.grad is not None
+
+
+def test_a_part_of_the_graph_that_is_dropped_keeps_nothing():
+    x = torch.randn(7, requires_grad=True)
+
+    def forward():
+        scale = x.exp().sum().detach()  # exp would keep its output
+        return x.sin() * scale
+
+    kept = saved_bytes(forward, inputs=[x])
+    assert [saved.shape for saved in kept.tensors] == [(7,), ()]
+    assert kept.new == 4

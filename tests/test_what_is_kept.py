@@ -16,9 +16,9 @@ def _kept(side: str, save: str, *, x_grad: bool, delta_grad: bool, dtype=torch.f
     delta = torch.zeros(OUT if side == "output" else IN, requires_grad=delta_grad)
     bias = torch.zeros(OUT, dtype=dtype)
 
-    def forward() -> None:
+    def forward() -> torch.Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            gain_linear(x, weight, delta, bias, side=side, save=save)
+            return gain_linear(x, weight, delta, bias, side=side, save=save)
 
     return saved_bytes(forward, exclude=[weight, delta, bias], inputs=[x])
 
@@ -67,13 +67,13 @@ def test_the_frozen_linear_under_autocast_keeps_a_copy_of_w_and_we_do_not() -> N
     x = torch.randn(T, IN, requires_grad=True)
     weight, delta = torch.randn(OUT, IN), torch.zeros(OUT)
 
-    def frozen() -> None:
+    def frozen() -> torch.Tensor:
         with torch.autocast("cpu", torch.bfloat16):
-            torch.nn.functional.linear(x, weight)
+            return torch.nn.functional.linear(x, weight)
 
-    def gained() -> None:
+    def gained() -> torch.Tensor:
         with torch.autocast("cpu", torch.bfloat16):
-            gain_linear(x, weight, delta)
+            return gain_linear(x, weight, delta)
 
     assert saved_bytes(frozen, exclude=[weight], inputs=[x]).new == OUT * IN * 2
     assert saved_bytes(gained, exclude=[weight, delta], inputs=[x]).new == 0
@@ -104,8 +104,8 @@ def test_the_eager_composite_keeps_more_in_low_precision() -> None:
     x, weight = torch.randn(T, IN).bfloat16().requires_grad_(), torch.randn(OUT, IN).bfloat16()
     delta = torch.zeros(OUT, requires_grad=True)
 
-    def composite() -> None:
-        (torch.nn.functional.linear(x, weight).float() * (1 + delta)).bfloat16()
+    def composite() -> torch.Tensor:
+        return (torch.nn.functional.linear(x, weight).float() * (1 + delta)).bfloat16()
 
     plain = saved_bytes(composite, exclude=[weight, delta], inputs=[x])
     ours = saved_bytes(lambda: gain_linear(x, weight, delta), exclude=[weight, delta], inputs=[x])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,10 +18,12 @@ from gain_ops.recipes import environment
 from gain_ops.recipes.absorb_command import absorb
 from gain_ops.recipes.adaptation import FILES, Settings
 from gain_ops.recipes.adaptation import adapt as run_adaptation
-from gain_ops.recipes.console import STDOUT, clear_errors, print_pairs
+from gain_ops.recipes.console import STDOUT, clear_errors, print_pairs, quiet_libraries
 from gain_ops.recipes.file_commands import diff, inspect, merge
 from gain_ops.recipes.interrupts import StopRequest
+from gain_ops.recipes.plan_command import plan
 from gain_ops.recipes.report import Report, size_text
+from gain_ops.recipes.study_command import study
 from gain_ops.recipes.training import Step
 
 __all__ = ["app"]
@@ -83,14 +83,14 @@ def adapt(
             dtype=dtype,
             device=device,
         )
-        _quiet_libraries()
+        quiet_libraries()
         report = run_adaptation(settings, watcher)
         if not report.finished:
             raise KeyboardInterrupt
     _print_report(report, out)
 
 
-for _command in (absorb, inspect, diff, merge):
+for _command in (absorb, inspect, diff, merge, plan, study):
     app.command()(_command)
 
 
@@ -150,15 +150,6 @@ class _ConsoleWatcher:
 
     def _on_request(self) -> None:
         self._progress.update(self._task, description="finishing this step, then saving (Ctrl-C again: abort)")
-
-
-def _quiet_libraries() -> None:
-    """Progress bars and warnings of transformers and PEFT would stand between our own lines."""
-    import transformers
-
-    transformers.logging.disable_progress_bar()
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.|peft\.")
 
 
 def _print_report(report: Report, out: Path) -> None:

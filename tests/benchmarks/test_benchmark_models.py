@@ -8,6 +8,7 @@ import torch
 
 from benchmarks import models
 from benchmarks.contestants import RANK
+from benchmarks.liger_swiglu import SwiGlu
 from benchmarks.sites import ARCHITECTURES, Architecture
 from gain_ops.recipes.evaluation import logits, next_token_loss
 
@@ -60,6 +61,8 @@ def test_every_method_trains_what_it_says_and_nothing_else(kind: str) -> None:
         "gain-ffn": 2 * n * h,
         "gain-ffn, lean": 2 * n * h,
         "gain-ffn, input side": n * (h + i),
+        "gain-ffn, input side, fused MLP": n * (h + i),
+        "gain-ffn, input side, fused MLP, lean": n * (h + i),
         f"PEFT (IA)^3 {same}": 2 * n * h,
         f"PEFT LoRA r=16 {same}": lora,
         f"PEFT LoRA r=16 {same}{extra}": lora,
@@ -125,7 +128,7 @@ def test_the_frozen_model_has_a_backward_through_all_of_its_blocks() -> None:
 def test_tokens_are_whole_windows_of_what_the_model_takes() -> None:
     assert models.tokens_of(TINY["gpt2"], 4096, 96, "meta").shape == (4, 1024)
     assert models.tokens_of(TINY["llama"], 4096, 96, "meta").shape == (1, 4096)
-    with pytest.raises(ValueError, match="1500 tokens are no whole number of Tiny's windows of 1024"):
+    with pytest.raises(ValueError, match="1500 tokens are no whole number of windows of 1024"):
         models.tokens_of(TINY["gpt2"], 1500, 96, "meta")
 
 
@@ -134,6 +137,28 @@ def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"LoRA r=16 on q and v cannot be put .* transformers and peft not installed"):
         models.adapt(model, "PEFT LoRA r=16 on q and v")
+
+
+def test_what_is_not_for_a_model_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"Liger's SwiGLU cannot be put .* gpt2 has no gated FFN"):
+        models.adapt(models.build(TINY["gpt2"]), models.FROZEN_LIGER)
+
+
+def test_the_stand_in_for_liger_is_a_swiglu_and_writes_over_what_it_kept() -> None:
+    gate, up, dh = torch.randn(3, 2, 5, 7, dtype=torch.float64)
+    gate.requires_grad_(), up.requires_grad_()
+    expected = torch.nn.functional.silu(gate) * up
+    gradients = torch.autograd.grad(expected, (gate, up), dh)
+    inner = [gate.detach().clone().requires_grad_(), up.detach().clone().requires_grad_()]
+    parts = [part * 1 for part in inner]  # as two projections make them
+    h = SwiGlu.apply(*parts)
+    torch.testing.assert_close(h, expected)
+    kept = [part.data_ptr() for part in parts]
+    h.backward(dh)
+    for part, place, mine, gradient in zip(parts, kept, inner, gradients, strict=True):
+        torch.testing.assert_close(mine.grad, gradient)
+        assert part.data_ptr() == place
+        torch.testing.assert_close(part.detach(), gradient)
 
 
 def test_an_unknown_architecture_is_refused() -> None:

@@ -641,9 +641,9 @@ def test_adapter_names_raise_instead_of_being_ignored() -> None:
 
 
 def kept(model: PeftModel, x: Tensor, autocast: bool = False) -> tuple[int, int]:
-    def forward() -> None:
+    def forward() -> Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            model(x)
+            return model(x)
 
     saved = saved_bytes(forward, exclude=model, inputs=[x])
     return saved.new, saved.inputs

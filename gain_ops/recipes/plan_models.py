@@ -1,0 +1,118 @@
+"""The models that ``gain-ops plan`` knows, the configs that it reads, and what a rank of tensor parallelism holds of one."""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+from pathlib import Path
+from typing import Any, cast
+
+from torch import nn
+
+__all__ = ["BUNDLED", "read_config", "split_config", "split_weights", "with_layers"]
+
+BUNDLED: dict[str, dict[str, Any]] = {
+    "llama-3-8b": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 8192,
+    },
+    "llama-3-70b": {
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 8192,
+    },
+    "llama-3.1-405b": {
+        "hidden_size": 16384,
+        "intermediate_size": 53248,
+        "num_hidden_layers": 126,
+        "num_attention_heads": 128,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+    },
+}
+"""Sizes by name; the vocabulary is 128256 in all."""
+
+# What transformers' plans say of weights: split so that a rank's part is a smaller layer, split outside of blocks, whole.
+_SPLIT_IN_A_BLOCK = {"colwise", "rowwise"}
+_SPLIT_OUTSIDE = {"colwise_gather_output", "embedding_rowwise"}
+_WHOLE = {"replicated_with_grad_allreduce"}
+
+
+def read_config(model: str) -> Any:
+    """The transformers config of a bundled name, a config.json, or a folder with one; never from the network.
+
+    Raises:
+        FileNotFoundError: none of these.
+        ValueError: a config that transformers cannot read.
+
+    """
+    from transformers import AutoConfig, LlamaConfig
+
+    if model in BUNDLED:
+        return LlamaConfig(vocab_size=128256, tie_word_embeddings=False, **BUNDLED[model])
+    path = Path(model)
+    if not (path.is_file() or (path / "config.json").is_file()):
+        raise FileNotFoundError(
+            f"no config at {model}: give a config.json, the folder of a transformers model, or one of {', '.join(BUNDLED)}"
+        )
+    return AutoConfig.from_pretrained(path, local_files_only=True)
+
+
+def with_layers(config: Any, layers: int) -> Any:
+    """A copy of a config with so many layers."""
+    config = copy.deepcopy(config)
+    config.num_hidden_layers = layers
+    if getattr(config, "layer_types", None) is not None:
+        config.layer_types = config.layer_types[:layers]
+    return config
+
+
+def split_config(config: Any, model: nn.Module, ranks: int) -> Any:
+    """The config of what one of ``ranks`` ranks computes under transformers' own plan of tensor parallelism.
+
+    ::
+
+        heads, key-value heads and the FFN's hidden neurons / ranks; the size of a head, the width and the vocabulary whole
+
+    Args:
+        config: the whole model's.
+        model: built from it.
+        ranks: how many share it.
+
+    Raises:
+        ValueError: transformers has no such plan for the model, or a size that ranks does not divide.
+
+    """
+    kind = type(model).__name__
+    plan = config.base_model_tp_plan or {}
+    if not plan or set(plan.values()) - _SPLIT_IN_A_BLOCK - _WHOLE:
+        raise ValueError(f"transformers has no plan of tensor parallelism for {kind} whose parts are smaller layers")
+    sizes = {}
+    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+        size = getattr(config, name, None)
+        if size is None or size % ranks:
+            raise ValueError(f"{name}={size} of {kind} is no multiple of {ranks}")
+        sizes[name] = size // ranks
+    part = copy.deepcopy(config)
+    part.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    for name, size in sizes.items():
+        setattr(part, name, size)
+    return part
+
+
+def split_weights(model: nn.Module, ranks: int) -> dict[str, int]:
+    """By name the bytes of every parameter that one of ``ranks`` ranks holds under transformers' own plan, each once."""
+    plan: dict[str, str] = cast(Any, model)._tp_plan if ranks > 1 else {}
+    split = [pattern for pattern, style in plan.items() if style in _SPLIT_IN_A_BLOCK | _SPLIT_OUTSIDE]
+    divided = {
+        name: any(fnmatch.fnmatch(name.rpartition(".")[0], pattern) for pattern in split)
+        for name, _ in model.named_parameters()
+    }
+    return {name: p.nbytes // ranks if divided[name] else p.nbytes for name, p in model.named_parameters()}
