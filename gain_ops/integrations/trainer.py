@@ -245,12 +245,7 @@ def _refuse_other_trained(model: nn.Module) -> None:
 
 def _save_gains(model: nn.Module, path: Path, *, writes: bool) -> None:
     """save_gains() on the process that writes; on the others too where gathering needs all of them."""
-    deltas = [layer.delta for layer in gained_modules(model).values()]
-    if any(hasattr(delta, "ds_id") for delta in deltas):
-        from gain_ops.integrations.deepspeed import save_gains as save_partitioned
-
-        save_partitioned(model, path)
-    elif writes or any(is_sharded(delta) for delta in deltas):
+    if writes or any(is_sharded(layer.delta) for layer in gained_modules(model).values()):
         save_gains(model, path)
 
 

@@ -201,8 +201,10 @@ def test_requantised_with_any_gains(name, side, data, tmp_path):
     exact = quantised.read(quantised.tensors) * (gain.double()[:, None] if side == "output" else gain.double())
     result = quantised.read(absorbed.tensors)
     assert result.isfinite().all()
+    # the library reads E8M0 into bfloat16, which has nothing finer than this near zero
+    read = 2.0**-134 if absorbed.tensors["weight_scale"].dtype == torch.uint8 else 0.0
     rounding = max(value.absolute for value in absorbed.roundings.values())
-    assert ((result - exact).abs() <= rounding * (1 + 1e-6)).all()
+    assert ((result - exact).abs() <= rounding * (1 + 1e-6) + read).all()
     scale = absorbed.tensors["weight_scale"]
     assert (scale.float() >= 0).all()
     # the nearest code everywhere, and nothing is clipped
@@ -210,7 +212,7 @@ def test_requantised_with_any_gains(name, side, data, tmp_path):
     args = quantised.scheme.weights
     half = 0.5 if args.type == "int" else 2.0**-10 if args.num_bits == 8 else 1.0
     relative = 2.0**-4 if args.type == "float" and args.num_bits == 8 else 0.0
-    bound = torch.maximum(half * step, relative * exact.abs()) * (1 + 1e-5)
+    bound = torch.maximum(half * step, relative * exact.abs()) * (1 + 1e-5) + read
     if name == "nvfp4":
         # a scale may lie between two that float8 has near zero
         bound = bound + 6 * 2.0**-10 / absorbed.tensors["weight_global_scale"].double()
