@@ -12,7 +12,22 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
-__all__ = ["BASE", "Base", "Curve", "Header", "Rate", "Record", "Stage", "Study", "append", "mend", "read"]
+from gain_ops.files import replace_file
+
+__all__ = [
+    "BASE",
+    "Base",
+    "Curve",
+    "Header",
+    "Rate",
+    "Record",
+    "Stage",
+    "Study",
+    "append",
+    "mend",
+    "read",
+    "replace_header",
+]
 
 BASE = "base"
 """The name of the unadapted model where methods are listed."""
@@ -120,11 +135,20 @@ class Study:
 
 def append(path: Path, record: Record) -> None:
     """Write a record behind the others and flush it to the disk."""
-    line = json.dumps({"kind": record.kind, **asdict(record)}, allow_nan=False) + "\n"
-    with path.open("a", encoding="utf-8") as file:
-        file.write(line)
+    with path.open("ab") as file:
+        file.write(_line(record))
         file.flush()
         os.fsync(file.fileno())
+
+
+def replace_header(path: Path, header: Header) -> None:
+    """Give a results file another header; everything behind it stays."""
+    rest = path.read_bytes().split(b"\n", 1)[1]
+    replace_file(path, lambda beside: beside.write_bytes(_line(header) + rest))
+
+
+def _line(record: Record) -> bytes:
+    return json.dumps({"kind": record.kind, **asdict(record)}, allow_nan=False).encode() + b"\n"
 
 
 def mend(path: Path) -> None:

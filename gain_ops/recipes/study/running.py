@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,9 @@ RESULTS = "results.jsonl"
 
 _DIVERGED = (FloatingPointError, OverflowError)
 """What training and measuring raise then; the second where a loss is finite and its exponential is not."""
+
+_LISTS = ("methods", "seeds")
+"""The settings, beside the number of orders, that a study may have more of, or less, when it goes on."""
 
 _STATES = "states"
 _TOY_FOLDER = "toy-model"
@@ -86,7 +89,8 @@ def study(settings: Settings, watcher: Watcher) -> Study:
     """Run a study, or what is left of it: learning rates on the first domain, then every run of every method.
 
     Whatever is finished is in ``settings.out / RESULTS``. A call that was stopped or killed at any point is repeated as it
-    was, and comes to the same numbers as one that was not: all randomness is seeded by stage.
+    was, and comes to the same numbers as one that was not: all randomness is seeded by stage. So may one with other methods,
+    seeds or orders, which are added to those that are there.
 
     Returns:
         The whole results file.
@@ -207,7 +211,7 @@ class _Running:
         return best
 
     def _try(self, method: str, lr: float) -> Rate:
-        seed, number = self._settings.seeds[0], 1
+        seed, number = self._study.header.settings["seeds"][0], 1
         domain = self._orders[0][0]
         self._unit(method, f"{method}: learning rate {lr:g} on {domain}")
         self._base.restore(self._model)
@@ -388,11 +392,19 @@ class _Running:
         trials = {(owner, lr) for owner in owners for lr in self._settings.grid(owner)}
         runs = len(self._settings.seeds) * len(self._orders)
         stages = {name: runs * len(self._settings.domains) for name in self._settings.methods}
+        left = {name: count - self._done(name) for name, count in stages.items()}
+        for owner, _ in trials - {(rate.method, rate.lr) for rate in self._study.rates}:
+            left[owner] = left.get(owner, 0) + 1
         total = len(trials) + sum(stages.values())
-        done = len(self._study.rates) + len(self._study.stages)
-        self._watcher.unit(Unit(text, done, total, self._seconds_left(trials, stages)))
+        self._watcher.unit(Unit(text, total - sum(left.values()), total, self._seconds(left)))
 
-    def _seconds_left(self, trials: set[tuple[str, float]], stages: dict[str, int]) -> float | None:
+    def _done(self, method: str) -> int:
+        """How many stages of a method have a record, of those that are asked for."""
+        seeds, orders = self._settings.seeds, range(len(self._orders))
+        return sum(len(self._stages(method, seed, order)) for seed in seeds for order in orders)
+
+    def _seconds(self, stages: Mapping[str, int]) -> float | None:
+        """What so many stages of these methods take, by those that were timed."""
         took: dict[str, list[float]] = {}
         for stage in self._study.stages:
             took.setdefault(stage.method, []).append(stage.seconds)
@@ -400,10 +412,7 @@ class _Running:
             return None
         means = {method: sum(seconds) / len(seconds) for method, seconds in took.items()}
         usual = sum(means.values()) / len(means)
-        left = {method: count - len(took.get(method, ())) for method, count in stages.items()}
-        for owner, _ in trials - {(rate.method, rate.lr) for rate in self._study.rates}:
-            left[owner] = left.get(owner, 0) + 1
-        return sum(count * means.get(method, usual) for method, count in left.items())
+        return sum(count * means.get(method, usual) for method, count in stages.items())
 
     def _tell_of_peak(self, peak: Peak) -> None:
         if not peak.exact and not self._peak_told:
@@ -487,7 +496,7 @@ def _described(task: downstream.Task) -> dict[str, object]:
 
 
 def _open(path: Path, header: Header, watcher: Watcher) -> None:
-    """Begin a results file, or see that the one there is of this study."""
+    """Begin a results file, or see that the one there is of this study; what this one has more of is put into its header."""
     if not path.exists():
         replace_file(path, lambda beside: records.append(beside, header))
         return
@@ -496,8 +505,9 @@ def _open(path: Path, header: Header, watcher: Watcher) -> None:
     header = replace(
         header, **json.loads(json.dumps({name: getattr(header, name) for name in ("settings", "domains", "tasks")}))
     )
+    shared = set(there.settings["methods"]) & set(header.settings["methods"])
     for what, old, new in (
-        ("settings", there.settings, header.settings),
+        ("settings", _fixed(there.settings, shared), _fixed(header.settings, shared)),
         ("model", _model_of(there), _model_of(header)),
         ("domains", there.domains, header.domains),
         ("tasks", there.tasks, header.tasks),
@@ -514,6 +524,27 @@ def _open(path: Path, header: Header, watcher: Watcher) -> None:
             watcher.notice(
                 f"this study began with other {what}, so its numbers may differ in the last digits: {before}"
             )
+    if (grown := _grown(there, header.settings, header.orders)) != there:
+        records.replace_header(path, grown)
+
+
+def _fixed(settings: Mapping[str, Any], methods: Set[str]) -> dict[str, Any]:
+    """What may not change: all but which methods, seeds and orders there are, as a stage's numbers do not depend on others."""
+    owners = {METHODS[method].rates_of or method for method in methods}
+    rates = {name: grid for name, grid in settings["rates"].items() if name in owners}
+    return {name: value for name, value in settings.items() if name not in (*_LISTS, "orders")} | {"rates": rates}
+
+
+def _grown(there: Header, settings: Mapping[str, Any], orders: list[list[str]]) -> Header:
+    """The header with the methods, seeds and orders that it lacks behind its own."""
+    old = there.settings
+    lists = {name: list(dict.fromkeys([*old[name], *settings[name]])) for name in _LISTS}
+    orders = max(there.orders, orders, key=len)
+    return replace(
+        there,
+        settings=old | lists | {"orders": len(orders), "rates": settings["rates"] | old["rates"]},
+        orders=orders,
+    )
 
 
 def _model_of(header: Header) -> dict[str, object]:

@@ -165,6 +165,30 @@ def test_a_stopped_study_has_what_was_done_and_goes_on_to_the_same_numbers(small
     assert _numbers(study(settings, Watcher())) == _numbers(whole)
 
 
+def test_methods_seeds_and_orders_may_be_added(small, tmp_path: Path):
+    rates = {"gain": (1e-2, 3e-2), "lora": (1e-3, 1e-2)}
+    all_of_it = {"methods": ("gain", "lora"), "seeds": (0, 1), "orders": 2, "rates": rates}
+    whole = study(small(tmp_path / "whole", **all_of_it), Watcher())
+    out = tmp_path / "parts"
+    for part in (
+        {"methods": ("gain",), "seeds": (0,), "orders": 1, "rates": {"gain": rates["gain"]}},
+        {"methods": ("lora",), "seeds": (1,), "orders": 1, "rates": {"lora": rates["lora"]}},
+        {"methods": ("gain",), "seeds": (0,), "orders": 2, "rates": {"gain": rates["gain"]}},
+    ):
+        watcher = Watcher()
+        study(small(out, **part), watcher)
+        assert [unit.done for unit in watcher.units] == sorted({unit.done for unit in watcher.units})
+    with pytest.raises(Stopped):
+        study(small(out, **all_of_it), Watcher(stop_after=1))
+    header = records.read(out / RESULTS).header
+    assert header.settings == whole.header.settings
+    assert header.orders == whole.header.orders
+    base, tried, stages = _numbers(study(small(out, **all_of_it), Watcher()))
+    assert base == whole.base
+    for there, expected in ((tried, whole.rates), (stages, _numbers(whole)[2])):
+        assert sorted(map(repr, there)) == sorted(map(repr, expected))
+
+
 def test_two_at_work_in_one_folder_are_refused(small, tmp_path: Path):
     settings = small(tmp_path / "out", methods=("gain",))
 
@@ -185,7 +209,8 @@ def test_two_at_work_in_one_folder_are_refused(small, tmp_path: Path):
     [
         ({"steps": 4}, "other settings: steps was 3, is 4"),
         ({"ewc_lambda": 1.0}, "other settings: ewc_lambda was 50.0, is 1.0"),
-        ({"methods": ("gain", "lora")}, "other settings: methods was"),
+        ({"rates": {"gain": (2e-2,)}}, "other settings: rates was"),
+        ({"methods": ("gain", "lora"), "rates": {}}, "other settings: rates was"),
     ],
 )
 def test_another_study_in_the_folder_is_refused_with_what_differs(small, tmp_path: Path, changes, said):
