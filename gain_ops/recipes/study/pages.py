@@ -10,7 +10,7 @@ from html import escape
 from gain_ops.recipes.study.plots import Plot
 from gain_ops.recipes.study.tables import Strong, Table
 
-__all__ = ["Bullets", "Section", "to_html", "to_markdown"]
+__all__ = ["Bullets", "Section", "markdown", "to_html", "to_markdown"]
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1d2329; --paper: #ffffff; --line: #d5dae0; --dim: #5b6570; --head: #f2f4f6;
@@ -73,7 +73,7 @@ def to_markdown(title: str, sections: Sequence[Section]) -> str:
     """The same as Markdown; a plot is a link to its file in the same folder."""
     parts = [f"# {_plain(title)}"]
     for section in sections:
-        parts += [f"## {_plain(section.title)}", *(_markdown(block) for block in section.blocks)]
+        parts += [f"## {_plain(section.title)}", *(markdown(block) for block in section.blocks)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -111,7 +111,8 @@ def _strong(text: str) -> str:
     return f"<strong>{escape(text)}</strong>" if isinstance(text, Strong) else escape(text)
 
 
-def _markdown(block: str | Bullets | Table | Plot) -> str:
+def markdown(block: str | Bullets | Table | Plot) -> str:
+    """A block as Markdown."""
     if isinstance(block, Bullets):
         return "\n".join(f"- {_plain(line)}" for line in block.lines)
     if isinstance(block, Table):

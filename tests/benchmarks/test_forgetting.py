@@ -1,0 +1,100 @@
+"""The published studies of forgetting: how they are run, and that the page says what their results say."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("transformers")
+pytest.importorskip("typer")
+
+from benchmarks import forgetting
+from benchmarks.report import update_readme
+from gain_ops.recipes import study_command
+from gain_ops.recipes.study.records import read
+from gain_ops.recipes.study.running import RESULTS
+from gain_ops.recipes.study.settings import Settings
+
+RESULTS_FILES = sorted(forgetting.PUBLISHED.glob(f"*/{RESULTS}"))
+
+
+class _Asked(Exception):
+    """In the place of a study."""
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[Path, int, int]]:
+    """The models that were trained, in no time: their folders, of how many texts, and how wide."""
+    found = []
+
+    def save(folder: Path, mixture: list[object], *, steps: int, width: int) -> None:
+        folder.mkdir()
+        found.append((folder.resolve(), len(mixture), width))
+
+    monkeypatch.setattr(forgetting, "save_toy_model", save)
+    for text in forgetting.LEARNED_BEFORE:
+        (tmp_path / "texts" / text).mkdir(parents=True)
+        (tmp_path / "texts" / text / "0.txt").write_text("something\n" * 100)
+    return found
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, trained: object) -> Callable[..., Settings]:
+    """``asked(name, *more)``: the settings that a study would be run with."""
+
+    def ask(name: str, *more: str) -> Settings:
+        found: list[Settings] = []
+
+        def keep(settings: Settings, watcher: object) -> None:
+            found.append(settings)
+            raise _Asked
+
+        monkeypatch.setattr(study_command, "run_study", keep)
+        with pytest.raises(_Asked):
+            forgetting.run(name, tmp_path, more)
+        return found[0]
+
+    return ask
+
+
+@pytest.mark.parametrize("name", forgetting.STUDIES)
+def test_a_study_has_three_seeds_two_orders_and_its_own_folder(name, asked):
+    settings = asked(name)
+    assert (settings.out, len(settings.seeds), settings.orders) == (Path(name), 3, 2)
+    assert {"gain-ffn", "lora"} < set(settings.methods)
+
+
+def test_options_after_the_name_choose_a_part(asked):
+    settings = asked("smollm2", "--methods", "lora", "--seeds", "1")
+    assert (settings.methods, tuple(settings.seeds), settings.steps) == (("lora",), (1,), 16)
+
+
+def test_a_missing_model_is_trained_before_the_study(asked, trained, tmp_path: Path):
+    asked("small-absorbed-100")
+    assert trained == [(tmp_path / "small-model", 4, 160)]
+    asked("small-absorbed-25")
+    asked("smollm2")
+    assert len(trained) == 1
+
+
+@pytest.mark.parametrize("path", RESULTS_FILES, ids=lambda path: path.parent.name)
+def test_published_results_are_of_the_study_of_that_name(path, asked):
+    there, settings = read(path).header.settings, asked(path.parent.name).as_json()
+    assert set(there.pop("methods")) <= set(settings.pop("methods"))
+    assert {name: (there[name], value) for name, value in settings.items() if there[name] != value} == {}
+
+
+def test_the_page_has_the_tables_of_the_published_results(tmp_path: Path):
+    assert RESULTS_FILES
+    page = tmp_path / "page.md"
+    page.write_text(forgetting.PAGE.read_text(encoding="utf-8"), encoding="utf-8")
+    update_readme(page, forgetting.tables({path.parent.name: read(path) for path in RESULTS_FILES}))
+    assert page.read_text(encoding="utf-8") == forgetting.PAGE.read_text(encoding="utf-8")
+
+
+def test_results_name_no_place_on_a_machine():
+    for path in RESULTS_FILES:
+        text = path.read_text(encoding="utf-8")
+        assert "/tmp" not in text
+        assert "/home" not in text
+        assert "/root" not in text
