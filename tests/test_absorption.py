@@ -125,7 +125,27 @@ def test_report():
     assert report.max_abs_error == 2**-9
     assert report.max_rel_error == pytest.approx(2**-9 / (1 + 2**-9))
     assert report.where == "0"
+    assert report.lost == 0
     assert "2 layers" in repr(report)
+    assert "lost" not in repr(report)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_gains_too_near_to_one_for_the_weights_are_counted_and_change_nothing(dtype):
+    limit = torch.finfo(dtype).eps / 4
+    deltas = torch.tensor([0.0, 0.9, -0.9, 1.1, -1.1, 4.0]) * limit
+    model = nn.Sequential(nn.Linear(500, 6, dtype=dtype))
+    nn.init.uniform_(model[0].weight, 1, 2)
+    model[0].weight.data[:, 0] = 1
+    before = model[0].weight.detach().clone()
+    gain_ops.apply(model, [r"\d"])
+    model[0].delta.data.copy_(deltas)
+    report = gain_ops.absorb(model)
+    assert report.lost == 2
+    assert "2 gains too near to 1 for the dtype were lost" in repr(report)
+    changed = (model[0].weight != before).any(1).tolist()
+    assert changed[:3] == [False] * 3
+    assert changed[4:] == [True] * 2, "down from a power of two the spacing is half"
 
 
 def test_more_rows_than_one_chunk(monkeypatch):

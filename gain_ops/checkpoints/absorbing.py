@@ -37,6 +37,7 @@ class Absorbed:
         tensors: how many tensors were rewritten for it.
         rounding: the largest absolute and the largest relative error of a rewritten value.
         where: the layer with the largest relative error.
+        lost: how many gains changed nothing, as they are nearer to 1 than what is stored resolves.
         verified: whether the copy was read again and compared with the base.
 
     """
@@ -45,6 +46,7 @@ class Absorbed:
     tensors: int
     rounding: Rounding
     where: str
+    lost: int
     verified: bool
 
 
@@ -229,10 +231,14 @@ def _merge(into: dict[str, Rounding], more: Mapping[str, Rounding]) -> None:
 
 
 def _report(plan: Plan, roundings: Mapping[str, Rounding], *, verified: bool) -> Absorbed:
+    lost: dict[str, int] = {}
+    for edit in plan.edits:
+        lost[edit.layer] = max(lost.get(edit.layer, 0), edit.lost)  # its gains go into each of its tensors
     return Absorbed(
-        layers=len({edit.layer for edit in plan.edits}),
+        layers=len(lost),
         tensors=len(plan.edits),
         rounding=reduce(or_, roundings.values()),
         where=max((edit.layer for edit in plan.edits), key=lambda layer: roundings[layer].relative),
+        lost=sum(lost.values()),
         verified=verified,
     )

@@ -97,7 +97,7 @@ class Edit:
     ``rewrite(block, start)`` takes rows ``start`` and following, uint8 [n, row_bytes], and gives the new rows, of the
     same shape, and their rounding. It raises CheckpointError for values that are not finite after it. It is called with
     any number of rows at a time, in any order, and more than once. ``into_up`` says that the tensor is the up projection's,
-    and the gain that of the down projection's input.
+    and the gain that of the down projection's input. ``lost`` gains are too near to 1 for the tensor's dtype.
     """
 
     layer: str
@@ -105,3 +105,4 @@ class Edit:
     region: Region
     rewrite: Callable[[Tensor, int], tuple[Tensor, Rounding]]
     into_up: bool = False
+    lost: int = 0

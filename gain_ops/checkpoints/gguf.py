@@ -24,6 +24,7 @@ from torch import Tensor
 from gain_ops.adapters import GainFile, some_of
 from gain_ops.checkpoints import plain
 from gain_ops.checkpoints.container import refuse
+from gain_ops.absorption import lost_gains
 from gain_ops.checkpoints.edits import CheckpointError, Edit, InexactError, Layer, Region, Rounding, Stored
 from gain_ops.checkpoints.gguf_blocks import (
     BLOCKS,
@@ -277,7 +278,8 @@ def _edit(gained: _Gained, *, requantize: bool) -> Edit:
         except CheckpointError as error:
             raise CheckpointError(f"{layer}: {error}") from error
 
-    return Edit(layer, weight.name, weight.region, rewrite)
+    lost = lost_gains(gain - 1, torch.float16) if exact else 0
+    return Edit(layer, weight.name, weight.region, rewrite, lost=lost)
 
 
 def _refuse_requantizing(gained: _Gained, *, asked: bool) -> None:

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from gain_ops.absorption import lost_gains
 from gain_ops.checkpoints.edits import CheckpointError, Edit, Layer, Rounding
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -56,7 +57,7 @@ def edits(layer: Layer, *, transposed: bool = False) -> list[Edit]:
             raise CheckpointError(f"{layer.name}: its weight {why} in {weight.dtype}")
         return scaled.view(torch.uint8), errors
 
-    return [Edit(layer.name, weight.name, weight.region, rewrite)]
+    return [Edit(layer.name, weight.name, weight.region, rewrite, lost=lost_gains(gain - 1, weight.dtype))]
 
 
 def rounding(stored: Tensor, exact: Tensor) -> Rounding:

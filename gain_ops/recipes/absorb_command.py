@@ -119,6 +119,11 @@ def _print_absorbed(work: Plan, done: Absorbed, out: Path) -> None:
         f"relative {done.rounding.relative:.1e} in {escape(done.where)}",
         soft_wrap=True,
     )
+    if done.lost:
+        STDOUT.print(
+            f"[yellow]{done.lost:,} gains are nearer to 1 than what is stored resolves, and changed nothing[/]",
+            soft_wrap=True,
+        )
     _print_moved(work)
     STDOUT.print(
         "verified: read again, every byte is the base's or that of the base with its gain"

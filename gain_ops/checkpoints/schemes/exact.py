@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from gain_ops.absorption import lost_gains
 from gain_ops.checkpoints.edits import CheckpointError, Edit, InexactError, Layer, Rounding, Stored
 from gain_ops.checkpoints.plain import DTYPES, rounding
 
@@ -86,4 +87,4 @@ def scaled(layer: Layer, tensor: Stored, factor: Tensor) -> Edit:
             raise CheckpointError(f"{tensor.name} {why} in {tensor.dtype}".replace("torch.", ""))
         return product.view(len(block), -1).view(torch.uint8), rounding(product, values.double() * scale.double())
 
-    return Edit(layer.name, tensor.name, tensor.region, rewrite)
+    return Edit(layer.name, tensor.name, tensor.region, rewrite, lost=lost_gains(factor - 1, tensor.dtype))
