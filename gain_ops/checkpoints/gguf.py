@@ -21,10 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gain_ops.absorption import lost_gains
 from gain_ops.adapters import GainFile, some_of
 from gain_ops.checkpoints import plain
 from gain_ops.checkpoints.container import refuse
-from gain_ops.absorption import lost_gains
 from gain_ops.checkpoints.edits import CheckpointError, Edit, InexactError, Layer, Region, Rounding, Stored
 from gain_ops.checkpoints.gguf_blocks import (
     BLOCKS,
