@@ -39,8 +39,7 @@ LEARNED_BEFORE = ("held-out/wikipedia", "fortunes", "essays", "manual")
 _GAINS = ("gain", "gain-ffn", "gain-ffn-input", "ia3")
 _LOW_RANK = ("lora", "lora-same", "dora")
 _EVERY = (*_GAINS, *_LOW_RANK, "lora-replay", "ewc", "full")
-_SOME = (*_GAINS, "lora", "lora-same", "full")
-_FEW = ("gain-ffn", "lora", "lora-same", "full")
+_FEW = ("gain", "gain-ffn", "lora", "lora-same", "full")
 
 _OURS = "gain-ffn"
 """What the others are compared with at the same in-domain perplexity."""
@@ -70,7 +69,7 @@ def _small(
     steps: int,
     methods: Sequence[str],
     *,
-    rates: str = _rates("1e-2,3e-2,1e-1,3e-1", "3e-3,1e-2,3e-2,1e-1", "1e-3,3e-3,1e-2"),
+    rates: str = _rates("1e-2,3e-2,1e-1,3e-1", "3e-3,1e-2,3e-2,1e-1", "3e-4,1e-3,3e-3,1e-2"),
     more: str = "",
     width: int = 160,
 ) -> Published:
@@ -87,13 +86,14 @@ STUDIES = {
         f"--methods {','.join(_EVERY)} --steps 16 --batch-tokens 512 --sequence-length 256 --validation-windows 6 "
         "--selection-windows 4 --curve-points 2 --curve-windows 1 --replay-share 0.5",
     ),
-    "small-absorbed-100": _small("small model, 100 steps of 1024 tokens", 100, _EVERY),
-    "small-absorbed-25": _small("25 steps", 25, _SOME),
-    "small-absorbed-400": _small("400 steps", 400, _SOME),
-    "small-kept-100": _small("100 steps, adapters kept", 100, _EVERY, more="--keep-adapters"),
-    "small-low-rate-100": _small("100 steps, low rates", 100, _SOME, rates=_rates("1e-2", "3e-3", "3e-4")),
-    "smaller-absorbed-100": _small("100 steps, half the width", 100, _FEW, width=80),
-    "larger-absorbed-100": _small("100 steps, twice the width", 100, _FEW, width=320),
+    "small-100": _small("small model, 100 steps of 1024 tokens", 100, _EVERY),
+    "small-low-100": _small("100 steps, low learning rates", 100, _FEW, rates=_rates("1e-2", "3e-3", "3e-4")),
+    "small-high-100": _small("100 steps, high learning rates", 100, _FEW, rates=_rates("3e-1", "3e-2", "1e-2")),
+    "small-kept-100": _small("100 steps, adapters kept", 100, _FEW, more="--keep-adapters"),
+    "small-25": _small("25 steps", 25, _FEW),
+    "small-400": _small("400 steps", 400, _FEW),
+    "smaller-100": _small("100 steps, half the width", 100, _FEW, width=80),
+    "larger-100": _small("100 steps, twice the width", 100, _FEW, width=320),
 }
 
 

@@ -53,7 +53,7 @@ def study(
         int, typer.Option(help="Windows of the first domain that learning rates are chosen on.")
     ] = Settings.selection_windows,
     curve_points: Annotated[
-        int, typer.Option(help="Parts of a stage at whose ends curves are measured; 0: none.")
+        int, typer.Option(help="Points of a stage's curve: its end, half, quarter ...; 0: none.")
     ] = Settings.curve_points,
     curve_windows: Annotated[
         int, typer.Option(help="Validation windows of each domain that curves are of.")

@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from gain_ops.recipes.study.methods import METHODS
 from gain_ops.recipes.study.records import Rate, Study
 
-__all__ = ["chosen", "doubt", "owner", "tried"]
+__all__ = ["MARGIN", "choose", "chosen", "doubt", "owner", "tried"]
+
+MARGIN = 0.005
+"""Of a perplexity: what a lower learning rate may be worse by and is taken yet."""
+
+
+def choose(found: Mapping[float, float]) -> float:
+    """Of perplexities by learning rate the lowest rate that is no worse than the best by more than MARGIN.
+
+    One domain and one seed do not tell such rates apart, and the higher may be next to diverging on another domain.
+    """
+    bound = (1 + MARGIN) * min(found.values())
+    return min(rate for rate, perplexity in found.items() if perplexity <= bound)
 
 
 def owner(method: str) -> str:

@@ -16,7 +16,7 @@ from statistics import fmean
 from gain_ops.recipes.study.metrics import Run, Spread, percent, spread
 from gain_ops.recipes.study.records import Curve, Perplexities
 
-__all__ = ["FIELDS", "Match", "change", "matches", "matches_paired"]
+__all__ = ["FIELDS", "Match", "change", "common", "matches", "matches_paired"]
 
 FIELDS = ("in_domain", "earlier", "drift", "held_out")
 """The figures of a Match."""
@@ -68,6 +68,12 @@ def matches(some: Iterable[Run], methods: Collection[str] | None = None) -> list
     return [match for (_, _, number), there in sorted(stages.items()) for match in _matches(there, number)]
 
 
+def common(some: Sequence[Match]) -> list[Match]:
+    """Those of the stages that every method is matched in, so that all are compared on the same; all if there is none."""
+    unmatched = {match.stage for match in some if match.target is None}
+    return [match for match in some if match.stage not in unmatched] or list(some)
+
+
 def change(some: Iterable[Match], field: str) -> dict[str, dict[tuple[int, int], float]]:
     """``100 (exp(mean over the stages of field) - 1)``, by method, seed and order."""
     found: dict[str, dict[tuple[int, int], list[float]]] = {}
@@ -81,7 +87,8 @@ def change(some: Iterable[Match], field: str) -> dict[str, dict[tuple[int, int],
 def matches_paired(some: Sequence[Run], one: str, other: str, field: str) -> Spread | None:
     """By how many percent ``one``'s perplexity is above ``other``'s where both have learned equally much.
 
-    The target is that of these two alone; per run it is the mean over the stages that both reach.
+    The target is that of these two alone; per run it is the mean over the stages that both reach. ``drift`` compares what
+    the stage alone did; ``earlier`` has in it what the stages before did, where the two were not matched.
     """
     found: dict[tuple[int, int, int], dict[str, float]] = {}
     for match in matches(some, {one, other}):

@@ -19,8 +19,8 @@ __all__ = ["METHODS", "Adapter", "Method", "check_packages"]
 _GAIN_RATES = (3e-3, 1e-2, 3e-2, 1e-1)
 """Of everything that multiplies: some ten times an additive adapter's, as a factor starts at 1 and moves by percents."""
 
-_LORA_RATES = (5e-4, 1e-3, 2e-3, 5e-3, 1e-2)
-"""From the 5e-4 that LoRA is mostly trained at upwards: a stage is short, and PEFT's alpha of 8 halves an update of rank 16."""
+_LORA_RATES = (1e-3, 2e-3, 5e-3, 1e-2, 3e-2)
+"""Above the 1e-4 to 5e-4 that LoRA is mostly trained at: a stage is short, and PEFT's alpha of 8 halves it at rank 16."""
 
 _FULL_RATES = (1e-5, 3e-5, 1e-4, 3e-4)
 """The usual rates of full fine-tuning: every weight moves, so each by little."""

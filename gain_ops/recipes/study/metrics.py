@@ -103,12 +103,13 @@ class Spread:
 
     @property
     def beyond(self) -> bool:
-        """Whether all figures are on one side of zero, and their mean further from it than they scatter.
+        """Whether all figures are on one side of zero, and their mean further from it than their standard deviation.
 
-        The scatter is the standard deviation, and for two figures their distance; of one figure nothing is known: False.
+        Of fewer than four nothing is claimed: three agree by chance too often.
         """
-        width = self.high - self.low if self.deviation is None else self.deviation
-        return self.count > 1 and (self.low > 0 or self.high < 0) and abs(self.mean) > width
+        if self.deviation is None or self.count < 4:
+            return False
+        return (self.low > 0 or self.high < 0) and abs(self.mean) > self.deviation
 
 
 def percent(value: float) -> float:

@@ -69,8 +69,8 @@ def write_plots(study: Study, folder: Path) -> list[Plot]:
             "trade-off",
             "Learning against forgetting",
             "Left: one point a method, its bars the spread over seeds and orders; down and to the left is better, and the "
-            "line joins the methods that no other is better than in both. Right: the earlier domains, in the stages after "
-            "the first, where all methods have learned equally much.",
+            "line joins the methods that no other is better than in both. Right: what a stage after the first has done to the "
+            "earlier domains where all methods have learned equally much in it.",
             draw_trade_off(study),
         )
     ]
@@ -273,7 +273,7 @@ def _plot_end(axes: Axes, points: Mapping[str, tuple[Spread, Spread]], looks: Ma
 
 def _plot_matched(axes: Axes, matches: Sequence[Match], looks: Mapping[str, Look]) -> None:
     """A row a method, which says in how many stages it could be matched where that is not all."""
-    found = matched.change(matches, "earlier")
+    found = matched.change(matched.common(matches), "drift")
     labels, ends = [], [0.0]
     for place, method in enumerate(method for method in looks if any(match.method == method for match in matches)):
         own = [match.target is not None for match in matches if match.method == method]
@@ -288,7 +288,7 @@ def _plot_matched(axes: Axes, matches: Sequence[Match], looks: Mapping[str, Look
     axes.set_yticks(range(len(labels)), labels, fontsize=8)
     axes.set_ylim(len(labels) - 0.5, -0.5)
     percent_axis(axes, "x", ends)
-    axes.set_xlabel("earlier domains against the base model")
+    axes.set_xlabel("earlier domains since the stage began")
 
 
 def _curve(axes: Axes, runs: Sequence[Run], domain: str, look: Look, label: str) -> None:

@@ -135,8 +135,9 @@ class Study:
 
 def append(path: Path, record: Record) -> None:
     """Write a record behind the others and flush it to the disk."""
+    line = _line(record)
     with path.open("ab") as file:
-        file.write(_line(record))
+        file.write(line)
         file.flush()
         os.fsync(file.fileno())
 

@@ -161,9 +161,11 @@ def _matched(some: Sequence[Run]) -> Section:
             "Who learns less may forget less. So here each method is looked at where its in-domain perplexity first is, in "
             "the middle of a stage, the one that all reach: the worst of the methods' best in that stage. Between two points "
             "of a curve the logarithm of perplexity is taken for a straight line. A method that does not come below the base "
-            "model in-domain sets no target and is not matched there. What the stages before did is in the figures against "
-            "the base model; the column since the stage began leaves it out. All are means over the stages, and of the few "
-            "validation windows that curves are of.",
+            "model in-domain sets no target and is not matched there; means are over the stages that all reach, if there are "
+            "such. What the stages before did, in which the methods were not matched, is in the figures against the base "
+            "model; the column since the stage began leaves it out. All are of the few validation windows that curves are of.",
+            "The learning rate falls along a stage: a method that is caught early is caught at a high one, which has a cost of "
+            "its own on the earlier domains. Ends of stages at several learning rates and lengths are the surer comparison.",
             changes,
             f"{_PAIRS} The target is that of the two methods alone.",
             tables.matched_differences(some),

@@ -21,7 +21,7 @@ from gain_ops.recipes.domains import Domain
 from gain_ops.recipes.evaluation import perplexity
 from gain_ops.recipes.memory import backward_bytes
 from gain_ops.recipes.models import LoadedModel, bundled_model, check_length, load_model, resolve_device, resolve_dtype
-from gain_ops.recipes.study import downstream, ewc, records, replay
+from gain_ops.recipes.study import chosen_rates, downstream, ewc, records, replay
 from gain_ops.recipes.study.methods import METHODS, Adapter, check_packages
 from gain_ops.recipes.study.peak import Peak
 from gain_ops.recipes.study.records import Curve, Header, Rate, Stage, Study
@@ -188,7 +188,7 @@ class _Running:
         self._watcher.notice(diverged.read_text(encoding="utf-8"))
 
     def _rate(self, method: str) -> float | None:
-        """The best learning rate of the method's grid, tried as the first stage of the study; None if all diverged."""
+        """The chosen learning rate of the method's grid, tried as the first stage of the study; None if all diverged."""
         owner = METHODS[method].rates_of or method
         grid = self._settings.grid(owner)
         known = {rate.lr for rate in self._study.rates if rate.method == owner}
@@ -202,13 +202,13 @@ class _Running:
                 f"{method} is left out: every learning rate of {owner} diverged; give lower ones (--rates)"
             )
             return None
-        best = min(sorted(good), key=lambda lr: good[lr])
-        if len(known) < len(grid) > 1 and best in (grid[0], grid[-1]):
-            edge = "lowest" if best == grid[0] else "highest"
+        rate = chosen_rates.choose(good)
+        if len(known) < len(grid) > 1 and rate in (grid[0], grid[-1]):
+            edge = "lowest" if rate == grid[0] else "highest"
             self._watcher.notice(
-                f"{owner}: the best learning rate, {best:g}, is the {edge} of its grid (--rates widens it)"
+                f"{owner}: the chosen learning rate, {rate:g}, is the {edge} of its grid (--rates widens it)"
             )
-        return best
+        return rate
 
     def _try(self, method: str, lr: float) -> Rate:
         seed, number = self._study.header.settings["seeds"][0], 1
@@ -429,8 +429,7 @@ class _Curve:
         self.points: list[Curve] = []
         self._model = model
         self._windows = {name: text.validation[: settings.curve_windows] for name, text in texts.items()}
-        parts = settings.curve_points
-        self._steps = {round(part * settings.steps / parts) for part in range(parts + 1)} if parts else set()
+        self._steps = settings.curve_steps
 
     def after(self, step: int) -> None:
         """Measure, if this step is one to measure after."""
@@ -505,7 +504,7 @@ def _open(path: Path, header: Header, watcher: Watcher) -> None:
     header = replace(
         header, **json.loads(json.dumps({name: getattr(header, name) for name in ("settings", "domains", "tasks")}))
     )
-    shared = set(there.settings["methods"]) & set(header.settings["methods"])
+    shared = _owners(there.settings) & _owners(header.settings)
     for what, old, new in (
         ("settings", _fixed(there.settings, shared), _fixed(header.settings, shared)),
         ("model", _model_of(there), _model_of(header)),
@@ -528,9 +527,13 @@ def _open(path: Path, header: Header, watcher: Watcher) -> None:
         records.replace_header(path, grown)
 
 
-def _fixed(settings: Mapping[str, Any], methods: Set[str]) -> dict[str, Any]:
+def _owners(settings: Mapping[str, Any]) -> set[str]:
+    """The methods whose learning rates the methods of these settings take."""
+    return {METHODS[method].rates_of or method for method in settings["methods"]}
+
+
+def _fixed(settings: Mapping[str, Any], owners: Set[str]) -> dict[str, Any]:
     """What may not change: all but which methods, seeds and orders there are, as a stage's numbers do not depend on others."""
-    owners = {METHODS[method].rates_of or method for method in methods}
     rates = {name: grid for name, grid in settings["rates"].items() if name in owners}
     return {name: value for name, value in settings.items() if name not in (*_LISTS, "orders")} | {"rates": rates}
 
@@ -539,10 +542,11 @@ def _grown(there: Header, settings: Mapping[str, Any], orders: list[list[str]]) 
     """The header with the methods, seeds and orders that it lacks behind its own."""
     old = there.settings
     lists = {name: list(dict.fromkeys([*old[name], *settings[name]])) for name in _LISTS}
+    used = {name: grid for name, grid in old["rates"].items() if name in _owners(old)}
     orders = max(there.orders, orders, key=len)
     return replace(
         there,
-        settings=old | lists | {"orders": len(orders), "rates": settings["rates"] | old["rates"]},
+        settings=old | lists | {"orders": len(orders), "rates": old["rates"] | settings["rates"] | used},
         orders=orders,
     )
 

@@ -87,17 +87,20 @@ def _forgotten(some: Sequence[Run], n: int) -> list[str]:
 def _matched(some: Sequence[Run]) -> list[str]:
     every = matched.matches(some)
     behind = [name for name in dict.fromkeys(match.method for match in every) if _unmatched(every, name)]
-    changes = {method: metrics.spread(found.values()) for method, found in matched.change(every, "earlier").items()}
+    changes = {
+        method: metrics.spread(found.values())
+        for method, found in matched.change(matched.common(every), "drift").items()
+    }
     there = {method: found for method, found in changes.items() if found}
     whole = {method: found for method, found in there.items() if method not in behind}
     found = []
     if len(there) > 1:
         found.append(
             _compared(
-                "At matched in-domain perplexity, two methods at a time, on the earlier domains",
+                "Within a stage at matched in-domain perplexity, two methods at a time, to the earlier domains",
                 next(iter(_ranked(whole or there))),
                 list(_ranked(there)),
-                lambda one, other: matched.matches_paired(some, one, other, "earlier"),
+                lambda one, other: matched.matches_paired(some, one, other, "drift"),
             )
         )
     if behind:

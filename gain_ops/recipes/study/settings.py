@@ -36,7 +36,8 @@ class Settings:
         sequence_length: tokens in a window.
         validation_windows: of each domain, what perplexities are of.
         selection_windows: of the first domain, what learning rates are chosen on.
-        curve_points: equal parts of a stage, at whose ends the curve is measured, and before the first; 0 for no curve.
+        curve_points: how often a stage's curve is measured: at its end, its half, its quarter and so on, as most changes at
+            the beginning; and before the first step. 0 for no curve.
         curve_windows: of the validation windows, the first ones: those that the curve is of.
         keep_adapters: one adapter goes on from domain to domain, instead of being absorbed after each.
         tasks: whether multiple-choice accuracy is measured too.
@@ -97,6 +98,15 @@ class Settings:
     def batch_size(self) -> int:
         """Windows in one step."""
         return self.batch_tokens // self.sequence_length
+
+    @property
+    def curve_steps(self) -> set[int]:
+        """The steps after which the curve is measured; 0 is before the first."""
+        return (
+            {0, *(max(1, self.steps >> halvings) for halvings in range(self.curve_points))}
+            if self.curve_points
+            else set()
+        )
 
     @property
     def replayed(self) -> int:

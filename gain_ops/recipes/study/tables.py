@@ -141,25 +141,32 @@ def differences(some: Sequence[Run], measure: Measure, n: int) -> Table:
 
 
 def matched_changes(some: Sequence[Run]) -> Table:
-    """What each method has forgotten where all have learned equally much; no rows where no curve was measured."""
+    """What each method has forgotten where all have learned equally much; no rows where no curve was measured.
+
+    Means are over the stages that all methods could be matched in, or of those that could at all if there is none.
+    """
     every = matched.matches(some)
-    found = {field: change for field in matched.FIELDS if (change := matched.change(every, field))}
+    common = matched.common(every)
+    found = {field: change for field in matched.FIELDS if (change := matched.change(common, field))}
     rows = []
     for method in dict.fromkeys(match.method for match in every):
         own = [match for match in every if match.method == method]
         reached = sum(match.target is not None for match in own)
         cells = [spread_text(metrics.spread(change.get(method, {}).values())) for change in found.values()]
         rows.append([method, f"{reached} of {len(own)}", *cells])
+    stages = len({match.stage for match in common})
     return Table(
-        ["", "stages", *(f"{_MATCHED[field]}, %" for field in found)], rows, caption="At matched in-domain perplexity"
+        ["", "reached", *(f"{_MATCHED[field]}, %" for field in found)],
+        rows,
+        caption=f"At matched in-domain perplexity, in {stages} stages",
     )
 
 
 def matched_differences(some: Sequence[Run]) -> Table:
-    """The earlier domains: the row's perplexity above the column's where these two have learned equally much."""
+    """What a stage does to the earlier domains: the row above the column where these two have learned equally much in it."""
     names = list(dict.fromkeys(run.method for run in some))
-    caption = "Earlier domains at matched in-domain perplexity, row against column, %"
-    return _pairs(names, lambda one, other: matched.matches_paired(some, one, other, "earlier"), caption)
+    caption = "Earlier domains since the stage began, at matched in-domain perplexity, row against column, %"
+    return _pairs(names, lambda one, other: matched.matches_paired(some, one, other, "drift"), caption)
 
 
 def accuracies(study: Study, some: Sequence[Run], n: int) -> Table:

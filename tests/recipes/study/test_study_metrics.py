@@ -80,14 +80,14 @@ def test_spreads_by_hand():
     one = metrics.spread([3.0])
     assert (one.mean, one.deviation, one.count, one.beyond) == (3.0, None, 1, False)
     two = metrics.spread([1.0, 2.0])
-    assert (two.mean, two.low, two.high, two.deviation, two.beyond) == (1.5, 1.0, 2.0, None, True)
-    assert not metrics.spread([1.0, 4.0]).beyond
+    assert (two.mean, two.low, two.high, two.deviation, two.beyond) == (1.5, 1.0, 2.0, None, False)
     three = metrics.spread([1.0, 2.0, 6.0])
     assert three.deviation == pytest.approx(math.sqrt(7))
-    assert three.beyond
-    assert not metrics.spread([0.1, 0.1, 2.0]).beyond  # the mean is closer to zero than they scatter
+    assert not metrics.spread([1.0, 1.0, 1.0]).beyond  # three agree by chance too often
+    assert metrics.spread([1.0, 2.0, 6.0, 7.0]).beyond
+    assert not metrics.spread([0.1, 0.1, 0.1, 2.0]).beyond  # the mean is closer to zero than they scatter
     assert not metrics.spread([-0.1, 9.0, 9.0, 9.0, 9.0]).beyond  # one is on the other side
-    assert metrics.spread([-3.0, -2.0, -4.0]).beyond
+    assert metrics.spread([-3.0, -2.0, -4.0, -3.0]).beyond
 
 
 def test_methods_are_compared_on_the_seeds_and_orders_that_both_have():
@@ -253,3 +253,14 @@ def test_all_matched_methods_are_at_the_target_and_none_after_the_last_step():
         if one.stage == other.stage and None not in (one.target, other.target):
             assert one.target == other.target
     assert all(0 <= match.step <= STEPS[-1] for match in found if match.target is not None)
+
+
+def test_methods_are_compared_on_the_stages_that_all_reach():
+    every = [
+        matched.Match(method, 0, 0, number, target)
+        for method, targets in {"a": (9.0, 9.0, None), "b": (9.0, None, 9.0)}.items()
+        for number, target in enumerate(targets, 1)
+    ]
+    assert [(match.method, match.number) for match in matched.common(every)] == [("a", 1), ("b", 1)]
+    nothing_in_common = [match for match in every if match.number > 1]
+    assert matched.common(nothing_in_common) == nothing_in_common

@@ -176,7 +176,7 @@ def test_the_final_perplexities_stand_beside_the_bases():
 
 
 def test_differences_stand_out_where_they_are_larger_than_the_spread():
-    clear = tables.differences(metrics.runs(make_study(2, 3, 3)), metrics.EARLIER, 3)
+    clear = tables.differences(metrics.runs(make_study(2, 3, 4)), metrics.EARLIER, 3)
     assert isinstance(clear.rows[0][2], tables.Strong)
     assert clear.rows[0][2].startswith("-")
     assert clear.rows[1][1].startswith("+")
@@ -190,13 +190,21 @@ def test_differences_stand_out_where_they_are_larger_than_the_spread():
 
 
 def test_the_answer_ranks_methods_run_by_run():
-    lines = sentences.answer(make_study(3, 3, 3))
+    lines = sentences.answer(make_study(3, 3, 4))
     (earlier,) = [line for line in lines if line.startswith("On the earlier domains")]
     assert re.fullmatch(
         r"On the earlier domains gain-ffn is better than lora \(\+[\d.]+ ± [\d.]+ %\) and full \(\+[\d.]+ ± [\d.]+ %\)\.",
         earlier,
     )
     assert not any("Not finished" in line or "Learning rates" in line for line in lines)
+
+
+def test_the_lowest_rate_is_chosen_of_those_that_one_domain_does_not_tell_apart():
+    assert (
+        chosen_rates.choose({3e-3: 7.511, 1e-2: 7.371, 3e-2: 7.355, 1e-1: 13.99}) == 1e-2
+    )  # 3e-2 is next to diverging
+    assert chosen_rates.choose({1e-2: 7.6, 3e-2: 7.3}) == 3e-2
+    assert chosen_rates.choose({1e-2: 7.3, 3e-2: 7.6}) == 1e-2
 
 
 def test_a_rate_on_the_edge_of_its_grid_is_doubted():

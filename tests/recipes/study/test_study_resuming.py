@@ -189,6 +189,21 @@ def test_methods_seeds_and_orders_may_be_added(small, tmp_path: Path):
         assert sorted(map(repr, there)) == sorted(map(repr, expected))
 
 
+def test_the_rates_of_a_method_that_takes_anothers_are_fixed_too(small, tmp_path: Path):
+    settings = small(tmp_path, methods=("lora-replay",), rates={"lora": (1e-3,)})
+    with pytest.raises(Stopped):
+        study(settings, Watcher(stop_after=1))
+    with pytest.raises(ValueError, match="other settings: rates was"):
+        study(small(tmp_path, methods=("lora",), rates={"lora": (2e-3,)}), Watcher())
+
+
+def test_rates_that_no_method_takes_yet_may_be_others(small, tmp_path: Path):
+    for methods, lora in ((("gain",), 1e-3), (("lora",), 2e-3), (("gain", "lora"), 2e-3)):
+        with pytest.raises(Stopped):
+            study(small(tmp_path, methods=methods, rates={"gain": (1e-2,), "lora": (lora,)}), Watcher(stop_after=1))
+    assert records.read(tmp_path / RESULTS).header.settings["rates"] == {"gain": [1e-2], "lora": [2e-3]}
+
+
 def test_two_at_work_in_one_folder_are_refused(small, tmp_path: Path):
     settings = small(tmp_path / "out", methods=("gain",))
 

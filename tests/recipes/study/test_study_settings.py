@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from gain_ops.recipes.domains import split_domain
+from gain_ops.recipes.study.methods import METHODS
 from gain_ops.recipes.study.settings import Settings
 from gain_ops.recipes.study.texts import draw_orders, find_domains, seed_of, tokenise
 
@@ -60,7 +61,7 @@ def test_settings_that_do_not_fit_are_refused(small: Callable[..., Settings], tm
 
 def test_what_concerns_methods_that_do_not_run_is_not_refused(small: Callable[..., Settings], tmp_path: Path):
     settings = small(tmp_path, methods=("gain", "lora"), replay_share=0.0, dtype="bfloat16")
-    assert settings.grid("lora") == (2e-4, 5e-4, 1e-3, 2e-3)
+    assert settings.grid("lora") == METHODS["lora"].rates
     assert small(tmp_path, rates={"lora": (3e-3, 1e-3)}).grid("lora") == (1e-3, 3e-3)
 
 
