@@ -16,7 +16,7 @@ PYTEST := $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 .PHONY: demo test bench cuda docs lint triton36 clean
 
 demo: $(VENV)/.cli
-	$(VENV)/bin/gain-ops adapt --out demo-out $(ARGS)
+	$(VENV)/bin/gain-ops adapt --out demo-out --force $(ARGS)
 
 test: cuda
 	$(PYTEST) $(ARGS)

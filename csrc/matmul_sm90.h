@@ -245,7 +245,7 @@ struct Kernel {
     if constexpr (!std::is_void_v<typename Visitor::Source>) {
       arguments.epilogue.ptr_C = static_cast<const Element*>(p.c);
     }
-    arguments.scheduler.max_swizzle_size = 8;  // tile rows walked together, so that their W tiles stay in L2
+    arguments.scheduler.max_swizzle_size = choose_swizzle(p.m, p.n, p.multiprocessors, kTile);
     return arguments;
   }
 

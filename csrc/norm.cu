@@ -42,10 +42,12 @@ void norm_rows(const NormRows& problem, cudaStream_t stream) {
 template <class T, int kWidth>
 void norm_backward_rows(const NormBackwardRows& problem, cudaStream_t stream) {
   const unsigned grid = grid_size(NormBackwardBlock<T, kWidth>::blocks(problem), "norm_backward_rows_kernel");
-  const int bytes = static_cast<int>(problem.cols * sizeof(float));
-  // past 48 KiB only for the asking
-  cudaFuncSetAttribute(norm_backward_rows_kernel<T, kWidth>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  norm_backward_rows_kernel<T, kWidth><<<grid, kRowThreads, bytes, stream>>>(problem);
+  constexpr int kMost = kNormColumns * sizeof(float);
+  static_assert(kMost + sizeof(RowSum) <= 99 * 1024, "a block of sm_86, sm_89 and sm_120 has 99 KiB");
+  const auto kernel = norm_backward_rows_kernel<T, kWidth>;
+  // Past 48 KiB only for the asking. Always the most: another thread may launch between this and the launch below.
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMost);
+  kernel<<<grid, kRowThreads, problem.cols * sizeof(float), stream>>>(problem);
   check_launch("norm_backward_rows_kernel");
 }
 

@@ -32,6 +32,20 @@ constexpr TileShape tile_shape(Tile tile) {
 // The tile whose last wave wastes least: waves times a tile's cost, where the small tile pays 8% for its extra traffic.
 Tile choose_tile(int64_t m, int64_t n, int multiprocessors);
 
+// The most tile rows walked together, for W to be read from L2, that cost no wave: CUTLASS pads both counts of tiles to
+// whole walks and runs the padding like any other tile. Of 1, 2, 4, 8; where tiles are few it takes fewer by itself.
+constexpr int choose_swizzle(int64_t m, int64_t n, int multiprocessors, Tile tile) {
+  const TileShape shape = tile_shape(tile);
+  const auto waves = [&](int64_t width) {
+    const int64_t tiles =
+        round_up(ceil_div(m, shape.m), width * shape.cluster_m) * round_up(ceil_div(n, shape.n), width);
+    return ceil_div(tiles, multiprocessors);
+  };
+  int width = 8;
+  while (width > 1 && waves(width) > waves(1)) width /= 2;
+  return width;
+}
+
 // fp32 partial sums of a reduction over rows: row i holds the sums of its chunk of rows.
 struct PartialLayout {
   int64_t rows;   // chunks

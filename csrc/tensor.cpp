@@ -62,10 +62,11 @@ void Arguments::vector(const char* name, const Tensor& t, int64_t size, ScalarTy
 }
 
 void Arguments::tma_rows(const char* name, const Tensor& t) const {
+  const bool apart = t.size(0) <= 1 || t.stride(0) >= t.size(1);
   check(
-      rows_aligned(t), op_, ": ", name, " has strides [", t.stride(0), ", ", t.stride(1), "] and a base at ",
+      rows_aligned(t) && apart, op_, ": ", name, " has strides [", t.stride(0), ", ", t.stride(1), "] and a base at ",
       reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16, " bytes past a multiple of 16",
-      "; the fused GEMM reads rows of unit stride that start at multiples of 16 bytes");
+      "; the fused GEMM reads rows of unit stride that do not overlap and start at multiples of 16 bytes");
 }
 
 ConstMatrix const_matrix(const Tensor& t) { return {t.const_data_ptr(), t.stride(0), t.stride(1)}; }

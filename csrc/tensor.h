@@ -40,7 +40,7 @@ class Arguments {
   void matrix(const char* name, const Tensor& t, int64_t rows, int64_t cols) const;
   // [size] contiguous, in `dtype`, on the first one's device.
   void vector(const char* name, const Tensor& t, int64_t size, ScalarType dtype) const;
-  // Rows of unit stride whose starts and steps are multiples of 16 bytes: what TMA can address.
+  // Rows of unit stride that do not overlap, with starts and steps at multiples of 16 bytes: what TMA can address.
   void tma_rows(const char* name, const Tensor& t) const;
 
   const char* op() const { return op_; }

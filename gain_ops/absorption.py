@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
-from gain_ops.adapt import gained_modules, refuse_base_active, remove
-from gain_ops.linears import is_plain_linear, is_sharded, refuse_fsdp, sizes
+from gain_ops.adapt import gained_modules, refuse_base_active, refuse_outside, refuse_part, remove
+from gain_ops.linears import computes_from_weight, is_sharded, refuse_fsdp, sizes, weight_dim
 from gain_ops.modules import Gained, GainWrapper, own_tensors
 from gain_ops.up_rows import NotGated, up_rows
 
@@ -101,14 +101,17 @@ def absorb(model: nn.Module) -> Absorbed:
         Absorbed: the layers, the largest rounding errors, and how many gains the weights' dtype has lost.
 
     Raises:
-        ValueError: no gains; gains or absorbed weights that are not finite (float16 overflows); a quantised weight that
-            would have to be quantised anew, or another wrapped layer; a weight that something else in the model shares;
-            weights on the meta device or sharded; or named gain sets of which none is active.
+        ValueError: no gains; gains that were applied to a larger model, or that lie outside the part that apply() was called
+            on; gains or absorbed weights that are not finite (float16 overflows); a quantised weight that would have to be
+            quantised anew, or another wrapped layer, as one with forward hooks; a weight that something else in the model
+            shares; weights on the meta device or sharded; or named gain sets of which none is active.
 
     """
     layers = gained_modules(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no gains to absorb")
+    refuse_part(model, "absorb")
+    refuse_outside(model, "absorb")
     refuse_base_active(model, "absorb")
     refuse_fsdp(model, "absorb")
     folds = [_fold(model, name, layer) for name, layer in layers.items()]
@@ -158,6 +161,8 @@ def _fold(model: nn.Module, name: str, layer: Gained) -> _Fold:
     if not isinstance(layer, GainWrapper):
         carrier = Carrier(cast(Tensor, layer.weight), layer.gained_dim)
         fold = _Fold(name, layer, name, layer, layer.delta.detach(), (carrier,))
+    elif computes_from_weight(layer.base):
+        fold = _into_wrapped(name, layer)
     else:
         fold = _into_scales(model, name, layer)
     if any(is_sharded(carrier.tensor) for carrier in fold.carriers):
@@ -175,6 +180,21 @@ def _fold(model: nn.Module, name: str, layer: Gained) -> _Fold:
             f"cannot absorb {name}: its gain is not finite. The training has diverged; load earlier gains."
         )
     return fold
+
+
+def _into_wrapped(name: str, layer: GainWrapper) -> _Fold:
+    """Into the plain weight of a wrapped layer: one that accelerate has hooked, or that holds more than weight and bias."""
+    base = layer.base
+    if base._forward_hooks or base._forward_pre_hooks:
+        raise ValueError(
+            f"cannot absorb {name}: the {type(base).__name__} in it has forward hooks, which may change what the gain "
+            "scales. Remove them first."
+        )
+    return _Fold(name, layer, name, base, layer.delta.detach(), (_weight(base, layer.side),))
+
+
+def _weight(module: nn.Module, side: str) -> Carrier:
+    return Carrier(cast(Tensor, module.weight), weight_dim(module, side))
 
 
 def _into_scales(model: nn.Module, name: str, layer: GainWrapper) -> _Fold:
@@ -201,8 +221,7 @@ def _into_up(model: nn.Module, name: str, layer: Gained) -> _Fold:
     up, into = rows.module, f"{name.rpartition('.')[0]}.{rows.leaf}".lstrip(".")
     if isinstance(up, Gained):
         raise CannotFold(f"{into} has a gain of its own, which does the same: leave one of the two without")
-    plain = is_plain_linear(up)
-    found = Foldable((Carrier(cast(Tensor, up.weight), 0),)) if plain else foldable(up, "output")
+    found = Foldable((_weight(up, "output"),)) if computes_from_weight(up) else foldable(up, "output")
     bias = () if up.bias is None else (Carrier(cast(Tensor, up.bias), 0),)
     delta = rows.padded(layer.delta.detach(), 0.0)
     return _Fold(name, layer, into, up, delta, (*found.carriers, *bias), found.prepare)

@@ -1,5 +1,6 @@
 """Put gains on a model, and take them off again: apply() and remove()."""
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -7,7 +8,7 @@ from torch import Tensor, nn
 
 from gain_ops.architectures import Site, pattern_sites, preset_sites, refuse_bypassed
 from gain_ops.fused_mlp import fuse_all, unfuse
-from gain_ops.linears import refuse_fsdp, refuse_sharded, sizes
+from gain_ops.linears import is_kind, refuse_fsdp, refuse_sharded, sizes
 from gain_ops.modules import Gained, check_options, gain_layer
 
 PRESETS = ("gain", "gain-ffn")
@@ -15,6 +16,11 @@ MEMORIES = ("fast", "lean")
 
 # Components that torch.compile, activation checkpointing and FSDP1 put into module names.
 _WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
+
+# Adapted layers, and the wrapper that trains a copy of a whole module (modules_to_save).
+_PEFT_LAYERS = ("peft.BaseTunerLayer", "peft.AuxiliaryTrainingWrapper")
+
+_SHOWN = 4
 
 _RECORD = "_gain_ops_record"
 _SETS = "_gain_ops_sets"
@@ -91,7 +97,7 @@ def apply(
         memory: "fast" keeps z = x @ W.T for backward at output-side sites. "lean" keeps x at attention output
             projections, where scaled-dot-product attention keeps it anyway, for one more GEMM in the backward, and
             elsewhere the smaller of the two. The input side always keeps x.
-        backend: "auto", "eager" or "triton"; see gain_ops.dispatch.
+        backend: "auto", "triton", "cuda" or "eager"; see gain_ops.dispatch.
         fuse_mlp: run each FFN whose down projection gets a gain as gain_ops.gain_mlp: its hidden activation, with the gain in
             it, is made again in the backward instead of kept, so that a gained FFN keeps less than a frozen one. With
             memory="lean" the gate and up projections are computed again as well, and only the FFN's input is kept. For
@@ -106,14 +112,19 @@ def apply(
 
     Raises:
         ValueError: nothing matched, or nothing matched one of the patterns; the model has gains already; it would
-            ignore a gain at a chosen module; "gain-ffn" on a mixture with fused experts; an FFN that fuse_mlp cannot serve;
-            or an unknown option.
+            ignore a gain at a chosen module; a chosen module is PEFT's, with an adapter in it; "gain-ffn" on a mixture with
+            fused experts; an FFN that fuse_mlp cannot serve; or an unknown option.
+
+    Warns:
+        UserWarning: PEFT adapters were trained, and are frozen now as everything else is.
 
     """
     check_options(side, "auto", backend)
     _check_memory(memory)
-    if mlp_chunk is not None and (not fuse_mlp or mlp_chunk < 1):
-        raise ValueError(f"mlp_chunk={mlp_chunk} is a number of tokens, at least 1, and goes with fuse_mlp=True")
+    if mlp_chunk is not None and not fuse_mlp:
+        raise ValueError(f"mlp_chunk={mlp_chunk} needs fuse_mlp=True")
+    if mlp_chunk is not None and mlp_chunk < 1:
+        raise ValueError(f"mlp_chunk={mlp_chunk} is a number of tokens, at least 1")
     if fuse_mlp and side != "input":
         raise ValueError("fuse_mlp folds the gain into the FFN's activation, so it goes with side='input'")
     refuse_gained(model)
@@ -150,39 +161,46 @@ def remove(model: nn.Module) -> None:
             has been sharded since.
 
     """
-    gained = {id(module): module for module in model.modules() if isinstance(module, Gained)}
-    holders = [module for module in model.modules() if _RECORD in vars(module)]
+    gained = _gained(model)
     if not gained:
         raise ValueError(f"{type(model).__name__} has no gains to remove")
-    if any(module.placed for module in gained.values()) and not holders:
-        raise ValueError("the gains were applied to a larger model: call remove() on that one")
+    refuse_part(model, "remove")
     refuse_fsdp(model, "remove gains")
     unfuse(model)
     _replace(model, {key: module.plain() for key, module in gained.items()})
     for module in model.modules():
         vars(module).pop(_SETS, None)
-    for holder in holders:
+    for holder in _record_holders(model):
         record: _Record = vars(holder).pop(_RECORD)
-        for name, parameter in holder.named_parameters(remove_duplicate=False):
-            parameter.requires_grad_(record.requires_grad.get(name, parameter.requires_grad))
+        _restore_flags(holder, record.requires_grad)
 
 
 def place(
     model: nn.Module, sites: Iterable[tuple[Site, str]], targets: str | tuple[str, ...], memory: str, backend: str
 ) -> Applied:
     """Put gains on (site, side) pairs, in place: what apply() and load_gains() share. The sides must exist."""
-    sites = list(sites)
+    first: dict[int, tuple[Site, str]] = {}
+    for site, side in sites:
+        first.setdefault(id(site.module), (site, side))  # two parts of a model may share a module
+    sites = list(first.values())
     _check_memory(memory)
     refuse_fsdp(model, "put gains on")
     refuse_bypassed(model, (site for site, _ in sites))
     for site, _ in sites:
         refuse_sharded(site.module)
-    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters(remove_duplicate=False)}
+        _refuse_adapted(site)
+    _warn_of_adapters(model)
+    flags = {canonical_name(name): p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
     gains: dict[int, Gained] = {}
-    for site, side in sites:
-        gain = gain_layer(site.module, side=side, save=_save(site, side, memory), backend=backend)
-        gains[id(site.module)] = gain
-        gain.stand_in_for(site.module)
+    try:
+        for site, side in sites:
+            save = _save(site, side, memory)
+            gains[id(site.module)] = gain_layer(site.module, side=side, save=save, backend=backend)
+    except BaseException:
+        _restore_flags(model, flags)  # each layer is frozen as it gets its gain
+        raise
+    for site, _ in sites:
+        gains[id(site.module)].stand_in_for(site.module)
     model.requires_grad_(False)  # before the gains are in it
     _replace(model, gains)
     sides = {side for _, side in sites}
@@ -231,6 +249,24 @@ def refuse_base_active(model: nn.Module, action: str) -> None:
         )
 
 
+def refuse_part(model: nn.Module, action: str) -> None:
+    """Raise ValueError if gains of the model were applied to a larger model: what was there before is known there."""
+    if any(module.placed for module in _gained(model).values()) and not _record_holders(model):
+        raise ValueError(f"the gains were applied to a larger model: call {action}() on that one")
+
+
+def refuse_outside(model: nn.Module, action: str) -> None:
+    """Raise ValueError if the model has gains that gained_modules() does not name."""
+    root = _root(model)
+    outside = _gained(model).keys() - _gained(root).keys()
+    if outside:
+        name = next(canonical_name(name) for name, module in model.named_modules() if id(module) in outside)
+        raise ValueError(
+            f"cannot {action} while {name} has a gain outside the module that apply() was called on, a "
+            f"{type(root).__name__}: {action} that module by itself first"
+        )
+
+
 def applied_record(model: nn.Module) -> Applied | None:
     """What apply() returned for this model, or None for gains put on by hand."""
     holder = record_holder(model)
@@ -258,9 +294,48 @@ def _root(model: nn.Module) -> nn.Module:
     return record_holder(model) or _holder(model, _SETS) or model
 
 
+def _gained(model: nn.Module) -> dict[int, Gained]:
+    """Every layer with a gain, whether named from _root() or not, by id."""
+    return {id(module): module for module in model.modules() if isinstance(module, Gained)}
+
+
+def _record_holders(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if _RECORD in vars(module)]
+
+
 def _holder(model: nn.Module, attribute: str) -> nn.Module | None:
     holders = [module for module in model.modules() if attribute in vars(module)]
     return holders[0] if len(holders) == 1 else None
+
+
+def _restore_flags(model: nn.Module, flags: Mapping[str, bool]) -> None:
+    """Give parameters the requires_grad flags that they had, by their canonical names."""
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        parameter.requires_grad_(flags.get(canonical_name(name), parameter.requires_grad))
+
+
+def _refuse_adapted(site: Site) -> None:
+    """Raise ValueError for a PEFT layer: a gain round it would scale the adapter too, and could not be absorbed."""
+    kind = type(site.module)
+    if any(is_kind(site.module, name) for name in _PEFT_LAYERS):
+        raise ValueError(
+            f"{site.name} is PEFT's {kind.__module__}.{kind.__qualname__}: merge it first (merge_and_unload()), or choose "
+            "other targets"
+        )
+
+
+def _warn_of_adapters(model: nn.Module) -> None:
+    """Warn if PEFT trains parameters of the model: from now on gains alone are trained."""
+    if not any(is_kind(module, name) for module in model.modules() for name in _PEFT_LAYERS):
+        return
+    trained = [canonical_name(name) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if trained:
+        more = f" and {len(trained) - _SHOWN} more" if len(trained) > _SHOWN else ""
+        warnings.warn(
+            f"gains alone are trained from now on, and no longer what PEFT trained: {', '.join(trained[:_SHOWN])}{more}. "
+            "To train both, call requires_grad_(True) on these parameters again.",
+            stacklevel=4,  # who called apply() or load_gains()
+        )
 
 
 def _save(site: Site, side: str, memory: str) -> str:

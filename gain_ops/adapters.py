@@ -22,7 +22,15 @@ import torch
 from torch import Tensor, nn
 
 from gain_ops._version import __version__
-from gain_ops.adapt import Applied, applied_record, canonical_name, gained_modules, place, refuse_base_active
+from gain_ops.adapt import (
+    Applied,
+    applied_record,
+    canonical_name,
+    gained_modules,
+    place,
+    refuse_base_active,
+    refuse_outside,
+)
 from gain_ops.architectures import Site, linear_modules, names_attention_output
 from gain_ops.files import replace_file
 from gain_ops.fingerprints import digest, sample
@@ -69,17 +77,19 @@ def save_gains(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
     Args:
         model: a model with gains, by apply(), load_gains() or by hand.
-        path: the file to write; its folder must exist.
+        path: the file to write; its folder is made.
 
     Raises:
         ValueError: the model has no gains, or a delta that is not finite, on the meta device or partitioned by ZeRO-3;
-            or it has named gain sets, and none of them is active.
+            it has gains outside the module that apply() was called on; or it has named gain sets, and none of them is
+            active.
         OSError: the file cannot be written; under FSDP2 or tensor parallelism on every rank.
 
     """
     layers = gained_modules(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no gains to save: put them on with gain_ops.apply()")
+    refuse_outside(model, "save")
     refuse_base_active(model, "save")
     reshard(model)
     applied = applied_record(model)
@@ -101,7 +111,7 @@ def write_gains(file: GainFile, path: str | os.PathLike[str]) -> None:
 
     Args:
         file: deltas in float32, 1-D and finite, with the side and the fingerprint of each.
-        path: the file to write; its folder must exist.
+        path: the file to write; its folder is made.
 
     """
     header = {
@@ -180,6 +190,10 @@ def read_gains(path: str | os.PathLike[str]) -> GainFile:
     """
     import safetensors
 
+    if os.path.isdir(path):
+        raise GainFileError(
+            f"{path} is a folder: name the gain file in it, such as {os.path.join(path, 'gains.safetensors')}"
+        )
     try:
         with safetensors.safe_open(os.fspath(path), framework="pt") as opened:
             names: list[str] = opened.keys()

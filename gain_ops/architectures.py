@@ -145,7 +145,9 @@ def linear_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
 def candidates(model: nn.Module) -> str:
     """A sentence naming some of the linear modules there are, one of each kind, for an error message."""
     kinds = {re.sub(r"\d+", "*", name): name for name, _ in reversed(linear_modules(model))}
-    names = ", ".join(list(kinds.values())[::-1][:12])
+    names = ", ".join(map(repr, list(kinds.values())[::-1][:12]))
+    if sizes(model) is not None:
+        return "The model is itself the linear map: use gain_ops.GainLinear.from_linear()."
     return f"Linear modules here: {names}." if names else "The model has no linear modules."
 
 

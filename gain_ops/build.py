@@ -83,6 +83,7 @@ class Parameters:
         return [
             *("-std=c++17", "-O3", "-DNDEBUG", "--expt-relaxed-constexpr", "-Xptxas", "-v"),
             *("-Xcompiler", "-fPIC,-fvisibility=hidden"),
+            *("-isystem", str(self.cuda_home / "include")),  # nvcc knows it: so that another toolkit is another command
             *(["-isystem", str(self.cutlass)] if self.cutlass else []),
         ]
 
@@ -236,13 +237,14 @@ def write_ninja(build: Parameters, output: Path, folder: Path) -> Path:
         "ninja_required_version = 1.8",
         f"builddir = {_escape(str(folder))}",
         "rule cxx",
-        f"  command = {launcher} g++ -MMD -MF $out.d {_join(build.cxx_flags())} $flags -c $in -o $out",
+        # -MD and not -MMD: another version of torch or CUTLASS has the same path, and is a system header
+        f"  command = {launcher} g++ -MD -MF $out.d {_join(build.cxx_flags())} $flags -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "  description = g++ $in",
         "rule nvcc",
         # the report of ptxas is kept, and shown when the compile fails
-        f"  command = {launcher} {_escape(build.nvcc)} -MMD -MF $out.d {_join(build.nvcc_flags())} $flags -c $in -o $out "
+        f"  command = {launcher} {_escape(build.nvcc)} -MD -MF $out.d {_join(build.nvcc_flags())} $flags -c $in -o $out "
         "> $out.log 2>&1 || (cat $out.log; exit 1)",
         "  depfile = $out.d",
         "  deps = gcc",

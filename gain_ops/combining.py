@@ -20,7 +20,7 @@ HOWS = ("powers", "mean")
 
 def combine_gains(
     files: Sequence[GainFile | str | os.PathLike[str]],
-    weights: Sequence[float],
+    weights: Sequence[float] | None = None,
     how: str = "powers",
     *,
     check_base: bool = True,
@@ -38,7 +38,7 @@ def combine_gains(
 
     Args:
         files: paths, or what read_gains() gave.
-        weights: one for each file.
+        weights: one for each file, or None for default_weights().
         how: "powers" or "mean".
         check_base: whether files that both have a fingerprint of a layer's frozen weight must have the same. With False
             a layer on which they differ gets none.
@@ -57,6 +57,8 @@ def combine_gains(
     """
     if how not in HOWS:
         raise ValueError(f"how={how!r} is not one of {', '.join(map(repr, HOWS))}")
+    if weights is None:
+        weights = default_weights(len(files), how)
     if not files or len(files) != len(weights):
         raise ValueError(
             f"give at least one file and a weight for each: got {len(files)} files, {len(weights)} weights"
@@ -91,6 +93,11 @@ def combine_gains(
         base_model=_only(file.base_model for file in opened.values()),
         package=__version__,
     )
+
+
+def default_weights(count: int, how: str = "powers") -> list[float]:
+    """Weights for as many files: 1 each for powers, so that all apply, and ``1 / count`` each for the mean."""
+    return [1 / count if how == "mean" else 1.0] * count
 
 
 def merged_sides(files: Mapping[str, GainFile]) -> dict[str, str]:

@@ -130,6 +130,7 @@ def _fuses(a: Tensor, weight: Tensor, out_size: int, *tiles: Tensor) -> bool:
     """Whether a fused GEMM serves these operands and a contiguous result [T, out_size]."""
     return (
         a.dtype in (torch.bfloat16, torch.float16)
+        and a.shape[1] % 8 == 0
         and out_size % 8 == 0
         and _card_fuses(a.device.index)
         and operands.aligned(a, weight, *tiles)

@@ -1,7 +1,7 @@
 """Which backend runs an op, and why.
 
 ``eager``    plain torch (reference.py): every device and dtype, and the only one on a CPU.
-``triton``   the fused kernels: CUDA from sm_80 on and ROCm from gfx90a on, in bf16, fp16 and fp32; on a CPU only by name and
+``triton``   the fused kernels: CUDA from sm_80 on, ROCm on MI200 and later, in bf16, fp16 and fp32; on a CPU only by name and
              under Triton's interpreter (TRITON_INTERPRET=1), to test them.
 ``cuda``     the compiled kernels of csrc/ (cuda.py), where they are built: CUDA from sm_80 on, GEMMs fused on sm_90.
 ``auto``     the first of triton, cuda, eager that can run; a GPU that has to do with eager is told why, once.
@@ -151,7 +151,10 @@ def _device_obstacle(device_type: str, index: int | None) -> str | None:
         return f"the kernels need a GPU and the tensors are on {device_type}"
     if torch.version.hip is not None:
         name = torch.cuda.get_device_properties(index).gcnArchName.split(":")[0]
-        return None if name >= "gfx90a" else f"the kernels need gfx90a or later and this device is {name}"
+        served = name.startswith(("gfx90a", "gfx94", "gfx95"))
+        return (
+            None if served else f"the kernels need an MI200 or later (gfx90a, gfx94x, gfx95x) and this device is {name}"
+        )
     capability = torch.cuda.get_device_capability(index)
     if capability < (8, 0):
         return f"the kernels need compute capability 8.0 and this device has {capability[0]}.{capability[1]}"

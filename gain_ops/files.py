@@ -19,14 +19,24 @@ _BUFFER = 4 << 20
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Call ``write`` with a path beside ``path``, then move what it wrote, once it is on the disk, to ``path``.
 
-    An error in ``write`` leaves an earlier file at ``path`` as it was.
+    The folder of ``path`` is made where there is none, and of a link the file that it leads to is replaced. An error in
+    ``write`` leaves an earlier file at ``path`` as it was.
+
+    Raises:
+        IsADirectoryError: ``path`` is a folder.
+        OSError: it cannot be written.
+
     """
-    beside = path.with_name(f".part-{os.getpid()}-{path.name}")  # the suffix stays: writers choose a format by it
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder: name a file in it")
+    place = path.resolve()
+    place.parent.mkdir(parents=True, exist_ok=True)
+    beside = place.with_name(f".part-{os.getpid()}-{path.name}")  # the suffix stays: writers choose a format by it
     try:
         write(beside)
         with beside.open("rb+") as written:
             os.fsync(written.fileno())
-        beside.replace(path)
+        beside.replace(place)
     finally:
         beside.unlink(missing_ok=True)
 

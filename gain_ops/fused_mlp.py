@@ -85,7 +85,11 @@ _ACTIVATIONS = {
 
 
 class FusedMlp(nn.Module):
-    """Put before the class of an FFN by fuse(): its forward, with the gain of the down projection's input side."""
+    """Put before the class of an FFN by fuse(): its forward, with the gain of the down projection's input side.
+
+    fuse() refuses a down projection with hooks, as it is not called. Hooks that are put there afterwards do not run: they
+    cannot be refused as well, since DeepSpeed puts its own on every module.
+    """
 
     _gain_layout: Layout
     _gain_activation: str
@@ -216,7 +220,8 @@ def _is_readable(module: nn.Module, layout: Layout | None = None) -> bool:
 
 
 def _hooked(module: nn.Module) -> bool:
-    return any(getattr(module, name) for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks"))
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(module, kind) for kind in kinds)
 
 
 def _weight(module: nn.Module) -> Tensor:

@@ -34,7 +34,7 @@ def write_gain_plot(statistics: GainStatistics, path: str | os.PathLike[str], *,
 
     Args:
         statistics: as in draw_gains().
-        path: ends in .png or .svg, which is the format; its folder must exist.
+        path: ends in .png or .svg, which is the format; its folder is made.
         title: as in draw_gains().
 
     Raises:

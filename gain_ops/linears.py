@@ -15,23 +15,41 @@ _CONV1D = "transformers.pytorch_utils.Conv1D"
 
 def sizes(module: nn.Module) -> tuple[int, int] | None:
     """(in_features, out_features) of a linear map, or None for a module that does not say it is one."""
-    if is_conv1d(module):
+    if _is_conv1d_class(module):
         return cast(int, module.nx), cast(int, module.nf)
     n_in, n_out = getattr(module, "in_features", None), getattr(module, "out_features", None)
     return (n_in, n_out) if isinstance(n_in, int) and isinstance(n_out, int) else None
 
 
 def is_plain_linear(module: nn.Module) -> bool:
-    """Whether it is nn.Linear's own map on a floating [out, in] weight that is a plain Parameter."""
-    if not isinstance(module, nn.Linear) or "forward" in vars(module):  # accelerate puts a forward on the instance
-        return False
-    same_map = type(module).forward is nn.Linear.forward or _qualified_name(type(module)) in _SAME_MAP
-    return same_map and has_plain_weight(module)
+    """Whether it is nn.Linear's own map on a floating [out, in] weight that is a plain Parameter, and nothing more."""
+    return "forward" not in vars(module) and _is_linear_class(module) and _is_bare(module) and has_plain_weight(module)
+
+
+def is_plain_conv1d(module: nn.Module) -> bool:
+    """The same of transformers' Conv1D, weight [in, out]."""
+    return is_conv1d(module) and _is_bare(module) and has_plain_weight(module)
 
 
 def is_conv1d(module: nn.Module) -> bool:
     """Whether it is transformers' Conv1D, weight [in, out], itself; asks without importing transformers."""
-    return _qualified_name(type(module)) == _CONV1D and "forward" not in vars(module)
+    return _is_conv1d_class(module) and "forward" not in vars(module)
+
+
+def computes_from_weight(module: nn.Module) -> bool:
+    """Whether the map is that of a plain weight, whatever else the module holds and wherever accelerate keeps it."""
+    known = _is_linear_class(module) or _is_conv1d_class(module)
+    return known and not has_own_forward(module) and has_plain_weight(module)
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether a forward was put on the instance, other than accelerate's, which calls the class's."""
+    return "forward" in vars(module) and "_hf_hook" not in vars(module)
+
+
+def weight_dim(module: nn.Module, side: str) -> int:
+    """The dimension of the stored weight that runs over the features of a side."""
+    return int((side == "output") == _is_conv1d_class(module))
 
 
 def has_plain_weight(module: nn.Module) -> bool:
@@ -44,7 +62,9 @@ def has_plain_weight(module: nn.Module) -> bool:
         return False
     n_in, n_out = sizes(module) or (0, 0)
     # ZeRO-3 holds a parameter partitioned, and its shape in ds_shape.
-    return tuple(getattr(weight, "ds_shape", weight.shape)) == ((n_in, n_out) if is_conv1d(module) else (n_out, n_in))
+    return tuple(getattr(weight, "ds_shape", weight.shape)) == (
+        (n_in, n_out) if _is_conv1d_class(module) else (n_out, n_in)
+    )
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -96,6 +116,21 @@ def is_kind(thing: object, name: str) -> bool:
 def kind_name(kind: type) -> str:
     """``package.Class``, whichever of the package's modules the class is defined in."""
     return f"{kind.__module__.partition('.')[0]}.{kind.__qualname__}"
+
+
+def _is_linear_class(module: nn.Module) -> bool:
+    if not isinstance(module, nn.Linear):
+        return False
+    return type(module).forward is nn.Linear.forward or _qualified_name(type(module)) in _SAME_MAP
+
+
+def _is_conv1d_class(module: nn.Module) -> bool:
+    return _qualified_name(type(module)) == _CONV1D
+
+
+def _is_bare(module: nn.Module) -> bool:
+    """Whether weight and bias are all it holds: a layer that takes those over would lose the rest."""
+    return module._parameters.keys() <= {"weight", "bias"} and not module._buffers and not module._modules
 
 
 def _qualified_name(kind: type) -> str:

@@ -19,7 +19,7 @@ from gain_ops.dispatch import check_name
 from gain_ops.functional import check_side_and_save, gain_linear, gain_scale
 from gain_ops.linears import (
     describe,
-    is_conv1d,
+    is_plain_conv1d,
     is_plain_linear,
     is_sharded,
     quantises_activations,
@@ -111,12 +111,15 @@ class Gained(nn.Module):
         return linear
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        delta = self.delta.detach()
-        grad = None if self.delta.grad is None else self.delta.grad.detach()  # its own handle: a cast swaps grad.data
-        super()._apply(fn, recurse)
-        if self.delta.dtype in (torch.bfloat16, torch.float16):
-            self.delta.data = delta.to(self.delta.device)
-            self.delta.grad = None if grad is None else grad.to(self.delta.device)
+        own = (self.delta, self.delta.grad)
+
+        def keep_wide(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            if result.dtype in (torch.bfloat16, torch.float16) and any(tensor is mine for mine in own):
+                return tensor.detach().to(result.device)
+            return result
+
+        super()._apply(keep_wide, recurse)
         return self
 
 
@@ -131,7 +134,7 @@ class GainLinear(Gained, nn.Linear):
         bias: whether there is a (frozen) bias. The gain does not scale it.
         side: which features the gain scales, "output" or "input".
         save: what is kept for backward, "auto", "output" or "input"; see gain_ops.gain_linear.
-        backend: "auto", "eager" or "triton"; see gain_ops.dispatch.
+        backend: "auto", "triton", "cuda" or "eager"; see gain_ops.dispatch.
         device: where the parameters are made; "meta" works, with to_empty() and reset_parameters() after it.
         dtype: of weight and bias. delta is float32, or float64 beside a float64 weight.
 
@@ -170,14 +173,15 @@ class GainLinear(Gained, nn.Linear):
         Training mode and hooks are kept. A linear on the meta device gives a layer on the meta device.
 
         Raises:
-            TypeError: not nn.Linear's own forward on a floating [out, in] weight; GainWrapper takes those.
+            TypeError: not nn.Linear's own forward on a floating [out, in] weight, or it holds more than weight and bias;
+                GainWrapper takes those.
             ValueError: a weight already sharded, or options that do not exist.
 
         """
         if not is_plain_linear(linear):
             raise TypeError(
-                "from_linear takes nn.Linear's own forward on an ordinary floating [out, in] weight, got "
-                f"{describe(linear)}. Wrap it: gain_ops.modules.GainWrapper."
+                "from_linear takes nn.Linear's own forward on an ordinary floating [out, in] weight and no other tensors, "
+                f"got {describe(linear)}. {_instead(linear)}"
             )
         layer = cls(
             linear.in_features,
@@ -232,7 +236,7 @@ class GainWrapper(Gained):
         in_features: the last size of x.
         out_features: the last size of base(x).
         side: which features the gain scales, "output" or "input".
-        backend: "auto", "eager" or "triton"; see gain_ops.dispatch.
+        backend: "auto", "triton", "cuda" or "eager"; see gain_ops.dispatch.
 
     Shapes: x [..., in_features] -> y [..., out_features] in base's output dtype; delta [out_features] or [in_features].
     Besides what base keeps, backward keeps one activation: base(x) - b on the output side, x on the input side. Round
@@ -337,7 +341,7 @@ def gain_layer(module: nn.Module, *, side: str = "output", save: str = "auto", b
     """
     if is_plain_linear(module):
         return GainLinear.from_linear(cast(nn.Linear, module), side=side, save=save, backend=backend)
-    if is_conv1d(module):
+    if is_plain_conv1d(module):
         from gain_ops.integrations.transformers import GainConv1D  # the module comes from there, so it is installed
 
         return GainConv1D.from_conv1d(module, side=side, save=save, backend=backend)
@@ -345,6 +349,15 @@ def gain_layer(module: nn.Module, *, side: str = "output", save: str = "auto", b
     if features is None:
         raise TypeError(f"{describe(module)} has no in_features and out_features: wrap it by hand in GainWrapper")
     return GainWrapper(module, *features, side=side, backend=backend)
+
+
+def _instead(module: nn.Module) -> str:
+    """What to do with a module that from_linear() does not take."""
+    if isinstance(module, Gained):
+        return "It has a gain already."
+    if is_plain_conv1d(module):
+        return "Take gain_ops.integrations.transformers.GainConv1D.from_conv1d()."
+    return "It is not a linear map." if sizes(module) is None else "Wrap it: gain_ops.modules.GainWrapper."
 
 
 def check_options(side: str, save: str, backend: str) -> None:

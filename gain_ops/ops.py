@@ -1,4 +1,4 @@
-"""The raw ops in torch's dispatcher: schemas, fakes with true strides, CPU and CUDA.
+"""The raw ops in torch's dispatcher: schemas, fakes with true strides, every device.
 
 Each op is one function of reference.py, with the backend's name as its last argument: ``torch.ops.gain_ops.linear`` and so
 on. They know nothing of autograd, which lives in autograd.py: a plain ``define``/``impl`` costs a third of the host time of
@@ -27,8 +27,7 @@ def _register(schema: str) -> Any:
         return getattr(fakes, name)(*tensors)
 
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
-    for key in ("CPU", "CUDA"):
-        _library.impl(name, run, key)
+    _library.impl(name, run, "CompositeExplicitAutograd")  # every device: dispatch.py finds the backend that serves it
     torch.library.register_fake(f"gain_ops::{name}", fake, lib=_library)
     return getattr(torch.ops.gain_ops, name).default
 

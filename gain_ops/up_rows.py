@@ -14,6 +14,7 @@ from typing import cast
 from torch import Tensor, nn
 
 from gain_ops.fused_mlp import FusedMlp, Layout, layout_of
+from gain_ops.linears import has_own_forward
 
 
 class NotGated(ValueError):
@@ -74,6 +75,4 @@ def _uses(model: nn.Module, module: nn.Module) -> list[tuple[nn.Module, str]]:
 def _layout(parent: nn.Module) -> Layout | None:
     if isinstance(parent, FusedMlp):
         return parent._gain_layout
-    if "forward" in vars(parent) and "_hf_hook" not in vars(parent):  # accelerate's calls the class's
-        return None
-    return layout_of(parent)
+    return None if has_own_forward(parent) else layout_of(parent)

@@ -69,7 +69,8 @@ def laid_out(t: Tensor, layout: str) -> Tensor:
     if layout == "transposed":
         return t.t().contiguous().t()
     if layout == "padded":
-        padded = t.new_full((rows, columns + 8), float("nan"))
+        # rows of 16 bytes whatever the columns: what TMA can read of a product's operand but not of its k
+        padded = t.new_full((rows, columns + 8 + -columns % 8), float("nan"))
         padded[:, :columns] = t
         return padded[:, :columns]
     if layout == "every other":

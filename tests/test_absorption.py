@@ -220,6 +220,76 @@ def test_wrapped_layers():
     refused(model, r"cannot absorb 1: it wraps a Packed.*quantised.*check_base=False")
 
 
+class WithMore(nn.Linear):
+    """nn.Linear's own map, with tensors beside weight and bias: it is wrapped, and keeps them."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.scale = nn.Parameter(torch.ones(3))
+        self.register_buffer("mask", torch.ones(2))
+
+
+@pytest.mark.parametrize("side", ["output", "input"])
+def test_a_linear_that_holds_more(side):
+    model = nn.Sequential(nn.Linear(4, 6), WithMore(6, 3))
+    more, keys = model[1], list(model.state_dict())
+    gain_ops.apply(model, [r"\d"], side=side)
+    set_gains(model)
+    x = torch.randn(5, 4)
+    expected = model(x)
+    assert gain_ops.absorb(model).layers == ("0", "1")
+    assert model[1] is more
+    assert list(model.state_dict()) == keys
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_hooks_between_a_weight_and_its_gain():
+    for register in ("register_forward_hook", "register_forward_pre_hook"):
+        model = nn.Sequential(WithMore(4, 4))
+        getattr(model[0], register)(lambda *_: None)
+        gain_ops.apply(model, ["0"])
+        set_gains(model)
+        refused(model, "cannot absorb 0: the WithMore in it has forward hooks.*Remove them first")
+
+
+@pytest.mark.parametrize("make", [llama, gpt2])
+@pytest.mark.parametrize("side", ["output", "input"])
+def test_plain_weights_under_the_hooks_of_a_device_map(make, side):
+    accelerate = pytest.importorskip("accelerate")
+    model = accelerate.dispatch_model(make(), device_map={"": "cpu"}, main_device="cpu", force_hooks=True)
+    before = {name: (id(module), dict(vars(module))) for name, module in model.named_modules()}
+    layers = gain_ops.apply(model, "gain-ffn", side=side).names
+    assert {type(layer) for layer in gained_modules(model).values()} == {GainWrapper}
+    set_gains(model)
+    expected = model(IDS).logits
+    assert gain_ops.absorb(model).layers == layers
+    torch.testing.assert_close(model(IDS).logits, expected)
+    after = {name: (id(module), dict(vars(module))) for name, module in model.named_modules()}
+    assert after == before
+
+
+def test_offloaded_weights():
+    accelerate = pytest.importorskip("accelerate")
+    model = llama()
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    gain_ops.apply(model)
+    with pytest.raises(ValueError, match="its weight is on the meta device"):
+        gain_ops.absorb(model)
+
+
+def test_lora_round_a_layer_with_a_gain_is_merged_after_absorbing():
+    peft = pytest.importorskip("peft")
+    model = llama()
+    gain_ops.apply(model)
+    set_gains(model)
+    config = peft.LoraConfig(target_modules=["o_proj"], r=2, init_lora_weights=False)
+    adapted = peft.get_peft_model(model, config).eval()
+    expected = adapted(IDS).logits
+    assert len(gain_ops.absorb(adapted).layers) == 2
+    torch.testing.assert_close(adapted(IDS).logits, expected)
+    torch.testing.assert_close(adapted.merge_and_unload()(IDS).logits, expected)
+
+
 def test_tied_to_an_embedding():
     model = llama(tie_word_embeddings=True)
     gain_ops.apply(model, ["o_proj", "lm_head"])
@@ -279,6 +349,52 @@ def test_weights_that_are_not_there():
     gain_ops.apply(model, ["0"])
     model[0].weight.data = torch.empty(0)
     refused(model, "GatheredParameters")
+
+
+def test_a_part_of_the_model_that_gains_were_applied_to():
+    model = llama()
+    gain_ops.apply(model, "gain-ffn")
+    set_gains(model)
+    refused(model.model, r"applied to a larger model: call absorb\(\) on that one")
+    refused(model.model.layers[0], "applied to a larger model")
+    gain_ops.absorb(nn.ModuleDict({"outer": model}))
+
+
+class Headed(nn.Module):
+    """A model in another one, with a layer beside it."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = llama(), nn.Linear(50, 5)
+
+    def forward(self, ids):
+        return self.head(self.body(ids).logits)
+
+
+def test_gains_outside_the_part_that_apply_was_called_on():
+    model = Headed().eval()
+    gain_ops.apply(model.body)
+    model.head = GainLinear.from_linear(model.head)
+    set_gains(model)
+    model.head.delta.data.fill_(0.3)
+    expected = model(IDS)
+    refused(
+        model, "head has a gain outside the module that apply.. was called on, a LlamaForCausalLM: absorb that module"
+    )
+    gain_ops.absorb(model.body)
+    assert gain_ops.absorb(model).layers == ("head",)
+    torch.testing.assert_close(model(IDS), expected)
+
+
+def test_two_parts_that_apply_was_called_on():
+    model = nn.ModuleDict({"actor": llama(), "critic": llama()})
+    for part in model.values():
+        gain_ops.apply(part)
+    set_gains(model)
+    expected = [part(IDS).logits for part in model.values()]
+    assert len(gain_ops.absorb(model).layers) == 4
+    for part, logits in zip(model.values(), expected, strict=True):
+        torch.testing.assert_close(part(IDS).logits, logits)
 
 
 def test_nothing_to_absorb():

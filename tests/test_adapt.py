@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 import gain_ops
 from gain_ops.adapt import gained_modules
 from gain_ops.architectures import ARCHITECTURES
-from gain_ops.modules import Gained, GainLinear, GainWrapper
+from gain_ops.modules import Gained, GainLinear, GainWrapper, gain_layer
 
 LAYERS = 2
 
@@ -304,10 +304,17 @@ def test_bad_options_change_nothing(option):
 
 @pytest.mark.parametrize("targets", ["gain", "gain-ffn", ["o_proj"]])
 def test_nothing_to_find(targets):
-    with pytest.raises(ValueError, match="Linear modules here: 0\\."):
+    with pytest.raises(ValueError, match=r"Linear modules here: '0'\."):
         gain_ops.apply(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), targets)
+    with pytest.raises(ValueError, match=r"itself the linear map: use gain_ops.GainLinear.from_linear\(\)"):
+        gain_ops.apply(nn.Linear(4, 4), targets)
     with pytest.raises(ValueError, match="no linear modules"):
         gain_ops.apply(nn.Sequential(nn.LayerNorm(4)), targets)
+
+
+def test_a_chunk_without_fused_ffns_is_told_so():
+    with pytest.raises(ValueError, match="mlp_chunk=5 needs fuse_mlp=True"):
+        gain_ops.apply(build(), "gain-ffn", side="input", mlp_chunk=5)
 
 
 def test_a_second_apply_is_refused():
@@ -475,6 +482,32 @@ def test_a_shared_module_gets_one_gain_under_every_name():
     assert snapshot(model) == before
 
 
+class ActorCritic(nn.Module):
+    """Two models on one backbone: a transformers model each, so that the table finds every projection twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.actor, self.critic = build(), build()
+        self.critic.model = self.actor.model
+
+    def forward(self, ids):
+        return self.actor(ids).logits, self.critic(ids).logits
+
+
+@pytest.mark.parametrize("targets", ["gain", "gain-ffn"])
+def test_two_models_on_one_backbone(targets):
+    model = ActorCritic()
+    before = snapshot(model)
+    applied = gain_ops.apply(model, targets)
+    own = [name.removeprefix("actor.") for name in applied.names]
+    assert own == list(gain_ops.apply(build(), targets).names)
+    assert not any(isinstance(module, GainWrapper) for module in model.modules())
+    sum(y.sum() for y in model(IDS)).backward()
+    assert all(layer.delta.grad.any() for layer in gained_modules(model).values())
+    gain_ops.remove(model)
+    assert snapshot(model) == before
+
+
 def test_tied_weights_stay_tied():
     model = build(tie_word_embeddings=True)
     before = snapshot(model)
@@ -486,6 +519,61 @@ def test_tied_weights_stay_tied():
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
+def _compiled(model):
+    model.model.layers[0] = torch.compile(model.model.layers[0], backend="eager")
+    return model
+
+
+def _checkpointed(model):
+    from torch.distributed.algorithms._checkpoint import checkpoint_wrapper
+
+    block = type(model.model.layers[0])
+    checkpoint_wrapper.apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, block))
+    return model
+
+
+@pytest.mark.parametrize("wrap", [_compiled, _checkpointed])
+@pytest.mark.parametrize("undo", [gain_ops.remove, gain_ops.absorb])
+@pytest.mark.parametrize("early", [False, True])
+def test_flags_come_back_whatever_was_wrapped_meanwhile(wrap, undo, early):
+    model = build()
+    model.model.norm.requires_grad_(False)
+    before = {id(p): p.requires_grad for p in model.parameters()}
+    if early:
+        wrap(model)
+    gain_ops.apply(model, "gain")
+    if not early:
+        wrap(model)
+    undo(model)
+    assert {id(p): p.requires_grad for p in model.parameters()} == before
+
+
+def test_flags_come_back_to_a_compiled_model():
+    model = build()
+    compiled = torch.compile(model, backend="eager")
+    gain_ops.apply(compiled, "gain")
+    gain_ops.remove(compiled)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_an_apply_that_fails_midway_changes_nothing(monkeypatch):
+    model = build()
+    model.model.layers[0].requires_grad_(False)
+    before, made = snapshot(model), []
+
+    def second_fails(module, **options):
+        if made:
+            raise MemoryError
+        made.append(gain_layer(module, **options))
+        return made[0]
+
+    monkeypatch.setattr("gain_ops.adapt.gain_layer", second_fails)
+    with pytest.raises(MemoryError):
+        gain_ops.apply(model, "gain-ffn")
+    assert made
+    assert snapshot(model) == before
+
+
 def test_weights_untied_meanwhile_get_their_flags_back():
     model = build(tie_word_embeddings=True)
     gain_ops.apply(model)
@@ -495,6 +583,31 @@ def test_weights_untied_meanwhile_get_their_flags_back():
 
 
 # linear maps that are not plain
+
+
+class Masked(nn.Linear):
+    """nn.Linear's own map, with tensors beside weight and bias."""
+
+    def __init__(self, n_in, n_out, what):
+        super().__init__(n_in, n_out)
+        if what == "parameter":
+            self.scale = nn.Parameter(torch.ones(3))
+        elif what == "buffer":
+            self.register_buffer("mask", torch.ones(n_in))
+        else:
+            self.observer = nn.BatchNorm1d(n_out)
+
+
+@pytest.mark.parametrize("what", ["parameter", "buffer", "child"])
+def test_a_linear_that_holds_more_keeps_it(what):
+    model = nn.Sequential(Masked(4, 6, what))
+    before, values = snapshot(model), list(model.state_dict().values())
+    gain_ops.apply(model, ["0"])
+    assert len(model.state_dict()) == len(values) + 1
+    model.double()
+    gain_ops.remove(model)
+    assert snapshot(model) == before
+    assert all(value.dtype != torch.float32 for value in model.state_dict().values())
 
 
 class Scaled(nn.Linear):
@@ -520,17 +633,41 @@ def test_other_linear_maps_are_wrapped_and_come_back():
     assert snapshot(model) == before
 
 
-def test_peft_layers_are_wrapped_once():
+def lora(model, targets, **options):
     peft = pytest.importorskip("peft")
-    model = peft.get_peft_model(build(), peft.LoraConfig(target_modules=["o_proj"], r=2)).eval()
+    return peft.get_peft_model(model, peft.LoraConfig(target_modules=targets, r=2, **options)).eval()
+
+
+@pytest.mark.parametrize("targets", ["gain", ["o_proj"], [".*"], ["lm_head"]])
+def test_layers_of_peft_are_refused(targets):
+    model = lora(build(), ["o_proj"], modules_to_save=["lm_head"])
     before = snapshot(model)
-    applied = gain_ops.apply(model, "gain")
-    assert len(applied.names) == LAYERS
-    assert {type(layer) for layer in gained_modules(model).values()} == {GainWrapper}
+    kind = "utils.other.ModulesToSaveWrapper" if targets == ["lm_head"] else "tuners.lora.layer.Linear"
+    with pytest.raises(ValueError, match=rf"is PEFT's peft.{kind}: merge it first"):
+        gain_ops.apply(model, targets)
+    assert snapshot(model) == before
+
+
+def test_adapters_are_frozen_aloud_and_can_be_trained_beside_gains():
+    model = lora(build(), ["q_proj", "v_proj"])
+    before = snapshot(model)
+    adapters = [name for name, p in model.named_parameters() if p.requires_grad]
+    with pytest.warns(UserWarning, match=r"no longer what PEFT trained: \S*q_proj.lora_A\S* .* and 4 more") as caught:
+        gain_ops.apply(model, "gain")
+    assert [warning.filename for warning in caught] == [__file__]
+    for name in adapters:
+        model.get_parameter(name).requires_grad_(True)
     model(IDS, labels=IDS).loss.backward()
+    trained = [name for name, p in model.named_parameters() if p.grad is not None]
+    assert sorted(trained) == sorted([*adapters, *(f"{name}.delta" for name in gained_modules(model))])
     gain_ops.remove(model)
     assert snapshot(model) == before
-    assert len(gain_ops.apply(model, [".*"]).names) == 7 * LAYERS + 1, "none for the linears inside a LoRA layer"
+
+
+def test_a_merged_adapter_is_no_obstacle(recwarn):
+    model = lora(build(), ["o_proj"]).merge_and_unload()
+    assert len(gain_ops.apply(model, "gain").names) == LAYERS
+    assert not [warning for warning in recwarn if "PEFT" in str(warning.message)]
 
 
 # places where a gain would be ignored

@@ -303,6 +303,14 @@ def test_no_such_file(path):
         gain_ops.load_gains(build(), path)
 
 
+def test_a_folder_is_no_gain_file(saved):
+    message = f"{saved.parent} is a folder: name the gain file in it, such as {saved.parent / 'gains.safetensors'}"
+    for opened in (str(saved.parent), saved.parent):
+        with pytest.raises(GainFileError) as error:
+            read_gains(opened)
+        assert str(error.value) == message
+
+
 def test_bad_options_change_nothing(saved):
     model = build()
     before = contents(model)
@@ -355,6 +363,15 @@ def test_nothing_to_save(path):
     ):
         gain_ops.save_gains(partitioned, path)
     assert not path.exists()
+
+
+def test_gains_outside_the_part_that_apply_was_called_on_are_not_left_out(path):
+    model = nn.ModuleDict({"body": gained(), "head": GainLinear(4, 4)})
+    with pytest.raises(ValueError, match="cannot save while head has a gain outside the module that apply"):
+        gain_ops.save_gains(model, path)
+    assert not path.exists()
+    gain_ops.save_gains(model["body"], path)
+    assert len(read_gains(path).deltas) == 4
 
 
 def test_a_quantised_base_is_told_apart(saved):

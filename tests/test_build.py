@@ -1,5 +1,6 @@
 """gain_ops.build and setup.py: what is built, what is left out and what is said of it."""
 
+import dataclasses
 import os
 import shutil
 import subprocess
@@ -125,13 +126,38 @@ def test_a_path_with_spaces_reaches_ninja_whole(tmp_path: Path) -> None:
     assert f"build {tmp_path}/a$ b$$c/out.so: link " in text
 
 
+def test_a_system_header_that_changed_compiles_again(tmp_path: Path) -> None:
+    """Those of torch and CUTLASS are system headers, and another version of them lies at the same path."""
+    whole = host_extension.parameters()
+    csrc, headers = tmp_path / "csrc", tmp_path / "torch" / "include"
+    csrc.mkdir()
+    headers.mkdir(parents=True)
+    (csrc / "plan.cpp").write_text("#include <of_torch.h>\nint answer() { return kAnswer; }\n")
+    (csrc / "rows.cu").write_text("#include <cutlass.h>\nint answer() { return kAnswer; }\n")
+    given = dataclasses.replace(whole, csrc=csrc, torch_home=headers.parent, cutlass=headers, architectures=("80",))
+    objects = [tmp_path / "objects" / name for name in ("csrc_plan.cpp.o", "csrc_rows.cu.o")]
+    before: list[bytes] = []
+    for value in (1, 2):
+        for name in ("of_torch.h", "cutlass.h"):
+            (headers / name).write_text(f"constexpr int kAnswer = {value};\n")
+        build.build(given, tmp_path / "out.so", tmp_path / "objects", *(path.name for path in objects))
+        after = [path.read_bytes() for path in objects]
+        assert not before or all(a != b for a, b in zip(after, before, strict=True))
+        before = after
+
+
+def test_another_toolkit_is_another_command() -> None:
+    whole = host_extension.parameters()
+    other = dataclasses.replace(whole, cuda_home=Path("/opt/other-cuda"))
+    assert whole.nvcc_flags() != other.nvcc_flags()
+    assert whole.cxx_flags() != other.cxx_flags()
+
+
 def test_a_compiler_that_fails_is_reported(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     whole = host_extension.parameters()
     csrc = tmp_path / "csrc"
     shutil.copytree(whole.csrc, csrc)
     (csrc / "plan.cpp").write_text("not C++")
-    import dataclasses
-
     with pytest.raises(build.CannotBuild, match="the compilers failed"):
         build.build(dataclasses.replace(whole, csrc=csrc), tmp_path / "out.so", tmp_path / "objects", "csrc_plan.cpp.o")
     assert "plan.cpp:1:1: error" in capfd.readouterr().err

@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+import gain_ops
+
 _BLOCKED = """
 import sys
 import importlib.abc
@@ -58,6 +60,16 @@ def test_the_command_keeps_off_the_network_unless_told_otherwise():
     )
     assert "offline True" in _python(program, HF_HUB_OFFLINE="").stdout
     assert "offline False" in _python(program, HF_HUB_OFFLINE="0").stdout
+
+
+def test_the_version():
+    done = _python("import sys; sys.argv = ['gain-ops', '--version']; from gain_ops.cli import main; main()")
+    assert (done.returncode, done.stdout) == (0, f"gain_ops {gain_ops.__version__}\n")
+
+
+def test_no_command_gives_the_help():
+    done = _python("import sys; sys.argv = ['gain-ops']; from gain_ops.cli import main; main()")
+    assert "inspect" in done.stdout + done.stderr
 
 
 def test_a_call_that_does_not_parse_ends_with_two_and_no_traceback():

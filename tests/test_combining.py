@@ -79,6 +79,12 @@ def test_mean_is_not_normalised():
     assert combine_gains([gains({"a": [0.5]}), gains({"a": [0.25]})], (2, 2), "mean").deltas["a"].tolist() == [1.5]
 
 
+@pytest.mark.parametrize(("how", "weights"), [("powers", (1, 1, 1)), ("mean", (1 / 3, 1 / 3, 1 / 3))])
+def test_weights_that_are_not_given(how, weights):
+    files = [gains({"a": [0.5, -0.25]}), gains({"a": [0.25, 2.0]}), gains({"a": [3.0, 0.125]})]
+    assert torch.equal(combine_gains(files, how=how).deltas["a"], combine_gains(files, weights, how).deltas["a"])
+
+
 def test_there_and_back():
     values = gains({"a": (torch.rand(500) - 0.5).tolist()})
     assert combine_gains([values, values], (1, -1)).deltas["a"].eq(0).all()

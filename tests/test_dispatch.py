@@ -3,6 +3,7 @@
 import logging
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -103,6 +104,18 @@ def test_the_environment_replaces_auto_and_not_an_explicit_choice(monkeypatch: p
     dispatch._implementation.cache_clear()
     with pytest.raises(ValueError, match="'fastest' is not one of auto, eager, triton, cuda"):
         _call("auto")
+
+
+@pytest.mark.parametrize(
+    ("name", "served"),
+    [("gfx90a", True), ("gfx942", True), ("gfx950", True), ("gfx908", False), ("gfx90c", False), ("gfx1100", False)],
+)
+def test_which_gpus_of_rocm_are_served(monkeypatch: pytest.MonkeyPatch, name: str, served: bool) -> None:
+    properties = SimpleNamespace(gcnArchName=f"{name}:sramecc+:xnack-")
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    said = f"the kernels need an MI200 or later (gfx90a, gfx94x, gfx95x) and this device is {name}"
+    assert dispatch._device_obstacle("cuda", 0) == (None if served else said)
 
 
 def test_explain_has_a_row_an_op() -> None:

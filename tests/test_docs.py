@@ -1,4 +1,4 @@
-"""Every code block of the documentation runs, page by page and top to bottom, as a reader would run it."""
+"""The Python blocks of the documentation and its gain-ops commands run, page by page, as a reader would run them."""
 
 import re
 import shlex

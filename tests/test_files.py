@@ -32,6 +32,38 @@ def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path: Path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_the_folder_of_a_file_is_made(tmp_path: Path):
+    path = tmp_path / "runs" / "one" / "a.json"
+    replace_file(path, lambda beside: beside.write_text("new"))
+    assert path.read_text() == "new"
+
+
+def test_a_folder_is_not_replaced_by_a_file(tmp_path: Path):
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(IsADirectoryError, match="runs is a folder: name a file in it"):
+        replace_file(tmp_path / "runs", lambda beside: pytest.fail("written"))
+    assert list(tmp_path.iterdir()) == [tmp_path / "runs"]
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_stays_and_what_it_leads_to_is_replaced(tmp_path: Path, there: bool):
+    target, link = tmp_path / "store" / "blob", tmp_path / "a.json"
+    link.symlink_to(Path("store") / "blob")
+    if there:
+        target.parent.mkdir()
+        target.write_text("old")
+
+    def write(beside: Path) -> None:
+        assert beside.suffix == ".json"
+        assert beside.parent == target.parent, "a move to another file system would not be at once"
+        beside.write_text("new")
+
+    replace_file(link, write)
+    assert link.is_symlink()
+    assert target.read_text() == "new"
+    assert list(target.parent.iterdir()) == [target]
+
+
 def _no_system_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*arguments: object) -> int:
         raise OSError(errno.EXDEV, "another file system")

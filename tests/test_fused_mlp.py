@@ -137,10 +137,31 @@ def test_refusals() -> None:
     module.up_proj.register_forward_hook(lambda *_: None)
     with pytest.raises(ValueError, match="need plain linear layers"):
         fuse(module, recompute=True, chunk=None)
+
+
+HOOKS = [
+    "register_forward_hook",
+    "register_forward_pre_hook",
+    "register_full_backward_hook",
+    "register_full_backward_pre_hook",
+]
+
+
+@pytest.mark.parametrize("register", HOOKS)
+def test_a_hook_of_any_kind_on_the_down_projection_is_refused(register: str) -> None:
     module = gained("Llama")
-    module.down_proj.register_forward_hook(lambda *_: None)
+    getattr(module.down_proj, register)(lambda *_: None)
     with pytest.raises(ValueError, match="down_proj, which has hooks"):
         fuse(module, recompute=False, chunk=None)
+
+
+@pytest.mark.parametrize("register", HOOKS)
+def test_a_hook_of_any_kind_on_another_projection_runs(register: str) -> None:
+    module, calls = gained("Llama"), []
+    getattr(module.gate_proj, register)(lambda *_: calls.append(1))
+    fuse(module, recompute=False, chunk=None)
+    module(torch.randn(TOKENS, HIDDEN, requires_grad=True)).sum().backward()
+    assert len(calls) == 1
 
 
 def test_compile() -> None:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrize
+from transformers.pytorch_utils import Conv1D
 
 from gain_ops.linears import is_plain_linear
 from gain_ops.modules import GainLinear, GainWrapper, gain_layer
@@ -143,6 +144,23 @@ def test_delta_keeps_its_precision_when_the_model_is_cast(make, dtype):
     assert model(torch.randn(2, 4, dtype=dtype)).dtype == dtype
     assert model.double()[0].delta.dtype == torch.float64
     assert model.float()[0].delta.dtype == torch.float32
+
+
+@pytest.mark.parametrize("switch", ["swap_module_params_on_conversion", "overwrite_module_params_on_conversion"])
+def test_delta_keeps_its_precision_however_torch_converts(switch):
+    layer = _with_delta(GainLinear(4, 3))
+    before = layer.delta.detach().clone()
+    layer.delta.grad = before / 3
+    getattr(torch.__future__, f"set_{switch}")(True)
+    try:
+        layer.to(torch.bfloat16)
+    finally:
+        getattr(torch.__future__, f"set_{switch}")(False)
+    assert layer.weight.dtype == torch.bfloat16
+    assert torch.equal(layer.delta, before)
+    assert torch.equal(layer.delta.grad, before / 3)
+    layer.to("meta", torch.float16).to_empty(device="cpu")
+    assert (layer.delta.dtype, layer.weight.dtype) == (torch.float32, torch.float16)
 
 
 def test_extra_repr():
@@ -307,8 +325,23 @@ def _eight_bit_float():
     return linear
 
 
+def _with_a_buffer():
+    linear = nn.Linear(4, 4)
+    linear.register_buffer("mask", torch.ones(4))
+    return linear
+
+
 @pytest.mark.parametrize(
-    "make", [lambda: Overridden(nn.Linear(4, 4)), _parametrised, _hooked, _packed, _subclassed, _eight_bit_float]
+    "make",
+    [
+        lambda: Overridden(nn.Linear(4, 4)),
+        _parametrised,
+        _with_a_buffer,
+        _hooked,
+        _packed,
+        _subclassed,
+        _eight_bit_float,
+    ],
 )
 def test_what_is_not_a_plain_linear_is_wrapped(make):
     linear = make()
@@ -316,6 +349,20 @@ def test_what_is_not_a_plain_linear_is_wrapped(make):
     assert isinstance(gain_layer(linear), GainWrapper)
     with pytest.raises(TypeError, match="GainWrapper"):
         GainLinear.from_linear(linear)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: GainLinear(4, 4), r"got GainLinear.*It has a gain already\."),
+        (lambda: GainWrapper(nn.Linear(4, 4), 4, 4), r"It has a gain already\."),
+        (lambda: nn.Conv1d(4, 4, 1), r"It is not a linear map\."),
+        (lambda: Conv1D(4, 4), r"Take gain_ops.integrations.transformers.GainConv1D.from_conv1d\(\)\."),
+    ],
+)
+def test_what_from_linear_says_of_others(make, message):
+    with pytest.raises(TypeError, match=message):
+        GainLinear.from_linear(make())
 
 
 def test_what_is_not_linear_is_refused():

@@ -65,6 +65,15 @@ def test_fakes_have_the_strides_and_dtypes_of_the_real_thing(name: str, backend:
         assert (r.shape, r.stride(), r.dtype, r.device) == (f.shape, f.stride(), f.dtype, f.device)
 
 
+@pytest.mark.parametrize("key", ["CPU", "CUDA", "MPS", "XPU", "HPU", "PrivateUse1"])
+def test_there_is_a_kernel_for_every_device_and_none_of_autograd(key: str) -> None:
+    """dispatch.py's eager backend serves devices that no kernel here was written for."""
+    for name in ARGUMENTS:
+        overload = getattr(ops, name)
+        assert torch._C._dispatch_has_computed_kernel_for_dispatch_key(overload.name(), key)
+        assert not torch._C._dispatch_has_kernel_for_dispatch_key(overload.name(), f"Autograd{key}")
+
+
 @pytest.mark.parametrize("name", ARGUMENTS)
 def test_inputs_are_left_alone(name: str) -> None:
     tensors = _tensors(torch.float32, "contiguous")

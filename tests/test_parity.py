@@ -76,6 +76,32 @@ def test_operands_that_the_cuda_backend_fuses(
     compare(host_extension.backend(), call, arguments)
 
 
+@pytest.mark.parametrize("call", ["linear", "linear_z", "backward_recompute", "backward_input"])
+@pytest.mark.parametrize("shape", [(16, 100, 64), (16, 64, 100), (16, 100, 100)])
+@pytest.mark.parametrize("layout", ["contiguous", "padded", "transposed"])
+def test_sums_that_the_fused_gemms_cannot_take(call: str, shape: tuple[int, int, int], layout: str) -> None:
+    """Rows of 16 bytes whose last 16 are not all of the sum's: TMA could read them, but not this k."""
+    arguments = tensors(*shape, torch.float16)
+    for name in ("x", "dy"):
+        arguments[name] = laid_out(arguments[name], "padded")
+    arguments["weight"] = laid_out(arguments["weight"], layout)
+    compare(host_extension.backend(), call, arguments)
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_torchs_default_dtype_changes_nothing(call: str, backend: str) -> None:
+    arguments = tensors(40, 16, 24, torch.float16)
+    expected = run(_module(backend), call, arguments)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        results = run(_module(backend), call, arguments)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert [r.dtype for r in results] == [e.dtype for e in expected]
+    assert all(torch.equal(r, e) for r, e in zip(results, expected, strict=True))
+
+
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize(("backend", "dtype"), BACKEND_DTYPES)
 def test_the_same_bits_on_a_second_run(call: str, backend: str, dtype: torch.dtype) -> None:

@@ -118,6 +118,32 @@ def test_conv1d_from_something_else():
         GainConv1D.from_conv1d(nn.Linear(4, 4))
 
 
+def _eight_bit_float():
+    conv = Conv1D(6, 4)
+    conv.weight = nn.Parameter(conv.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
+    return conv
+
+
+def _with_a_buffer():
+    conv = Conv1D(6, 4)
+    conv.register_buffer("mask", torch.ones(4))
+    return conv
+
+
+@pytest.mark.parametrize("make", [_eight_bit_float, _with_a_buffer])
+def test_conv1d_that_is_not_plain_is_wrapped(make):
+    model = nn.Sequential(Conv1D(4, 4), make())
+    first, keys = model[0].weight, list(model.state_dict())
+    gain_ops.apply(model, [r"\d"])
+    assert [type(layer) for layer in model] == [GainConv1D, GainWrapper]
+    assert (model[1].in_features, model[1].out_features) == (4, 6)
+    with pytest.raises(TypeError, match="GainWrapper"):
+        GainConv1D.from_conv1d(make())
+    gain_ops.remove(model)
+    assert model[0].weight is first
+    assert list(model.state_dict()) == keys
+
+
 # gradients in a model, as plain torch has them
 
 

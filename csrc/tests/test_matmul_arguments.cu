@@ -21,6 +21,7 @@ struct Packed {
   int64_t batch_strides;
   float null_bias = 0, identity = 0;
   int device, multiprocessors;
+  int swizzle;
 };
 
 template <class Element, Epilogue kEpilogue, Tile kTile, bool kBIsKn>
@@ -61,6 +62,7 @@ Packed pack(const Matmul& problem) {
     p.identity = tree.op_1.op_1.reduction_identity;
   }
   p.device = hardware.device_id, p.multiprocessors = hardware.sm_count;
+  p.swizzle = scheduler.max_swizzle_size;
   return p;
 }
 
@@ -169,7 +171,43 @@ TEST_CASE("arguments: every field of every instantiation") {
     CHECK(packed.identity == 0);
     CHECK(packed.device == p.device);
     CHECK(packed.multiprocessors == p.multiprocessors);
+    CHECK(packed.swizzle == choose_swizzle(p.m, p.n, p.multiprocessors, instance.tile));
   }
+}
+
+TEST_CASE("choose_swizzle: CUTLASS's own scheduler adds no wave, and would add one for any wider walk") {
+  using Scheduler = cutlass::gemm::kernel::detail::PersistentTileSchedulerSm90Params;
+  int64_t wrong = 0, narrower = 0;
+  for (Tile tile : {Tile::large_128x256, Tile::small_128x128}) {
+    const TileShape shape = tile_shape(tile);
+    for (int multiprocessors : {78, 114, 132}) {
+      const auto scheduled = [&](int m, int n, int swizzle) {
+        cutlass::KernelHardwareInfo hardware;
+        hardware.sm_count = multiprocessors;
+        Scheduler scheduler;
+        scheduler.initialize(
+            cutlass::gemm::BatchedGemmCoord(m, n, 64, 1),
+            cutlass::gemm::GemmCoord(static_cast<int>(shape.m), static_cast<int>(shape.n), 64),
+            cutlass::gemm::GemmCoord(static_cast<int>(shape.cluster_m), 1, 1), hardware, swizzle,
+            Scheduler::RasterOrderOptions::Heuristic);
+        return scheduler;
+      };
+      const auto waves = [&](const Scheduler& scheduler) {
+        return ceil_div(static_cast<int64_t>(scheduler.blocks_per_problem_), multiprocessors);
+      };
+      for (int m = 1; m <= 8192; m += 127) {
+        for (int n : {8, 640, 1280, 2560, 4096, 5120, 11008, 14336, 28672}) {
+          const int width = choose_swizzle(m, n, multiprocessors, tile);
+          const Scheduler none = scheduled(m, n, 1), chosen = scheduled(m, n, width),
+                          wider = scheduled(m, n, 2 * width);
+          wrong += waves(chosen) != waves(none);
+          narrower += wider.log_swizzle_size_ > chosen.log_swizzle_size_ && waves(wider) == waves(none);
+        }
+      }
+    }
+  }
+  CHECK(wrong == 0);
+  CHECK(narrower == 0);
 }
 
 TEST_CASE("arguments: no bias is a zero bias") {

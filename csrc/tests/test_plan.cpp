@@ -98,6 +98,29 @@ TEST_CASE("choose_tile is a function of its arguments alone") {
   every([&](int tile) { CHECK(tile == first[i++]); });
 }
 
+TEST_CASE("choose_swizzle: the widest walk whose padding costs no wave") {
+  struct Case {
+    int64_t m, n;
+    int multiprocessors;
+    Tile tile;
+    int expected;
+    const char* why;
+  };
+  for (const Case& c : std::vector<Case>{
+           {8192, 8192, 132, Tile::large_128x256, 8, "64 x 32 tiles are whole walks of 8"},
+           {1024, 4096, 132, Tile::large_128x256, 4, "8 x 16: 1 wave, a walk of 8 pads to 16 x 16: 2 waves"},
+           {2304, 14336, 132, Tile::large_128x256, 1, "18 x 56: 8 waves, a walk of 2 pads to 20 x 56: 9 waves"},
+           {768, 5120, 132, Tile::large_128x256, 1, "6 x 20: 1 wave, a walk of 2 pads to 8 x 20: 2 waves"},
+           {2048, 4096, 132, Tile::small_128x128, 8, "16 x 32 tiles are whole walks of 8"},
+           {2176, 1920, 132, Tile::small_128x128, 1, "17 x 15: 2 waves, a walk of 2 pads to 18 x 16: 3 waves"},
+           {1, 8, 132, Tile::small_128x128, 8, "64 tiles with the padding, in 1 wave"},
+       }) {
+    CAPTURE(std::string(c.why));
+    CHECK(choose_swizzle(c.m, c.n, c.multiprocessors, c.tile) == c.expected);
+  }
+  static_assert(choose_swizzle(int64_t{1} << 33, 28672, 132, Tile::large_128x256) == 8);
+}
+
 TEST_CASE("matmul_partials: a row a tile row, whole tiles wide, no more than needed") {
   for (Tile tile : {Tile::large_128x256, Tile::small_128x128}) {
     const TileShape shape = tile_shape(tile);

@@ -63,12 +63,12 @@ def train(settings: Settings, mesh: DeviceMesh, device: torch.device) -> None:
     """Put gains on the model, train them, and leave checkpoints and a gain file in ``out``."""
     if settings.windows % mesh.size():
         raise ValueError(f"windows = {settings.windows} cannot be shared out evenly to {mesh.size()} processes")
+    batches = windows(settings).split(settings.windows)  # first: too little text shows before the weights are read
     model = build(settings, mesh, device)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=settings.lr, weight_decay=0.0)
     out = Path(settings.out)
     first = resume(out, model, optimizer)
     out.mkdir(parents=True, exist_ok=True)
-    batches = windows(settings).split(settings.windows)
     for step in range(first, settings.steps):
         ids = batches[step].chunk(mesh.size())[mesh.get_rank()].to(device)
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss
@@ -89,6 +89,7 @@ def build(settings: Settings, mesh: DeviceMesh, device: torch.device) -> nn.Modu
     with init_empty_weights():  # parameters on the meta device; the rotary tables, which no file has, are computed
         config = AutoConfig.from_pretrained(settings.model)
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, settings.dtype))
+    model.tie_weights()  # the empty parameters are new ones, each its own; a tied model's file has one of the two
     applied = gain_ops.apply(model, settings.targets, memory=settings.memory)
     if settings.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -111,7 +112,11 @@ def windows(settings: Settings) -> Tensor:
     """All windows of the run, int64 [steps * windows, length], the same on any number of processes."""
     tokenizer = AutoTokenizer.from_pretrained(settings.model)
     count = settings.steps * settings.windows
-    stream = token_stream(from_path(Path(settings.data)).train, tokenizer, limit=4 * count * settings.length)
+    needed = count * settings.length
+    # The windows are drawn out of four times their tokens. A token of English is about four bytes; of one that is eight,
+    # sixteen a token are still more than is needed.
+    text = from_path(Path(settings.data), limit=16 * needed)
+    stream = token_stream(text.train, tokenizer, limit=4 * needed)
     found = cut_windows(stream, length=settings.length, count=count, seed=0)
     if len(found) < count:
         raise ValueError(f"{settings.data} has {len(found)} windows of {settings.length} tokens; {count} are needed")
@@ -127,10 +132,12 @@ def state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, objec
 def resume(out: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     """Load the last checkpoint that was finished; the steps that it has behind it."""
     steps = [int(found.parent.name.removeprefix("step-")) for found in out.glob("step-*/.metadata")]
-    if not steps:
+    last = [max(steps, default=0)]
+    dist.broadcast_object_list(last)  # a shared folder may show one machine a file later than another
+    if not last[0]:
         return 0
     loaded = state(model, optimizer)
-    dcp.load(loaded, checkpoint_id=out / f"step-{max(steps)}")
+    dcp.load(loaded, checkpoint_id=out / f"step-{last[0]}")
     set_state_dict(
         model,
         optimizer,
@@ -138,7 +145,7 @@ def resume(out: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int
         optim_state_dict=loaded["optimizer"],
         options=ONLY_GAINS,
     )
-    return max(steps)
+    return last[0]
 
 
 if __name__ == "__main__":

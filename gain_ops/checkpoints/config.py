@@ -1,7 +1,8 @@
 """What a model's config.json says that its tensors do not."""
 
 import json
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,13 @@ from gain_ops.checkpoints.edits import CheckpointError
 # Architectures whose projections of these names are transformers' Conv1D, weight [in, out].
 _CONV1D_TYPES = frozenset(["clvp", "clvp_decoder", "decision_transformer", "gpt2", "imagegpt", "jais", "openai-gpt"])
 _CONV1D_LEAVES = frozenset(("c_attn", "c_fc", "c_proj", "q_attn"))
+
+# Methods of transformers that may keep the weights as they were, to quantise them anew in every forward; and what says so.
+_IN_THE_FORWARD: Mapping[str, tuple[str, object]] = {
+    "bitnet": ("quantization_mode", "online"),
+    "fouroversix": ("keep_master_weights", True),
+    "fp_quant": ("store_master_weights", True),
+}
 
 
 class Config:
@@ -30,11 +38,22 @@ class Config:
         found = (part.get(key) for part in self._parts for key in ("quantization_config", "compression_config"))
         return next((value for value in found if isinstance(value, Mapping)), None)
 
-    def is_conv1d(self, name: str) -> bool:
-        """Whether the layer of this name is a Conv1D. Its shape would not say for a square one.
+    def quantised_by_forward(self, name: str) -> str | None:
+        """The method by which the forward of a layer quantises its plain weight, or None."""
+        config = self.quantization() or {}
+        method = str(config.get("quant_method"))
+        if method not in _IN_THE_FORWARD:
+            return None
+        key, value = _IN_THE_FORWARD[method]
+        kept = config.get("modules_to_not_convert")
+        anew = config.get(key) == value and not _is_among(name, ["lm_head"] if kept is None else kept)
+        return method if anew else None
+
+    def is_conv1d(self, name: str, *, square: bool) -> bool:
+        """Whether the layer of this name is a Conv1D, which the shape of a square weight would not say.
 
         Raises:
-            CheckpointError: it may be one, and there is no config to tell.
+            CheckpointError: it may be one, and nothing tells: no config, or a square weight of a model with its own code.
 
         """
         if name.rpartition(".")[2] not in _CONV1D_LEAVES:
@@ -44,7 +63,15 @@ class Config:
                 f"{name} may be stored as [in, out] (Conv1D) or as [out, in], and there is no {self._path} to tell: "
                 "put the model's config.json there"
             )
-        return any(part.get("model_type") in _CONV1D_TYPES for part in self._parts)
+        if any(part.get("model_type") in _CONV1D_TYPES for part in self._parts):
+            return True
+        if square and any("auto_map" in part for part in self._parts):
+            raise CheckpointError(
+                f"{name} is square, and the model has code of its own (auto_map in {self._path}), so nothing tells whether "
+                "it is stored as [in, out] (Conv1D) or as [out, in]: absorb in memory with gain_ops.absorb(), where the "
+                "layer's class is known"
+            )
+        return False
 
     def may_tie(self, name: str, rows: int | None = None) -> bool:
         """Whether the layer, by its name and how many rows it has, may be an output head on the embedding's weight."""
@@ -69,6 +96,11 @@ def read_object(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds {type(content).__name__}, expected an object: fetch it again")
     return content
+
+
+def _is_among(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a module is one of those named, as transformers takes them: by their start, by their end or as a regex."""
+    return any(name.endswith(key) or re.match(rf"(?:{key})(?:(?<=\.)|(?=\.|$))", name) for key in patterns)
 
 
 def _parts(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:

@@ -247,7 +247,8 @@ def open_gguf(path: Path) -> GGUFCheckpoint:
     import gguf
 
     first = fields[shards[0]]
-    architecture = bytes(first["general.architecture"].parts[-1]).decode() if "general.architecture" in first else ""
+    stored = bytes(first["general.architecture"].parts[-1]) if "general.architecture" in first else b""
+    architecture = stored.decode(errors="replace")
     known = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
     blocks = _number(first, f"{architecture}.block_count", 0)
     if architecture not in known or not blocks:

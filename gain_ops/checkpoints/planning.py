@@ -42,7 +42,7 @@ class Plan:
         files: what is copied, by the name that it gets.
         edits: what is rewritten in the copy, in an order of no meaning.
         changes: the same for people.
-        left_out: files of the base that are not copied.
+        left_out: files of the base that are not copied, and links to folders.
         identity: a hash of all that the result depends on.
 
     """
@@ -161,13 +161,17 @@ def _change(edit: Edit, gains: GainFile, container: Container, names: Mapping[Pa
 
 
 def _left_out(base: Path, files: dict[str, Path]) -> Iterable[str]:
-    """The files of a base folder that are not copied, but hidden ones."""
+    """The files of a base folder that are not copied, and links to folders, which are not followed; but hidden ones."""
     if base.is_dir():
         for path in sorted(base.rglob("*")):
             inside = path.relative_to(base)
             hidden = any(part.startswith((".", "__pycache__")) for part in inside.parts)
-            if path.is_file() and not hidden and str(inside) not in files:
+            if hidden or str(inside) in files:
+                continue
+            if path.is_file():
                 yield str(inside)
+            elif path.is_symlink():
+                yield f"{inside} (a link to a folder)"
 
 
 def _identity(gain: Path, files: dict[str, Path], *, requantize: bool) -> str:

@@ -125,7 +125,13 @@ class SafetensorsCheckpoint:
         """The edits of the layer's own weight."""
         quantization = self._config.quantization()
         if plain.is_plain(layer) or quantization is None:
-            edits = plain.edits(layer, transposed=self._config.is_conv1d(name))
+            if method := self._config.quantised_by_forward(name):
+                raise CheckpointError(
+                    f"{layer.name} is quantised anew by its forward ({method}), which would undo a gain in its weight: keep "
+                    "the gain file, and load it with gain_ops.load_gains()"
+                )
+            square = "weight" in layer.tensors and len(set(layer.tensors["weight"].shape)) == 1
+            edits = plain.edits(layer, transposed=self._config.is_conv1d(name, square=square))
             if self._config.may_tie(name, layer.tensors["weight"].shape[0]):
                 raise CheckpointError(
                     f"{layer.name} may share the embedding's weight, which would change with it: set "

@@ -25,7 +25,7 @@ def save_gains(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
     Args:
         model: a model with gains after deepspeed.initialize(), or the engine that it returned.
-        path: the file to write; its folder must exist.
+        path: the file to write; its folder is made.
 
     Raises:
         ImportError: DeepSpeed is not installed.

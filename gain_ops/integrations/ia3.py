@@ -108,7 +108,7 @@ def from_peft(folder: str | os.PathLike[str], gains: str | os.PathLike[str], mod
 
     Args:
         folder: an adapter that PEFT saved, or to_peft(): on this machine, with an ``adapter_model.safetensors``.
-        gains: the gain file to write; its folder must exist.
+        gains: the gain file to write; its folder is made.
         model: the base model, or one with gains. Its frozen weights give the fingerprints; a model on the meta device
             will do as well, the gain file then has none and fits any weights.
 

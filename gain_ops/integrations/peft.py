@@ -17,7 +17,7 @@ from gain_ops.adapt import MEMORIES
 from gain_ops.architectures import names_attention_output
 from gain_ops.dispatch import check_name
 from gain_ops.functional import gain_linear, gain_scale
-from gain_ops.linears import has_plain_weight, is_conv1d, is_plain_linear
+from gain_ops.linears import is_conv1d, is_plain_conv1d, is_plain_linear
 from gain_ops.reference import accumulation_dtype
 
 try:
@@ -437,7 +437,7 @@ def _save(name: str, layer: IA3Layer, memory: str) -> str:
 def _usable_weight(base: nn.Module) -> Tensor | None:
     """The base layer's weight as [out, in] for gain_linear; None where the layer itself has to be called."""
     hooks = base._forward_pre_hooks or base._forward_hooks or base._backward_pre_hooks or base._backward_hooks
-    if hooks or not (is_plain_linear(base) or (is_conv1d(base) and has_plain_weight(base))):
+    if hooks or not (is_plain_linear(base) or is_plain_conv1d(base)):
         return None
     weight = cast(Tensor, base.weight)
     if weight.requires_grad:

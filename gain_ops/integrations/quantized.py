@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from gain_ops.absorption import Carrier, Foldable
-from gain_ops.linears import describe, is_kind, kind_name
+from gain_ops.linears import describe, has_own_forward, is_kind, kind_name
 
 _PLAIN = "Load the model with plain weights, load_gains() with check_base=False, and absorb there."
 
@@ -81,7 +81,7 @@ def lasting_tensors(module: nn.Module) -> dict[str, Tensor] | None:
 def _finder(base: nn.Module) -> Callable[[Any], Foldable] | None:
     """What finds the scales of a layer whose forward is its package's own; accelerate's hook may be round it."""
     package = type(base).forward.__module__.partition(".")[0]
-    if "forward" in vars(base) and "_hf_hook" not in vars(base):
+    if has_own_forward(base):
         return None
     if package == "bitsandbytes":
         return next((find for kind, find in _LAYERS.items() if is_kind(base, kind)), None)

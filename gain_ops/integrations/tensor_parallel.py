@@ -33,7 +33,9 @@ def place_gains(model: nn.Module) -> None:
         row-parallel weight:      output side replicated     input side sharded
 
     Call it on every rank after parallelize_module() and before fully_shard() and the optimizer: the deltas are new
-    parameters. Weights that are not sharded are passed over.
+    parameters. Weights that are not sharded are passed over, and their deltas stay plain tensors. Where a model has both, give
+    the optimizer two groups of parameters, or ``foreach=False``, and clip each by the norm of both: torch's arithmetic on many
+    tensors at once (``foreach``, ``clip_grad_norm_``) takes no DTensors among plain ones.
 
     Raises:
         ValueError: after fully_shard(); a gain round a sharded linear map that is not a plain one (GainWrapper); or a fused FFN

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from gain_ops.functional import gain_linear
-from gain_ops.linears import describe, has_plain_weight, is_conv1d, sizes
+from gain_ops.linears import describe, has_plain_weight, is_plain_conv1d, sizes
 from gain_ops.modules import Gained, check_options, share_hooks
 
 
@@ -30,7 +30,7 @@ class GainConv1D(Gained, Conv1D):
         nx: number of input features.
         side: which features the gain scales, "output" or "input".
         save: what is kept for backward, "auto", "output" or "input"; see gain_ops.gain_linear.
-        backend: "auto", "eager" or "triton"; see gain_ops.dispatch.
+        backend: "auto", "triton", "cuda" or "eager"; see gain_ops.dispatch.
 
     Shapes: x [..., nx] -> y [..., nf]; weight [nx, nf]; bias [nf]; delta [nf] or [nx], float32 (float64 beside a
     float64 weight). The weight is read through a transposed view, never copied.
@@ -60,13 +60,14 @@ class GainConv1D(Gained, Conv1D):
         """A GainConv1D round conv1d's own weight and bias: the same Parameters, now frozen; nothing is copied.
 
         Raises:
-            TypeError: not transformers' Conv1D, or a weight that is not an ordinary floating [in, out] Parameter.
+            TypeError: not transformers' Conv1D, a weight that is not an ordinary floating [in, out] Parameter, or more in it
+                than weight and bias.
             ValueError: a weight already sharded, or options that do not exist.
 
         """
-        if not (is_conv1d(conv1d) and has_plain_weight(conv1d)):
+        if not is_plain_conv1d(conv1d):
             raise TypeError(
-                f"from_conv1d takes a transformers Conv1D with an ordinary floating [in, out] weight, got "
+                "from_conv1d takes a transformers Conv1D with an ordinary floating [in, out] weight and no other tensors, got "
                 f"{describe(conv1d)}. Wrap it: gain_ops.modules.GainWrapper."
             )
         with torch.device("meta"):  # nothing is allocated

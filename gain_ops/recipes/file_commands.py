@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import takewhile
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich import box
 from rich.markup import escape
 from rich.table import Table
 
 from gain_ops.adapters import GainFile, read_gains, write_gains
 from gain_ops.checkpoints.comparing import Difference, compare
-from gain_ops.combining import combine_gains
+from gain_ops.combining import combine_gains, default_weights
 from gain_ops.gain_plots import write_gain_plot
-from gain_ops.gain_statistics import Distribution, gain_statistics
+from gain_ops.gain_statistics import Distribution, GainStatistics, gain_statistics
 from gain_ops.recipes.console import STDOUT, clear_errors, print_pairs
 from gain_ops.recipes.report import size_text
 
@@ -31,16 +34,7 @@ def inspect(
         if plot is not None:
             write_gain_plot(statistics, plot, title=file.name)
     print_pairs(None, _about(file, found))
-    table = Table()
-    table.add_column("layer", overflow="fold")
-    for column in ("side", "gains", "least", "mean", "largest", "rms from 1", "dead", "negative"):
-        table.add_column(column, justify="right")
-    for layer in statistics.layers:
-        table.add_row(escape(layer.name), layer.side, *_figures(layer.gains))
-    table.add_section()
-    table.add_row("all", "", *_figures(statistics.overall))
-    STDOUT.print(table)
-    STDOUT.print(f"dead: closer to 0 than {statistics.dead_below:g}; negative: below 0", soft_wrap=True)
+    _print_layers(statistics)
     if plot is not None:
         STDOUT.print(f"wrote {escape(str(plot))}", soft_wrap=True)
 
@@ -76,7 +70,7 @@ def merge(
 ) -> None:
     """Combine several gain files into one; a layer that a file lacks has gain 1 in it."""
     with clear_errors():
-        weights = weight or [1 / len(files) if how == "mean" else 1.0] * len(files)
+        weights = weight or default_weights(len(files), how)
         found = combine_gains(files, weights, how, check_base=check_base)
         write_gains(found, out)
     STDOUT.print(
@@ -87,13 +81,45 @@ def merge(
 
 
 def _about(file: Path, found: GainFile) -> dict[str, str]:
+    inside = _common_part(found.deltas)
     return {
         "file": f"{file} ({size_text(file.stat().st_size)})",
         "base model": found.base_model or "unknown",
         "targets": found.targets if isinstance(found.targets, str) else f"{len(found.targets)} layers or patterns",
-        "layers": f"{len(found.deltas)}, of which {sum(map(bool, found.fingerprints.values()))} know their frozen weight",
+        "layers": f"{len(found.deltas)}{f' in {inside}' if inside else ''}, of which "
+        f"{sum(map(bool, found.fingerprints.values()))} know their frozen weight",
+        "side": ", ".join(sorted(set(found.sides.values()))),
         "written by": f"gain_ops {found.package}",
     }
+
+
+def _common_part(names: Iterable[str]) -> str:
+    """The modules that all these layers lie in: "model.layers"; "" where there are none."""
+    above = (name.split(".")[:-1] for name in names)
+    return ".".join(parts[0] for parts in takewhile(lambda parts: len(set(parts)) == 1, zip(*above, strict=False)))
+
+
+def _print_layers(statistics: GainStatistics) -> None:
+    """A table that 80 columns hold, of names as transformers gives them: what all layers share is not in it."""
+    inside = _common_part(layer.name for layer in statistics.layers)
+    mixed = len({layer.side for layer in statistics.layers}) > 1
+    alarming = bool(statistics.overall.dead or statistics.overall.negative)
+    table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
+    table.add_column("layer", overflow="fold")
+    columns = ("gains", "least", "mean", "largest", "rms", *(("dead", "< 0") if alarming else ()))
+    for column in (*(("side",) if mixed else ()), *columns):
+        table.add_column(column, justify="right")
+    for layer in statistics.layers:
+        name = layer.name.removeprefix(f"{inside}.")
+        table.add_row(escape(name), *([layer.side] if mixed else []), *_figures(layer.gains)[: len(columns)])
+    table.add_section()
+    table.add_row("all", *([""] if mixed else []), *_figures(statistics.overall)[: len(columns)])
+    STDOUT.print(table)
+    dead = f"closer to 0 than {statistics.dead_below:g}"
+    STDOUT.print(
+        "rms: of the distances from 1; " + (f"dead: {dead}" if alarming else f"none is {dead} or below 0"),
+        soft_wrap=True,
+    )
 
 
 def _figures(gains: Distribution) -> tuple[str, ...]:

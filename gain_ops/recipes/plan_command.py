@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,7 +29,7 @@ def plan(
         str, typer.Option(help=f"A config.json, the folder of a transformers model, or {', '.join(BUNDLED)}.")
     ],
     gpus: Annotated[int, typer.Option(min=1, help="GPUs in all.")] = 1,
-    memory: Annotated[float, typer.Option(help="GiB of each GPU.")] = 80.0,
+    memory: Annotated[float, typer.Option(help="GiB of each GPU; one sold as 80 GB shows torch some 79.")] = 79.0,
     tokens: Annotated[
         int, typer.Option(min=1, help="Tokens of a step on each GPU (of tensor parallelism: group).")
     ] = 8192,
@@ -52,6 +51,10 @@ def plan(
     with clear_errors():
         if targets not in _FAMILIES:
             raise ValueError(f"targets {targets!r} is unknown: choose {' or '.join(_FAMILIES)}")
+        if not 0 < memory < float("inf"):
+            raise ValueError(f"--memory is {memory:g}: GiB above 0 are needed")
+        if not 0 <= reserve < memory:
+            raise ValueError(f"--reserve is {reserve:g}: GiB from 0 to below --memory, {memory:g}, are needed")
         config = read_config(model)
         length = sequence_length or min(tokens, config.max_position_embeddings)
         job = Job(config, gpus, round(memory * GIB), tokens, length, resolve_dtype(dtype), reserve=round(reserve * GIB))
@@ -62,7 +65,7 @@ def plan(
             replace_file(out, lambda path: path.write_text(_json(model, job, found, best), encoding="utf-8"))
     _print_rows(found if every else _shown(found))
     STDOUT.print(
-        f"of {memory:g} GiB, {reserve:g} are left free; GiB of a GPU; sent: what a GPU sends in a step of {tokens:,} tokens",
+        f"of {memory:g} GiB, {reserve:g} are left free; GiB of a GPU; tokens: of all GPUs in a step; sent: by a GPU in a step",
         soft_wrap=True,
     )
     for line in dict.fromkeys(f"{row.strategy}, {row.method}: {row.obstacle}" for row in found if row.obstacle):
@@ -77,16 +80,25 @@ def launch(row: Row, gpus: int) -> list[str]:
     lines = [METHODS[row.method].line]
     if row.checkpointed:
         lines.append('model.gradient_checkpointing_enable({"use_reentrant": False})')
-    if row.strategy.startswith("TP"):
-        lines += ["parallelize_module(model, mesh, styles)", "place_gains(model)"]
-    if "FSDP" in row.strategy:
-        lines += ["for block in model.model.layers:", "    fully_shard(block)", "fully_shard(model)"]
-    elif row.strategy.startswith("replicated"):
+    over_tensor, over_data = "mesh", ""  # FSDP2 alone takes all processes
+    if row.tensor > 1 and row.sharded > 1:
+        lines.append(f'mesh = init_device_mesh("cuda", ({row.sharded}, {row.tensor}), mesh_dim_names=("dp", "tp"))')
+        over_tensor, over_data = 'mesh["tp"]', ', mesh=mesh["dp"]'
+    elif row.tensor > 1:
+        lines.append(f'mesh = init_device_mesh("cuda", ({row.tensor},))')
+    if row.tensor > 1:
+        lines += [f"parallelize_module(model, {over_tensor}, styles)", "place_gains(model)"]
+    if row.sharded > 1:
+        lines.append("for block in model.model.layers:")
+        lines += [f"    fully_shard(block{over_data})", f"fully_shard(model{over_data})"]
+    elif row.tensor < gpus:
         lines.append("model = DistributedDataParallel(model, gradient_as_bucket_view=True)")
     if gpus == 1:
         return [*lines, "python train.py"]
-    nodes = f"--nnodes {math.ceil(gpus / NODE)} " if gpus > NODE else ""
-    return [*lines, f"torchrun {nodes}--nproc-per-node {min(gpus, NODE)} train.py"]
+    # as many on each machine, and no group of tensor parallelism on two
+    each = max(count for count in range(row.tensor, NODE + 1, row.tensor) if gpus % count == 0)
+    nodes = f"--nnodes {gpus // each} " if gpus > NODE else ""
+    return [*lines, f"torchrun {nodes}--nproc-per-node {each} train.py"]
 
 
 def _shown(found: list[Row]) -> list[Row]:
@@ -103,7 +115,7 @@ def _print_rows(found: list[Row]) -> None:
     table = Table()
     table.add_column("how")
     table.add_column("method")
-    for name in ("blocks", "weights", "gathered", "saved", "transient", "states", "peak", "left", "sent"):
+    for name in ("blocks", "weights", "gathered", "saved", "transient", "states", "peak", "left", "tokens", "sent"):
         table.add_column(name, justify="left" if name == "blocks" else "right")
     last = None
     for row in found:
@@ -112,8 +124,8 @@ def _print_rows(found: list[Row]) -> None:
                 table.add_section()
             parts = (row.weights, row.gathered, row.saved, row.transient, row.states, row.total, row.headroom)
             again = "run again" if row.checkpointed else "once"
-            cells = [row.strategy, row.method, again, *(f"{part / GIB:.1f}" for part in parts), size_text(row.sent)]
-            table.add_row(*map(escape, cells), style=None if row.fits else "dim")
+            figures = [*(f"{part / GIB:.1f}" for part in parts), f"{row.step_tokens:,}", size_text(row.sent)]
+            table.add_row(*map(escape, (row.strategy, row.method, again, *figures)), style=None if row.fits else "dim")
             last = row.strategy
     STDOUT.print(table)
 

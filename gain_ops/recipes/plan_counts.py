@@ -25,18 +25,23 @@ _FEW = 2  # layers: the counts of so many and of one more give those of all
 
 @dataclass(frozen=True)
 class Method:
-    """A way to adapt a model: its name, what puts it on, the line of a script that does, and the package it needs, if any."""
+    """A way to adapt a model: its name, what puts it on, the line of a script that does, and the package it needs, if any.
+
+    fused says whether an FFN runs as one function.
+    """
 
     name: str
     put: Callable[[nn.Module], object]
     line: str
     package: str | None = None
+    fused: bool = False
 
 
 def _gain(name: str, targets: str, **options: Any) -> Method:
     arguments = "".join(f", {key}={value!r}" for key, value in options.items())
     line = f'gain_ops.apply(model, "{targets}"{arguments})'.replace("'", '"')
-    return Method(name, lambda model: gain_ops.apply(model, targets, **options), line)
+    fused = "fuse_mlp" in options
+    return Method(name, lambda model: gain_ops.apply(model, targets, **options), line, fused=fused)
 
 
 def _lora(name: str, *, fp32: bool) -> Method:

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from torch import nn
 
-__all__ = ["BUNDLED", "read_config", "split_config", "split_weights", "with_layers"]
+__all__ = ["BUNDLED", "read_config", "split_config", "split_weights", "summed_weights", "with_layers"]
 
 BUNDLED: dict[str, dict[str, Any]] = {
     "llama-3-8b": {
@@ -109,10 +109,19 @@ def split_config(config: Any, model: nn.Module, ranks: int) -> Any:
 
 def split_weights(model: nn.Module, ranks: int) -> dict[str, int]:
     """By name the bytes of every parameter that one of ``ranks`` ranks holds under transformers' own plan, each once."""
-    plan: dict[str, str] = cast(Any, model)._tp_plan if ranks > 1 else {}
-    split = [pattern for pattern, style in plan.items() if style in _SPLIT_IN_A_BLOCK | _SPLIT_OUTSIDE]
-    divided = {
-        name: any(fnmatch.fnmatch(name.rpartition(".")[0], pattern) for pattern in split)
-        for name, _ in model.named_parameters()
-    }
-    return {name: p.nbytes // ranks if divided[name] else p.nbytes for name, p in model.named_parameters()}
+    divided = _of_style(model, _SPLIT_IN_A_BLOCK | _SPLIT_OUTSIDE)
+    return {name: p.nbytes // ranks if name in divided else p.nbytes for name, p in model.named_parameters()}
+
+
+def summed_weights(model: nn.Module) -> int:
+    """Bytes of the weights that transformers' plan leaves whole on each rank, each with a term of their gradient's sum."""
+    named = _of_style(model, _WHOLE)
+    return sum(parameter.nbytes for name, parameter in model.named_parameters() if name in named)
+
+
+def _of_style(model: nn.Module, styles: set[str]) -> set[str]:
+    """The names of the parameters whose layers have one of these styles in transformers' plan."""
+    plan: dict[str, str] = cast(Any, model)._tp_plan or {}
+    patterns = [pattern for pattern, style in plan.items() if style in styles]
+    names = [name for name, _ in model.named_parameters()]
+    return {name for name in names if any(fnmatch.fnmatch(name.rpartition(".")[0], pattern) for pattern in patterns)}

@@ -16,8 +16,9 @@ what is trained, T the tokens, C the counts of plan_counts (exact for the model 
 The states are the gradients, which DDP holds from the start, and AdamW's two moments. The transient is what is alive beyond the
 saved at the worst moment: of the loss, or of a block that runs again. After the backward AdamW (foreach) makes one tensor
 more for each parameter. FSDP2 has at once a block that is gathered, the buffer of the next and the copy out of it (3 B), for
-what is trained of a block two gradients and two buffers (4 P_B), and the rest of the model throughout (R). Communication of TP
-and what NCCL allocates is not in it.
+what is trained of a block two gradients and two buffers (4 P_B), and the rest of the model throughout (R). At the start, when
+nothing is saved, it has the rest twice, in its buffer and copied out, and the first block's buffer (2 R + B). Communication of
+TP and what NCCL allocates is not in it.
 
 Traffic is what each GPU sends in a step, by rings: an all-gather or a reduce-scatter of x bytes sends (n-1)/n x, an all-reduce
 twice that. With A = T * hidden and V = T * vocabulary numbers:
@@ -26,8 +27,14 @@ twice that. With A = T * hidden and V = T * vocabulary numbers:
 
     replicated       all-reduce of P
     FSDP             all-gather of 2 (W - R) + R, reduce-scatter of P; a frozen weight has no gradient to reduce
-    TP               all-reduce of A: 2 a block forward, 2 backward, 2 again where blocks run again, 2 for embeddings and head;
-                     all-gather of V; all-reduce of P_n
+    TP               all-reduce of A: 2 a block forward, 5 backward, 1 again where blocks run again, 2 for embeddings and head;
+                     all-gather of V; all-reduce of the gradients of which each rank has a term
+
+The all-reduces of A are Llama's: forward one for each row-parallel layer, o_proj and down_proj; backward one for the input of
+each column-parallel layer, q, k, v, gate and up, where a fused FFN has one for the last two. A block that runs again stops
+before its last one, of which nothing is kept; where a norm follows it, as in Gemma 2, it is sent again, which is not counted.
+Gradients that ranks have terms of are those of gains on the output side and of LoRA's B. That of a shard is its rank's own,
+and that of a norm between two layers the same on every rank.
 """
 
 from __future__ import annotations
@@ -35,6 +42,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -44,7 +52,7 @@ from torch import nn
 
 from gain_ops.recipes import meta_models
 from gain_ops.recipes.plan_counts import METHODS, Counts, Method, blocks_alike, count
-from gain_ops.recipes.plan_models import split_config, split_weights
+from gain_ops.recipes.plan_models import split_config, split_weights, summed_weights
 
 __all__ = [
     "GIB",
@@ -121,12 +129,14 @@ class Sizes:
 class Row:
     """One way to train: bytes of one GPU, and what it sends in a step; ``step_tokens`` are those of all GPUs.
 
-    Without counts the figures are 0 and ``obstacle`` says why.
+    tensor and sharded are its Strategy's. Without counts the figures are 0 and ``obstacle`` says why.
     """
 
     strategy: str
     method: str
     checkpointed: bool
+    tensor: int = 1
+    sharded: int = 1
     weights: int = 0
     gathered: int = 0
     saved: int = 0
@@ -183,7 +193,7 @@ def rows(job: Job, methods: Sequence[Method] = tuple(METHODS.values())) -> Itera
     }
     counted: dict[tuple[int, str, bool], Counts | str] = {}
     for share, method, checkpointed in itertools.product(shares, methods, (False, True)):
-        row = Row(share.name, method.name, checkpointed, obstacle=share.obstacle)
+        row = Row(share.name, method.name, checkpointed, share.tensor, share.sharded, obstacle=share.obstacle)
         if share.obstacle is None:
             key = share.tensor, method.name, checkpointed
             if key not in counted:
@@ -192,7 +202,10 @@ def rows(job: Job, methods: Sequence[Method] = tuple(METHODS.values())) -> Itera
             if isinstance(counts, str):
                 row = replace(row, obstacle=counts)
             else:
-                row = _filled(row, job, share, counts, sizes_of(model, share.tensor))
+                # the first strategy splits no layer, and what cannot be counted whole cannot be in parts
+                whole = counted[1, method.name, checkpointed]
+                assert isinstance(whole, Counts)
+                row = _filled(row, job, model, counts, _summed(model, share.tensor, counts, whole))
         yield row
 
 
@@ -224,9 +237,14 @@ def sizes_of(model: nn.Module, tensor: int = 1) -> Sizes:
     return Sizes(weights, weights - sum(blocks), max(blocks), len(blocks))
 
 
-def gathered_at_once(sizes: Sizes, trained: int) -> int:
-    """Bytes that FSDP2 has gathered at once, at most: ``R + 3 B + 4 P_B``."""
-    return sizes.root + 3 * sizes.block + 4 * math.ceil(trained / sizes.layers)
+def gathered_at_once(sizes: Sizes, trained: int, alive: int) -> int:
+    """Bytes that FSDP2 has gathered at once, at most: ``max(R + 3 B + 4 P_B, 2 R + B - alive)``.
+
+    alive is what a pass has beside it at its worst moment, saved and transient: of that there is nothing yet at the start,
+    when the root is gathered.
+    """
+    in_the_blocks = sizes.root + 3 * sizes.block + 4 * math.ceil(trained / sizes.layers)
+    return max(in_the_blocks, 2 * sizes.root + sizes.block - alive)
 
 
 def sharded_traffic(sizes: Sizes, trained: int, ranks: int) -> int:
@@ -252,23 +270,37 @@ def _counts(job: Job, config: Any, method: Method, checkpointed: bool, alike: bo
         return str(error)
 
 
-def _filled(row: Row, job: Job, share: Strategy, counts: Counts, base: Sizes) -> Row:
+def _summed(model: nn.Module, ranks: int, part: Counts, whole: Counts) -> int:
+    """Bytes of gradients that tensor parallelism sums over ranks.
+
+    Of R bytes that every rank has whole and S that are sharded, a part has ``R + S / ranks`` and the whole ``R + S``.
+    """
+    if ranks == 1:
+        return 0
+    if whole.frozen == 0:
+        return summed_weights(model)
+    return (ranks * part.trained - whole.trained) // (ranks - 1)
+
+
+def _filled(row: Row, job: Job, model: nn.Module, counts: Counts, summed: int) -> Row:
+    base = sizes_of(model, row.tensor)
     whole = counts.frozen == 0
     trained = base.weights if whole else counts.trained
     # what a method adds to a model, adapters or gains, is in its blocks
     added = 0 if whole else counts.added
     sizes = replace(base, weights=base.weights + added, block=base.block + math.ceil(added / base.layers))
-    n, ranks = share.sharded, share.tensor
+    n, ranks = row.sharded, row.tensor
     replicas = job.gpus // (n * ranks)
     sent = sharded_traffic(sizes, trained, n) if n > 1 else 2 * _ring(trained, replicas)
     if ranks > 1:
-        sent += _tensor_traffic(job, ranks, base.layers, row.checkpointed) + 2 * _ring(trained, ranks)
+        sent += _tensor_traffic(job, row, base.layers) + 2 * _ring(summed, ranks)
+    alive = max(counts.peak, math.ceil(trained / n))
     row = replace(
         row,
         weights=math.ceil(sizes.weights / n),
-        gathered=gathered_at_once(sizes, trained) if n > 1 else 0,
+        gathered=gathered_at_once(sizes, trained, alive) if n > 1 else 0,
         saved=counts.saved,
-        transient=max(counts.peak, math.ceil(trained / n)) - counts.saved,
+        transient=alive - counts.saved,
         states=3 * math.ceil(trained / n),
         sent=sent,
         step_tokens=job.tokens * n * replicas,
@@ -276,11 +308,12 @@ def _filled(row: Row, job: Job, share: Strategy, counts: Counts, base: Sizes) ->
     return replace(row, headroom=job.memory - job.reserve - row.total)
 
 
-def _tensor_traffic(job: Job, ranks: int, layers: int, checkpointed: bool) -> int:
+def _tensor_traffic(job: Job, row: Row, layers: int) -> int:
     activation = job.tokens * job.config.hidden_size * job.dtype.itemsize
     logits = job.tokens * job.config.vocab_size * job.dtype.itemsize
-    reduced = activation * (layers * (6 if checkpointed else 4) + 2)
-    return 2 * _ring(reduced, ranks) + _ring(logits, ranks)
+    styles = Counter(job.config.base_model_tp_plan.values())  # of the layers of a block
+    sums = styles["rowwise"] + styles["colwise"] - METHODS[row.method].fused + row.checkpointed
+    return 2 * _ring(activation * (layers * sums + 2), row.tensor) + _ring(logits, row.tensor)
 
 
 def _ring(nbytes: int, ranks: int) -> int:

@@ -5,6 +5,7 @@ matmul_reduce.py   a GEMM that writes dz or dx and the partials of ddelta: the b
 fused_backward.py  dx and ddelta from a kept z in one GEMM: measured by benchmarks/, not yet chosen
 activations.py     the gain in an FFN's activation, forward and backward
 norm.py            the gain in an RMSNorm, forward and backward
+norm_wide.py       the same for rows that do not fit the registers
 rows.py            one bandwidth-bound pass: the backward from a kept z, and the scaling of an operand
 partials.py        the second stage of every ddelta, in fixed order
 config.py          launch configurations and their heuristics

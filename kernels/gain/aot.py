@@ -79,6 +79,7 @@ class Compiled:
     registers: int
     spilled_bytes: int
     shared_bytes: int
+    threads: int
     matrix_instructions: int
 
 
@@ -114,7 +115,8 @@ def compile_one(problem: Problem, target: str) -> Compiled:
     compiled = _compile(kernel, arguments, TARGETS[target])
     read = _read_amd if target.startswith("gfx") else _read_nvidia
     registers, spilled, instructions = read(compiled, MATRIX_INSTRUCTIONS[target])
-    return Compiled(problem, target, registers, spilled, compiled.metadata.shared, instructions)
+    threads = compiled.metadata.num_warps * TARGETS[target].warp_size
+    return Compiled(problem, target, registers, spilled, compiled.metadata.shared, threads, instructions)
 
 
 _DTYPES = ("bfloat16", "float16", "float32")
@@ -127,7 +129,8 @@ _GLU_VARIANTS = (
     "glu_backward, gelu",
     "glu_ddelta, silu",
 )
-_NORM_VARIANTS = ("rms_norm", "rms_norm_backward")
+# the widest row that is held in registers, and one that is not
+_NORM_VARIANTS = ("rms_norm, 8192", "rms_norm_backward, 8192", "rms_norm, 16384", "rms_norm_backward, 16384")
 _GEMM_VARIANTS = {
     "linear": ("plain", "plain, W transposed", "bias and z", "bias and z, W transposed"),
     "matmul_reduce": ("c", "acc", "nothing", "c, W transposed", "acc, W transposed", "nothing, W transposed"),
@@ -169,8 +172,11 @@ def _launch(problem: Problem) -> None:
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    delta, bias = torch.empty(n, device="meta"), empty(n)
+    r = torch.empty(m, dtype=torch.float32, device="meta")
+    delta, bias = torch.empty(n, dtype=torch.float32, device="meta"), empty(n)
     variant, _, detail = problem.variant.partition(", ")
+    if problem.kernel == "norm":
+        n = int(detail) if problem.aligned else int(detail) - 1
     weight = empty(k, n).t() if detail == "W transposed" else empty(n, k)
     launchers: dict[str, Callable[[], Any]] = {
         "sum": lambda: partials.sum_partials(empty(m, n)),
@@ -183,7 +189,7 @@ def _launch(problem: Problem) -> None:
         "glu_backward": lambda: activations.glu_backward(empty(m, n), empty(m, n), empty(m, n), delta, detail),
         "glu_ddelta": lambda: activations.glu_ddelta(empty(m, n), empty(m, n), empty(m, n), detail),
         "rms_norm": lambda: norm.rms_norm(empty(m, n), bias, delta, 1e-5),
-        "rms_norm_backward": lambda: norm.rms_norm_backward(empty(m, n), empty(m, n), bias, delta, delta),
+        "rms_norm_backward": lambda: norm.rms_norm_backward(empty(m, n), empty(m, n), bias, delta, r),
         "plain": lambda: linear_forward.launch(empty(m, k), weight, delta, None, empty(m, n), None, problem.config),
         "bias and z": lambda: linear_forward.launch(
             empty(m, k), weight, delta, bias, empty(m, n), empty(m, n), problem.config

@@ -46,10 +46,16 @@ GLU = RowsConfig(block_t=4)  # three tiles at once: at 8 rows Triton 3.6 spills 
 NORM_CHUNK = 16
 """Rows of an RMSNorm that make one row of partials, whatever the device."""
 
+NORM_FEATURES = 8192
+"""The widest row of an RMSNorm that a program holds in registers: twice that spills, and takes more than the 1024 threads
+that a block of 64-wide wavefronts can have."""
+
+NORM_WIDE = RowsConfig(block_t=NORM_CHUNK, block_n=128, num_warps=8, chunk=NORM_CHUNK)
+
 
 def norm_warps(block_n: int) -> int:
-    """Warps for a row of block_n values in registers: some 16 values a thread."""
-    return min(max(block_n // 512, 1), 32)
+    """Warps for a row of block_n values in registers, up to NORM_FEATURES: some 16 values a thread."""
+    return max(block_n // 512, 1)
 
 
 # bf16 and fp16 by TMA: Hopper and data-centre Blackwell

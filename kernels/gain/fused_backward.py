@@ -111,7 +111,8 @@ def backward_dx(dy: Tensor, z: Tensor, weight: Tensor, delta: Tensor | None) -> 
 def launch(dy: Tensor, z: Tensor, weight: Tensor, delta: Tensor | None, dx: Tensor, config: GemmConfig) -> Tensor:
     """Run the kernel and the second stage: -> ddelta [out] fp32, and ``dx`` written. ``config.use_tma`` must be set."""
     operands = gemm_operands(dy, weight.t(), config)
-    partials = torch.empty((triton.cdiv(dy.shape[0], config.block_m), dy.shape[1]), device=dy.device)
+    chunks = triton.cdiv(dy.shape[0], config.block_m)
+    partials = torch.empty((chunks, dy.shape[1]), dtype=torch.float32, device=dy.device)
     unused = ("stride_am", "stride_ak", "stride_bn", "stride_bk", "USE_TMA")
     with on_device_of(dy):
         backward_dx_kernel[gemm_grid(dy, weight.t(), config)](

@@ -1,4 +1,5 @@
-"""The gain in an RMSNorm: one pass forward, one pass backward over [T, n], a row in registers at a time.
+"""The gain in an RMSNorm: one pass forward, one pass backward over [T, n], a row in registers at a time. Rows too wide for
+that are norm_wide.py's.
 
 rms_norm             y = r * x * w * gain, r                 line (11): reads x, writes y
 rms_norm_backward    dx, partials of sum_t dy * n * w        lines (12), (13): reads dy and x, writes dx
@@ -12,12 +13,10 @@ import triton.language as tl
 from torch import Tensor
 
 from gain_ops import reference
+from gain_ops.kernels import norm_wide
 from gain_ops.kernels._common import load_gain, on_device_of, options
-from gain_ops.kernels.config import NORM_CHUNK, norm_warps
+from gain_ops.kernels.config import NORM_CHUNK, NORM_FEATURES, norm_warps
 from gain_ops.kernels.partials import sum_partials
-
-MAX_FEATURES = 1 << 16
-"""The widest row that a program holds; wider ones are left to plain torch."""
 
 
 @triton.jit
@@ -86,8 +85,10 @@ def rms_norm_backward_kernel(
 def rms_norm(x: Tensor, weight: Tensor, delta: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """y [T, n] contiguous and r [T] fp32."""
     t, n = x.shape
-    if n > MAX_FEATURES or n == 0:
+    if n == 0:
         return reference.rms_norm(x, weight, delta, eps)
+    if n > NORM_FEATURES and t:
+        return norm_wide.rms_norm(x, weight, delta, eps)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     r = torch.empty(t, dtype=torch.float32, device=x.device)
     if t:
@@ -111,8 +112,10 @@ def rms_norm(x: Tensor, weight: Tensor, delta: Tensor, eps: float) -> tuple[Tens
 def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, delta: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
     """dx [T, n] contiguous and ddelta [n], in one pass."""
     t, n = x.shape
-    if n > MAX_FEATURES or n == 0:
+    if n == 0:
         return reference.rms_norm_backward(dy, x, weight, delta, r)
+    if n > NORM_FEATURES and t:
+        return norm_wide.rms_norm_backward(dy, x, weight, delta, r)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if t == 0:
         return dx, torch.zeros(n, dtype=torch.float32, device=x.device)

@@ -246,7 +246,7 @@ def tune_layer(
     x, dy = random(tokens, in_features), random(tokens, out_features)
     weight = random(out_features, in_features) / in_features**0.5
     y, z, dz, dx = torch.empty_like(dy), random(tokens, out_features), torch.empty_like(dy), torch.empty_like(x)
-    gain_out, gain_in = torch.zeros(out_features, device=device), torch.zeros(in_features, device=device)
+    gain_out, gain_in = (torch.zeros(n, dtype=torch.float32, device=device) for n in (out_features, in_features))
 
     def forward(config: GemmConfig) -> Tensor:
         linear_forward.launch(x, weight, gain_out, None, y, z, config)

@@ -665,6 +665,17 @@ def test_safetensors_with_a_gguf_beside_them_are_the_checkpoint(small: tuple[Pat
     assert plan(base, gain).left_out == ("model.Q4_0.gguf",)
 
 
+def test_a_link_to_a_folder_is_not_followed_and_is_listed(small: tuple[Path, Path], tmp_path: Path):
+    base, gain = small
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "code.py").touch()
+    (base / "more").symlink_to(tmp_path / "elsewhere")
+    (base / ".hidden").symlink_to(tmp_path / "elsewhere")
+    work = plan(base, gain)
+    assert work.left_out == ("more (a link to a folder)",)
+    assert not any("code.py" in name for name in work.files)
+
+
 def test_what_is_no_gain_file_is_refused(small: tuple[Path, Path], tmp_path: Path):
     base, _ = small
     with pytest.raises(FileNotFoundError, match=r"no gain file at .*none\.safetensors"):

@@ -419,6 +419,7 @@ def test_files_that_cannot_be_read(tmp_path, monkeypatch):
     refused(
         content.replace(b"llama", b"mamma"), r"no language model that the installed gguf knows \(architecture mamma\)"
     )
+    refused(content.replace(b"llama", b"ll\xffma", 1), r"no language model .* \(architecture ll\ufffdma\)")
 
     writer = gguf.GGUFWriter(tmp_path / "big.gguf", "llama", endianess=gguf.GGUFEndian.BIG)
     writer.add_uint32("llama.block_count", 1)

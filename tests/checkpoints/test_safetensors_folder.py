@@ -193,6 +193,21 @@ def test_the_architecture_says_what_is_a_conv1d_also_for_a_square_weight(
     assert torch.equal(rows.view(torch.float32), weight * (gain if conv1d else gain[:, None]))
 
 
+@pytest.mark.parametrize("where", [(), ("text_config",)])
+def test_a_square_weight_that_code_of_its_own_may_use_as_a_conv1d_is_refused(tmp_path: Path, where: tuple[str, ...]):
+    config: dict[str, object] = {"model_type": "btlm", "auto_map": {"AutoModel": "modeling.BTLM"}}
+    for key in where:
+        config = {key: config}
+    square, wide, other = "h.0.attn.c_proj", "h.0.mlp.c_proj", "h.0.attn.o_proj"
+    tensors = {square: torch.ones(5, 5), wide: torch.ones(5, 8), other: torch.ones(5, 5)}
+    folder = save_folder(tmp_path / "m", [{f"{name}.weight": weight for name, weight in tensors.items()}], config)
+    assert len(_edits(folder, {wide: torch.zeros(5), other: torch.zeros(5)})) == 2
+    with pytest.raises(
+        CheckpointError, match=r"attn\.c_proj is square, .*auto_map in .*config\.json.*gain_ops\.absorb"
+    ):
+        _edits(folder, {square: torch.zeros(5)})
+
+
 def test_without_a_config_a_possible_conv1d_is_refused(tmp_path: Path):
     folder = save_folder(tmp_path / "m", [{"h.0.mlp.c_proj.weight": torch.ones(5, 5)}])
     (folder / "config.json").unlink()
@@ -286,6 +301,44 @@ def test_quantised_layers_go_to_their_scheme_and_others_stay_plain(
     tensors_given = ["weight", "weight_scale"]
     fp8 = {"quant_method": "fp8"}
     assert calls == [(fp8, {"format": "pt"}, O_PROJ, "output", tensors_given, [2.0] * 4, requantize)]
+
+
+BITNET = {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "online"}
+
+
+@pytest.mark.parametrize("side", ["output", "input"])
+@pytest.mark.parametrize("requantize", [False, True])
+@pytest.mark.parametrize(
+    ("quantization", "layer", "anew"),
+    [
+        (BITNET, O_PROJ, True),
+        (BITNET | {"modules_to_not_convert": ["lm_head"]}, O_PROJ, True),
+        (BITNET | {"modules_to_not_convert": ["o_proj"]}, O_PROJ, False),
+        (BITNET | {"modules_to_not_convert": ["model.layers.0"]}, O_PROJ, False),
+        (BITNET | {"modules_to_not_convert": ["model.layers.*.self_attn"]}, O_PROJ, False),
+        (BITNET | {"modules_to_not_convert": ["model.layers.0.self"]}, O_PROJ, True),
+        (BITNET, "lm_head", False),
+        (BITNET | {"modules_to_not_convert": None}, "lm_head", False),
+        (BITNET | {"modules_to_not_convert": []}, "lm_head", True),
+        (BITNET | {"modules_to_not_convert": ["o_proj"]}, "lm_head", True),
+        (BITNET | {"quantization_mode": "offline"}, O_PROJ, False),
+        ({"quant_method": "fouroversix", "keep_master_weights": True}, O_PROJ, True),
+        ({"quant_method": "fouroversix", "keep_master_weights": False}, O_PROJ, False),
+        ({"quant_method": "fp_quant", "store_master_weights": True}, O_PROJ, True),
+        ({"quant_method": "fp8"}, O_PROJ, False),
+    ],
+)
+def test_plain_weights_that_the_forward_quantises_are_refused(
+    tmp_path: Path, quantization: dict[str, object], layer: str, anew: bool, side: str, requantize: bool
+):
+    config = {"tie_word_embeddings": False, "quantization_config": quantization}
+    folder = save_folder(tmp_path / "m", [{f"{layer}.weight": torch.ones(4, 4)}], config)
+    if not anew:
+        assert len(_edits(folder, {layer: torch.zeros(4)}, side=side, requantize=requantize)) == 1
+        return
+    why = rf"{layer} is quantised anew by its forward \({quantization['quant_method']}\).*keep the gain file"
+    with pytest.raises(CheckpointError, match=why):
+        _edits(folder, {layer: torch.zeros(4)}, side=side, requantize=requantize)
 
 
 def test_another_base_is_told_by_its_fingerprint(tmp_path: Path):

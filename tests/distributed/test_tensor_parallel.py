@@ -431,3 +431,46 @@ def saved_and_loaded(path: str) -> None:
 
 def test_a_gain_file_of_a_sharded_model(two, tmp_path):
     two(saved_and_loaded, str(tmp_path / "gains.safetensors"))
+
+
+def partly(foreach: bool) -> None:
+    """The attention's layers stay whole; as docs/howto/tensor_parallel.md says."""
+    model = llama(EVERYWHERE)
+    styles = {"mlp.gate_proj": ColwiseParallel(), "mlp.up_proj": ColwiseParallel(), "mlp.down_proj": RowwiseParallel()}
+    for layer in model.model.layers:
+        parallelize_module(layer, init_device_mesh("cpu", (2,)), styles)
+    place_gains(model)
+    trained = list(deltas(model).values())
+    groups = [[p for p in trained if isinstance(p, DTensor) == sharded] for sharded in (True, False)]
+    together = torch.optim.AdamW(trained, lr=1e-2, foreach=foreach)
+    apart = torch.optim.AdamW([{"params": group} for group in groups], lr=1e-2, foreach=foreach)
+
+    alone = llama(EVERYWHERE)
+    expected = torch.optim.AdamW(deltas(alone).values(), lr=1e-2)
+    ids = torch.arange(8)[None]
+    for either in (alone, model):
+        F.cross_entropy(either(ids).logits[0], ids[0]).backward()
+    norm = nn.utils.clip_grad_norm_(deltas(alone).values(), 1e-3)
+    with pytest.raises(RuntimeError, match=r"mixed torch.Tensor and DTensor"):
+        nn.utils.clip_grad_norm_(trained, 1e-3)
+    sharded, whole = (nn.utils.get_total_norm([p.grad for p in group]) for group in groups)
+    both = torch.stack([sharded.full_tensor(), whole]).norm()
+    for group in groups:
+        nn.utils.clip_grads_with_norm_(group, 1e-3, both)
+    gradients = {name: full(delta.grad) for name, delta in deltas(model).items()}
+    assert_equal(
+        {"norm": both, **gradients}, {"norm": norm, **{name: delta.grad for name, delta in deltas(alone).items()}}
+    )
+    expected.step()
+    if foreach:
+        with pytest.raises(RuntimeError, match=r"mixed torch.Tensor and DTensor"):
+            together.step()
+        apart.step()
+    else:
+        together.step()
+    assert_equal({name: full(delta) for name, delta in deltas(model).items()}, deltas(alone))
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+def test_layers_that_stay_whole_are_clipped_and_stepped_in_a_group_of_their_own(two, foreach):
+    two(partly, foreach)

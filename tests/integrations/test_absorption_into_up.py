@@ -336,6 +336,18 @@ def test_the_hooks_of_accelerate_call_what_the_class_says():
     torch.testing.assert_close(logits(model), expected)
 
 
+def test_a_plain_up_projection_under_the_hooks_of_accelerate():
+    hooks = pytest.importorskip("accelerate.hooks")
+    model = make_model("llama with biases")
+    quantise(model, "int8-row", "down_proj")
+    for layer in model.model.layers:
+        hooks.add_hook_to_module(layer.mlp.up_proj, hooks.ModelHook())
+    gain_down(model)
+    expected = logits(model)
+    assert gain_ops.absorb(model).layers == tuple(f"model.layers.{i}.mlp.up_proj" for i in range(2))
+    torch.testing.assert_close(logits(model), expected)
+
+
 def test_up_of_a_format_that_is_not_known():
     model = gained_llama()
     model.model.layers[1].mlp.up_proj = TRAINABLE["gguf-q8_0"](nn.Linear(64, FFN, bias=False))

@@ -56,6 +56,13 @@ def test_shared_memory_fits(target: str, compiled: dict[str, list[dict[str, Any]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
+def test_no_block_has_more_than_1024_threads(target: str, compiled: dict[str, list[dict[str, Any]]]) -> None:
+    too_many = {_name(k): k["threads"] for k in compiled[target] if k["threads"] > 1024}
+    assert not too_many
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
 def test_nothing_spills(target: str, compiled: dict[str, list[dict[str, Any]]]) -> None:
     # off sm_90 the compiler may cap registers for a second block a multiprocessor, at the price of a few words
     allowed = 0 if target == "sm_90" else 32

@@ -57,6 +57,18 @@ def test_empty(shape: tuple[int, int, int]) -> None:
     _compare(t, t["weight"])
 
 
+def test_the_sums_are_fp32_whatever_torchs_default_is() -> None:
+    t = tensors(64, 48, 32, torch.float16)
+    expected = fused_backward.backward_dx(t["dy"], t["z"], t["weight"], t["delta_out"])
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        results = fused_backward.backward_dx(t["dy"], t["z"], t["weight"], t["delta_out"])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert results[1].dtype == torch.float32
+    assert all(torch.equal(r, e) for r, e in zip(results, expected, strict=True))
+
+
 @pytest.mark.parametrize("layout", ["padded", "every other", "expanded"])
 def test_layouts_of_dy_and_z(layout: str) -> None:
     t = tensors(40, 48, 64, torch.float32)

@@ -142,13 +142,21 @@ def test_dropout_follows_the_seed(tiny_model: Path, code_folder: Path, tmp_path:
     assert losses[0] != losses[2]
 
 
-def test_an_earlier_result_is_replaced_and_other_files_stay(tiny_model: Path, code_folder: Path, tmp_path: Path):
+def test_an_earlier_result_is_replaced_if_asked_and_other_files_stay(
+    tiny_model: Path, code_folder: Path, tmp_path: Path
+):
     out = tmp_path / "out"
     for steps in (1, 2):
-        assert _adapt(tiny_model, code_folder, out, "--steps", steps).exit_code == 0
+        assert _adapt(tiny_model, code_folder, out, "--steps", steps, "--force").exit_code == 0
         (out / "notes.txt").write_text("mine")
     assert len(json.loads((out / "report.json").read_text())["training"]["losses"]) == 2
     assert (out / "notes.txt").read_text() == "mine"
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    line = _one_line(_adapt(tiny_model, code_folder, out, "--steps", 3))
+    assert (
+        "holds the gains.safetensors of an earlier run: name another folder (--out), or replace it with --force" in line
+    )
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
 def test_without_peft_the_report_says_so_by_name(
@@ -232,9 +240,9 @@ def test_an_interrupted_run_leaves_no_table_of_an_earlier_one_and_a_later_run_ma
     assert _adapt(*call).exit_code == 0
     with pytest.MonkeyPatch.context() as patch:
         _Interrupt(patch, at_step=1)
-        assert _adapt(*call).exit_code == 130
+        assert _adapt(*call, "--force").exit_code == 130
     assert sorted(path.name for path in call[2].iterdir()) == ["gains.safetensors", "report.json"]
-    assert _adapt(*call).exit_code == 0
+    assert _adapt(*call, "--force").exit_code == 0
     assert (call[2] / "plot.png").exists()
 
 
@@ -245,7 +253,7 @@ def test_a_second_ctrl_c_aborts_and_leaves_the_earlier_result(
     assert _adapt(tiny_model, code_folder, out, "--steps", 1).exit_code == 0
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     _Interrupt(monkeypatch, at_step=2, signals=2)
-    result = _adapt(tiny_model, code_folder, out, "--steps", 5)
+    result = _adapt(tiny_model, code_folder, out, "--steps", 5, "--force")
     assert result.exit_code == 130
     assert "Nothing was written." in result.output
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
@@ -304,6 +312,14 @@ def _one_line(result: Result) -> str:
 def test_adapt_says_what_does_not_fit(tiny_model: Path, code_folder: Path, tmp_path: Path, options, message):
     assert message in _one_line(_adapt(tiny_model, code_folder, tmp_path / "out", "--steps", 1, *options))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("options", [("--targets", "no_such_layer"), ("--side", "left"), ("--memory", "none")])
+def test_what_apply_refuses_is_said_before_anything_is_measured(
+    tiny_model: Path, code_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, str]
+):
+    monkeypatch.setattr("gain_ops.recipes.adaptation.perplexity", lambda *arguments: pytest.fail("measured"))
+    assert options[1] in _one_line(_adapt(tiny_model, code_folder, tmp_path / "out", *options))
 
 
 def test_too_little_text_says_how_many_tokens_came_and_are_needed(tiny_model: Path, tmp_path: Path):

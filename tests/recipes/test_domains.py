@@ -139,11 +139,12 @@ def test_a_byte_order_mark_is_not_text(tmp_path: Path):
     assert from_path(tmp_path / "bom.txt").train[0].startswith("hello")
 
 
-def test_a_long_file_is_read_to_the_limit_and_not_inside_a_character(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(domains, "_MAX_BYTES", 101)
+@pytest.mark.parametrize("name", ["", "long.txt"])
+def test_a_long_file_is_read_to_the_limit_and_not_inside_a_character(tmp_path: Path, name: str):
     (tmp_path / "long.txt").write_text("é" * 1000, encoding="utf-8")
-    domain = from_path(tmp_path)
-    assert "".join(domain.train + domain.validation) == "é" * 50
+    for limit, read in ((101, 50), (10**9, 1000)):
+        domain = from_path(tmp_path / name, limit=limit)
+        assert "".join(domain.train + domain.validation) == "é" * read
 
 
 @pytest.mark.parametrize(

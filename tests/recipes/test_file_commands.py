@@ -1,6 +1,5 @@
 """gain-ops inspect, diff and merge, as a user calls them."""
 
-import re
 import subprocess
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import torch
 from typer.testing import CliRunner, Result
 
 import gain_ops
-from gain_ops.adapters import read_gains
+from gain_ops.adapters import GainFile, read_gains
 from gain_ops.checkpoints.comparing import compare
 from gain_ops.recipes import console
 from gain_ops.recipes.commands import app
@@ -50,11 +49,11 @@ class TestInspect:
         gain_ops.write_gains(file, gains)
         done = call("inspect", gains, "--plot", tmp_path / "gains.png")
         assert done.exit_code == 0, done.output
-        line = next(line for line in done.output.splitlines() if "layers.0.self_attn.o_proj" in line)
-        cells = [cell.strip() for cell in re.split("[│┃]", line)[1:-1]]
-        assert cells[1:4] == ["output", "64", "-0.5000"]
-        assert cells[5] == "1.7500"
+        cells = next(line for line in done.output.splitlines() if "0.self_attn.o_proj" in line).split()
+        assert cells[:3] == ["0.self_attn.o_proj", "64", "-0.5000"]
+        assert cells[4] == "1.7500"
         assert cells[-2:] == ["1", "1"], "one dead, one negative"
+        assert "4 in model.layers, of which 4 know" in done.output
         assert "tiny-llama" in done.output
         assert "gain-ffn" in done.output
         assert (tmp_path / "gains.png").read_bytes().startswith(b"\x89PNG")
@@ -66,6 +65,34 @@ class TestInspect:
         assert done.exit_code == 2
         assert "not a whole safetensors file" in done.output
         assert not (tmp_path / "x.png").exists()
+
+    @pytest.mark.parametrize("strange", [False, True])
+    def test_a_line_a_layer_in_80_columns(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strange: bool) -> None:
+        monkeypatch.setattr(console.STDOUT, "_width", 80)
+        names = [f"model.layers.{i}.{leaf}" for i in (0, 31) for leaf in ("self_attn.o_proj", "mlp.down_proj")]
+        deltas = {name: torch.full((4096,), -1.5 if strange else 0.5) for name in names}
+        file = GainFile(deltas, dict.fromkeys(names, "output"), dict.fromkeys(names), "gain-ffn", "base", "0")
+        gain_ops.write_gains(file, tmp_path / "g.safetensors")
+        output = call("inspect", tmp_path / "g.safetensors").output
+        lines = [line.split() for line in output.splitlines() if line.split()[1:2] == ["4,096"]]
+        assert [line[0] for line in lines] == [name.removeprefix("model.layers.") for name in names]
+        assert ("none is closer to 0" in output) is not strange
+        assert [line[6:] for line in lines] == [["-", "4,096"] if strange else []] * 4
+
+    def test_sides_that_differ_and_a_layer_alone(self, tmp_path: Path) -> None:
+        for sides in ({"model.lm_head": "input", "a": "output"}, {"lm_head": "output"}):
+            deltas = {name: torch.zeros(4) for name in sides}
+            file = GainFile(deltas, sides, dict.fromkeys(sides), ("x",), None, "0")
+            gain_ops.write_gains(file, tmp_path / "g.safetensors")
+            rows = [line.split() for line in call("inspect", tmp_path / "g.safetensors").output.splitlines()]
+            for name, side in sides.items():
+                shown = [side] if len(sides) > 1 else []
+                assert [name, *shown, "4", "1.0000", "1.0000", "1.0000", "0.0000"] in rows
+
+    def test_a_folder_is_refused(self, tmp_path: Path) -> None:
+        done = call("inspect", tmp_path)
+        assert done.exit_code == 2
+        assert f"{tmp_path} is a folder: name the gain file in it" in " ".join(done.output.split())
 
     def test_a_plot_of_another_format_is_refused(self, gains: Path, tmp_path: Path) -> None:
         done = call("inspect", gains, "--plot", tmp_path / "x.jpg")
@@ -97,6 +124,13 @@ class TestMerge:
         assert done.exit_code == 0, done.output
         for name, delta in read_gains(out).deltas.items():
             torch.testing.assert_close(delta, read_gains(gains).deltas[name])
+
+    def test_out_in_a_folder_that_is_not_there_and_out_that_is_one(self, gains: Path, tmp_path: Path) -> None:
+        assert call("merge", gains, "--out", tmp_path / "new" / "m.safetensors").exit_code == 0
+        assert read_gains(tmp_path / "new" / "m.safetensors").deltas.keys() == read_gains(gains).deltas.keys()
+        done = call("merge", gains, "--out", tmp_path / "new")
+        assert done.exit_code == 2
+        assert "new is a folder: name a file in it" in " ".join(done.output.split())
 
     def test_another_number_of_weights_is_refused(self, gains: Path, tmp_path: Path) -> None:
         done = call("merge", gains, gains, "--out", tmp_path / "w.safetensors", "--weight", 2)

@@ -9,7 +9,7 @@ from typer.testing import CliRunner, Result
 from gain_ops.recipes import console
 from gain_ops.recipes.commands import app
 from gain_ops.recipes.plan_command import launch
-from gain_ops.recipes.planning import Row
+from gain_ops.recipes.planning import NODE, Row
 
 
 def call(*arguments: object) -> Result:
@@ -77,7 +77,10 @@ def test_what_does_not_fit_is_said(config: Path) -> None:
         (("--model", "llama-3-8b", "--targets", "all"), "targets 'all' is unknown"),
         (("--model", "llama-3-8b", "--dtype", "int8"), "dtype 'int8' is unknown"),
         (("--model", "llama-3-8b", "--tokens", 10000), "10000 tokens are no whole number of windows of 8192"),
-        (("--model", "llama-3-8b", "--memory", 1), "leaves nothing"),
+        (("--model", "llama-3-8b", "--memory", 1), "--reserve is 2: GiB from 0 to below --memory, 1, are needed"),
+        (("--model", "llama-3-8b", "--reserve", -1), "--reserve is -1: GiB from 0"),
+        (("--model", "llama-3-8b", "--memory", -5), "--memory is -5: GiB above 0 are needed"),
+        (("--model", "llama-3-8b", "--memory", "nan"), "--memory is nan: GiB above 0 are needed"),
     ],
 )
 def test_what_does_not_fit_together_is_refused(arguments: tuple[object, ...], message: str, tmp_path: Path) -> None:
@@ -89,8 +92,48 @@ def test_what_does_not_fit_together_is_refused(arguments: tuple[object, ...], me
 
 def test_the_lines_are_those_of_the_strategy() -> None:
     assert launch(Row("one GPU", "gain", False), 1) == ['gain_ops.apply(model, "gain")', "python train.py"]
-    lines = launch(Row("TP 8 x FSDP 2", "gain-ffn, fused", True), 16)
-    assert lines[0] == 'gain_ops.apply(model, "gain-ffn", side="input", fuse_mlp=True)'
-    assert "checkpointing" in lines[1]
-    assert lines.index("place_gains(model)") < lines.index("fully_shard(model)")
-    assert lines[-1] == "torchrun --nnodes 2 --nproc-per-node 8 train.py"
+    assert launch(Row("FSDP 4", "gain", False, sharded=4), 4)[1:] == [
+        "for block in model.model.layers:",
+        "    fully_shard(block)",
+        "fully_shard(model)",
+        "torchrun --nproc-per-node 4 train.py",
+    ]
+    assert launch(Row("TP 2", "gain", False, tensor=2), 2)[1:3] == [
+        'mesh = init_device_mesh("cuda", (2,))',
+        "parallelize_module(model, mesh, styles)",
+    ]
+    lines = launch(Row("TP 8 x FSDP 2", "gain-ffn, fused", True, tensor=8, sharded=2), 16)
+    assert lines == [
+        'gain_ops.apply(model, "gain-ffn", side="input", fuse_mlp=True)',
+        'model.gradient_checkpointing_enable({"use_reentrant": False})',
+        'mesh = init_device_mesh("cuda", (2, 8), mesh_dim_names=("dp", "tp"))',
+        'parallelize_module(model, mesh["tp"], styles)',
+        "place_gains(model)",
+        "for block in model.model.layers:",
+        '    fully_shard(block, mesh=mesh["dp"])',
+        'fully_shard(model, mesh=mesh["dp"])',
+        "torchrun --nnodes 2 --nproc-per-node 8 train.py",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "tensor"),
+    [(gpus, t) for gpus in (2, 4, 6, 8, 9, 10, 11, 12, 16, 20, 24) for t in (1, 2, 4, 8) if gpus % t == 0],
+)
+def test_as_many_processes_start_as_there_are_gpus_and_none_of_a_group_elsewhere(gpus: int, tensor: int) -> None:
+    words = launch(Row("", "gain", False, tensor=tensor, sharded=gpus // tensor), gpus)[-1].split()
+    machines = int(words[words.index("--nnodes") + 1]) if "--nnodes" in words else 1
+    each = int(words[words.index("--nproc-per-node") + 1])
+    assert machines * each == gpus
+    assert each <= NODE
+    assert each % tensor == 0
+
+
+def test_a_row_says_what_step_its_traffic_is_of(config: Path) -> None:
+    done = call("--model", config, "--gpus", 2, "--memory", 4, "--tokens", 128)
+    shown = {line.split("│")[1].strip(): line for line in done.output.splitlines() if " full fine-tuning " in line}
+    assert {name: line.split("│")[-3].strip() for name, line in shown.items()} == {
+        "replicated x 2": "256",
+        "FSDP 2": "256",
+        "TP 2": "128",
+    }

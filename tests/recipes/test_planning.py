@@ -17,6 +17,8 @@ from gain_ops.recipes.planning import (
     GIB,
     Job,
     Row,
+    Sizes,
+    gathered_at_once,
     recommend,
     rows,
     sizes_of,
@@ -204,9 +206,38 @@ class TestChoice:
         assert sharded.saved == plain.saved > split.saved
         assert (plain.step_tokens, sharded.step_tokens, split.step_tokens) == (2 * TOKENS, 2 * TOKENS, TOKENS)
         assert split.gathered == plain.gathered == 0 < sharded.gathered
-        a, v = TOKENS * 64 * 2, TOKENS * VOCABULARY * 2
-        assert split.sent == a * (2 * 4 + 2) + v // 2 + trained
-        assert found["TP 2", True].sent == split.sent + a * 2 * 2
+        a, v = TOKENS * 64 * 2, TOKENS * VOCABULARY * 2  # a test of two processes counts them
+        assert split.sent == a * (2 * 7 + 2) + v // 2 + trained
+        assert found["TP 2", True].sent == split.sent + a * 2
+
+    @pytest.mark.parametrize(
+        ("name", "summed"),
+        [("gain-ffn", 2 * 2 * 64 * 4), ("gain-ffn, fused", 0), ("full fine-tuning", 2 * 2 * 16 * 2)],
+    )
+    def test_tensor_parallelism_sums_the_gradients_of_what_is_whole(self, name: str, summed: int) -> None:
+        from transformers import Qwen3Config
+
+        sizes = {"hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4, "num_key_value_heads": 2}
+        config = Qwen3Config(vocab_size=VOCABULARY, num_hidden_layers=2, head_dim=16, **sizes)
+        job = Job(config, 2, GIB, TOKENS, LENGTH, torch.bfloat16, 0)
+        (row,) = [row for row in rows(job, [METHODS[name]]) if row.strategy == "TP 2" and not row.checkpointed]
+        sums = 2 * (6 if METHODS[name].fused else 7) + 2
+        assert row.sent - TOKENS * 64 * 2 * sums - TOKENS * VOCABULARY == summed, "full: the norms of q and k"
+
+    def test_a_large_root_is_there_twice_when_it_is_gathered(self) -> None:
+        sizes = Sizes(weights=1000, root=700, block=100, layers=3)
+        assert gathered_at_once(sizes, 30, 0) == 2 * 700 + 100
+        assert gathered_at_once(sizes, 30, 50) == 2 * 700 + 100 - 50
+        assert gathered_at_once(sizes, 30, 500) == 700 + 3 * 100 + 4 * 10
+        config = tiny()
+        config.vocab_size = 10_000
+        large = sizes_of(meta_models.build(config))
+        found = [
+            row for row in rows(Job(config, 2, GIB, 8, 8, reserve=0), [METHODS["gain"]]) if row.strategy == "FSDP 2"
+        ]
+        for row in found:
+            gains = 64 * 4  # of a block
+            assert row.gathered + row.saved + row.transient == 2 * large.root + large.block + gains
 
     @pytest.mark.parametrize(
         ("change", "message"),

@@ -24,6 +24,7 @@ __all__ = [
     "diverging",
     "grid",
     "hide",
+    "looks",
     "looks_of",
     "nats",
     "percent_axis",
@@ -53,10 +54,14 @@ class Look(NamedTuple):
 
 def looks_of(study: Study) -> Mapping[str, Look]:
     """The look of every method, the same in all plots of a study: by its place in the settings."""
-    methods = dict.fromkeys([*metrics.method_names(study), *(rate.method for rate in study.rates)])
+    return looks([*metrics.method_names(study), *(rate.method for rate in study.rates)])
+
+
+def looks(methods: Iterable[str]) -> dict[str, Look]:
+    """A look for each of these methods, by its place among them."""
     return {
         method: Look(_COLORS[rank % len(_COLORS)], _MARKERS[(rank + rank // len(_COLORS)) % len(_MARKERS)])
-        for rank, method in enumerate(methods)
+        for rank, method in enumerate(dict.fromkeys(methods))
     }
 
 
