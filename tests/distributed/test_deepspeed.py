@@ -136,8 +136,8 @@ def save(stage, path):
     train_steps(engine, 0, 1)
     save_gains(engine, path)
     there = path.is_file()
-    with pytest.raises(OSError, match=r"could not be written by the first process: .*nowhere"):
-        save_gains(engine, path.parent / "nowhere" / "gains.safetensors")
+    with pytest.raises(OSError, match=r"could not be written by the first process: .*is a folder"):
+        save_gains(engine, path.parent)
     if stage == 3:
         with pytest.raises(ValueError, match="its weight is partitioned"):
             gain_ops.absorb(model)
