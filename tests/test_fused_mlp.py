@@ -262,7 +262,7 @@ def test_checkpointing_and_autocast() -> None:
     ("options", "message"),
     [
         ({"fuse_mlp": True}, "side='input'"),
-        ({"mlp_chunk": 8}, "goes with fuse_mlp=True"),
+        ({"mlp_chunk": 8}, "needs fuse_mlp=True"),
         ({"fuse_mlp": True, "side": "input", "mlp_chunk": 0}, "at least 1"),
         ({"fuse_mlp": True, "side": "input", "targets": "gain"}, "found no FFN"),
     ],
