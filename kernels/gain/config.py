@@ -50,12 +50,22 @@ NORM_FEATURES = 8192
 """The widest row of an RMSNorm that a program holds in registers: twice that spills, and takes more than the 1024 threads
 that a block of 64-wide wavefronts can have."""
 
-NORM_WIDE = RowsConfig(block_t=NORM_CHUNK, block_n=128, num_warps=8, chunk=NORM_CHUNK)
+
+@dataclass(frozen=True)
+class NormConfig:
+    """Tiles of an RMSNorm kernel: whole rows of block_n >= n columns in registers, or column blocks in turn."""
+
+    block_n: int
+    num_warps: int
+    whole_row: bool
 
 
-def norm_warps(block_n: int) -> int:
-    """Warps for a row of block_n values in registers, up to NORM_FEATURES: some 16 values a thread."""
-    return max(block_n // 512, 1)
+def norm_config(n: int, rows: int) -> NormConfig:
+    """The RMSNorm heuristic: some 16 values a thread of a whole row, 8 a thread of blocks that hold ``rows`` rows at once."""
+    if n > NORM_FEATURES:
+        return NormConfig(2048 // rows, num_warps=8, whole_row=False)
+    block_n = 1 << (n - 1).bit_length()
+    return NormConfig(block_n, num_warps=max(block_n // 512, 1), whole_row=True)
 
 
 # bf16 and fp16 by TMA: Hopper and data-centre Blackwell

@@ -15,7 +15,7 @@ from torch import Tensor
 from gain_ops import reference
 from gain_ops.kernels import norm_wide
 from gain_ops.kernels._common import load_gain, on_device_of, options
-from gain_ops.kernels.config import NORM_CHUNK, NORM_FEATURES, norm_warps
+from gain_ops.kernels.config import NORM_CHUNK, norm_config
 from gain_ops.kernels.partials import sum_partials
 
 
@@ -87,14 +87,13 @@ def rms_norm(x: Tensor, weight: Tensor, delta: Tensor, eps: float) -> tuple[Tens
     t, n = x.shape
     if n == 0:
         return reference.rms_norm(x, weight, delta, eps)
-    if n > NORM_FEATURES and t:
-        return norm_wide.rms_norm(x, weight, delta, eps)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     r = torch.empty(t, dtype=torch.float32, device=x.device)
     if t:
-        block = triton.next_power_of_2(n)
+        config = norm_config(n, rows=1)
+        kernel = rms_norm_kernel if config.whole_row else norm_wide.rms_norm_kernel
         with on_device_of(x):
-            rms_norm_kernel[(t,)](
+            kernel[(t,)](
                 x,
                 weight.contiguous(),
                 delta.contiguous(),
@@ -103,26 +102,26 @@ def rms_norm(x: Tensor, weight: Tensor, delta: Tensor, eps: float) -> tuple[Tens
                 n,
                 *x.stride(),
                 eps,
-                BLOCK_N=block,
-                **options(norm_warps(block)),
+                BLOCK_N=config.block_n,
+                **options(config.num_warps),
             )
     return y, r
 
 
 def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, delta: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
-    """dx [T, n] contiguous and ddelta [n], in one pass."""
+    """dx [T, n] contiguous and ddelta [n]."""
     t, n = x.shape
     if n == 0:
         return reference.rms_norm_backward(dy, x, weight, delta, r)
-    if n > NORM_FEATURES and t:
-        return norm_wide.rms_norm_backward(dy, x, weight, delta, r)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if t == 0:
         return dx, torch.zeros(n, dtype=torch.float32, device=x.device)
-    chunks, block = triton.cdiv(t, NORM_CHUNK), triton.next_power_of_2(n)
+    config = norm_config(n, rows=NORM_CHUNK)
+    kernel = rms_norm_backward_kernel if config.whole_row else norm_wide.rms_norm_backward_kernel
+    chunks = triton.cdiv(t, NORM_CHUNK)
     partials = torch.empty((chunks, n), dtype=torch.float32, device=x.device)
     with on_device_of(x):
-        rms_norm_backward_kernel[(chunks,)](
+        kernel[(chunks,)](
             dy,
             x,
             weight.contiguous(),
@@ -135,7 +134,7 @@ def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, delta: Tensor, r: T
             *dy.stride(),
             *x.stride(),
             CHUNK=NORM_CHUNK,
-            BLOCK_N=block,
-            **options(norm_warps(block)),
+            BLOCK_N=config.block_n,
+            **options(config.num_warps),
         )
     return dx, sum_partials(partials)

@@ -6,14 +6,10 @@ rms_norm_backward    reads dy and x twice, 16 rows being more than a cache holds
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from gain_ops.kernels._common import load_gain, on_device_of, options
-from gain_ops.kernels.config import NORM_WIDE
-from gain_ops.kernels.partials import sum_partials
+from gain_ops.kernels._common import load_gain
 
 
 @triton.jit
@@ -72,68 +68,26 @@ def rms_norm_backward_kernel(
     products = tl.zeros((CHUNK, BLOCK_N), tl.float32)
     for start in tl.range(0, N, BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N)
-        cols64 = cols.to(tl.int64)
         mask = in_t[:, None] & (cols < N)[None, :]
-        d = tl.load(dy + rows[:, None] * stride_dt + cols64[None, :] * stride_dn, mask=mask, other=0.0).to(tl.float32)
-        n = tl.load(x + rows[:, None] * stride_xt + cols64[None, :] * stride_xn, mask=mask, other=0.0).to(tl.float32)
-        factor = tl.load(weight + cols, mask=cols < N, other=0.0).to(tl.float32) * load_gain(delta, cols, N)
-        products += d * factor[None, :] * (scale * n)
+        d = _load(dy, rows, cols, stride_dt, stride_dn, mask)
+        n = scale * _load(x, rows, cols, stride_xt, stride_xn, mask)
+        w = tl.load(weight + cols, mask=cols < N, other=0.0).to(tl.float32)
+        products += d * (w * load_gain(delta, cols, N))[None, :] * n
     mean = tl.sum(products, axis=1)[:, None] / N
     for start in tl.range(0, N, BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N)
-        cols64 = cols.to(tl.int64)
         mask = in_t[:, None] & (cols < N)[None, :]
-        d = tl.load(dy + rows[:, None] * stride_dt + cols64[None, :] * stride_dn, mask=mask, other=0.0).to(tl.float32)
-        n = tl.load(x + rows[:, None] * stride_xt + cols64[None, :] * stride_xn, mask=mask, other=0.0).to(tl.float32)
-        n = scale * n
+        d = _load(dy, rows, cols, stride_dt, stride_dn, mask)
+        n = scale * _load(x, rows, cols, stride_xt, stride_xn, mask)
         w = tl.load(weight + cols, mask=cols < N, other=0.0).to(tl.float32)
         v = d * (w * load_gain(delta, cols, N))[None, :]
-        tl.store(dx + rows[:, None] * N + cols64[None, :], (scale * (v - n * mean)).to(dx.dtype.element_ty), mask=mask)
+        to = dx + rows[:, None] * N + cols.to(tl.int64)[None, :]
+        tl.store(to, (scale * (v - n * mean)).to(dx.dtype.element_ty), mask=mask)
         tl.store(partials + chunk * N + cols, tl.sum(d * n, axis=0) * w, mask=cols < N)
 
 
-def rms_norm(x: Tensor, weight: Tensor, delta: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """y [T, n] contiguous and r [T] fp32; neither T nor n is 0."""
-    t, n = x.shape
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    r = torch.empty(t, dtype=torch.float32, device=x.device)
-    with on_device_of(x):
-        rms_norm_kernel[(t,)](
-            x,
-            weight.contiguous(),
-            delta.contiguous(),
-            y,
-            r,
-            n,
-            *x.stride(),
-            eps,
-            BLOCK_N=NORM_WIDE.block_t * NORM_WIDE.block_n,
-            **options(NORM_WIDE.num_warps),
-        )
-    return y, r
-
-
-def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, delta: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
-    """dx [T, n] contiguous and ddelta [n]; neither T nor n is 0."""
-    t, n = x.shape
-    chunks = triton.cdiv(t, NORM_WIDE.chunk)
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    partials = torch.empty((chunks, n), dtype=torch.float32, device=x.device)
-    with on_device_of(x):
-        rms_norm_backward_kernel[(chunks,)](
-            dy,
-            x,
-            weight.contiguous(),
-            delta.contiguous(),
-            r,
-            dx,
-            partials,
-            t,
-            n,
-            *dy.stride(),
-            *x.stride(),
-            CHUNK=NORM_WIDE.chunk,
-            BLOCK_N=NORM_WIDE.block_n,
-            **options(NORM_WIDE.num_warps),
-        )
-    return dx, sum_partials(partials)
+@triton.jit
+def _load(a, rows, cols, stride_t, stride_n, mask):
+    """a[rows, cols] in fp32, 0 where masked."""
+    at = a + rows[:, None] * stride_t + cols.to(tl.int64)[None, :] * stride_n
+    return tl.load(at, mask=mask, other=0.0).to(tl.float32)

@@ -31,7 +31,7 @@ def test_every_pick_is_compiled(arch, dtype_and_precision, m, n, aligned, multip
 def test_a_row_of_an_rms_norm_fits_a_block_of_64_wide_wavefronts() -> None:
     rows = [1 << log for log in range(config.NORM_FEATURES.bit_length())]
     assert rows[-1] == config.NORM_FEATURES
-    assert all(1 <= config.norm_warps(row) <= 1024 // 64 for row in rows)
+    assert all(1 <= config.norm_config(row, rows=1).num_warps <= 1024 // 64 for row in rows)
 
 
 @pytest.mark.parametrize("arch", ["sm_90", "sm_100"])
