@@ -198,8 +198,8 @@ def _ranked(found: Mapping[str, Spread]) -> dict[str, Spread]:
 
 
 def _known(found: Spread) -> bool:
-    """Whether a figure's sign can be told; of one run it is said as it is, with a sentence that it is one."""
-    return found.beyond or found.count == 1
+    """Whether a figure's sign can be told; of one run it is said as it is shown, with a sentence that it is one."""
+    return found.beyond or (found.count == 1 and round(found.mean, 1) != 0)
 
 
 def _count(number: int, what: str) -> str:

@@ -199,6 +199,13 @@ def test_the_answer_ranks_methods_run_by_run():
     assert not any("Not finished" in line or "Learning rates" in line for line in lines)
 
 
+def test_one_run_that_ends_where_it_began_is_neither_better_nor_worse():
+    study = make_study(1, 2)
+    ends = [replace(stage, perplexity=dict(study.base.perplexity)) for stage in study.stages]
+    (earlier,) = [line for line in sentences.answer(replace(study, stages=ends)) if line.startswith("After stage 2")]
+    assert earlier == "After stage 2 the earlier domains have not clearly changed with gain-ffn (+0.0 %, one run)."
+
+
 def test_the_lowest_rate_is_chosen_of_those_that_one_domain_does_not_tell_apart():
     assert (
         chosen_rates.choose({3e-3: 7.511, 1e-2: 7.371, 3e-2: 7.355, 1e-1: 13.99}) == 1e-2
