@@ -43,6 +43,7 @@ class Header:
     ``settings`` is the study's Settings as JSON has them. ``orders`` are the domains' names in the order in which they are
     learned, one list an order. ``domains`` says of each, by name: source, sha256 of its windows, train_windows,
     validation_windows, window_tokens. ``tasks`` says of each multiple-choice set: items, choices (of an item), source.
+    ``model_fingerprint`` is :func:`gain_ops.fingerprints.digest` of every parameter; empty in files that were begun without.
     """
 
     kind: ClassVar[str] = "header"
@@ -55,6 +56,7 @@ class Header:
     orders: list[list[str]]
     domains: dict[str, dict[str, Any]]
     tasks: dict[str, dict[str, Any]]
+    model_fingerprint: str = ""
 
 
 @dataclass(frozen=True)
@@ -183,6 +185,7 @@ def _record(line: bytes, path: Path) -> Record:
         kind = _KINDS[found.pop("kind")]
         if kind is Stage:
             found["curve"] = [Curve(**point) for point in found["curve"]]
-        return cast(Record, kind(**{field.name: found[field.name] for field in fields(kind)}))
+        known = {field.name for field in fields(kind)}
+        return cast(Record, kind(**{name: value for name, value in found.items() if name in known}))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not the results file of a study: {line[:60]!r} ({error!r})") from None

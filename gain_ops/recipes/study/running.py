@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from gain_ops.files import replace_file
+from gain_ops.fingerprints import digest, sample
 from gain_ops.recipes import environment
 from gain_ops.recipes.domains import Domain
 from gain_ops.recipes.evaluation import perplexity
@@ -487,6 +488,7 @@ def _header(
         orders=orders,
         domains={name: text.described(settings) for name, text in texts.items()},
         tasks={task.name: _described(task) for task in tasks},
+        model_fingerprint=digest((name, value.shape, sample(value)) for name, value in loaded.model.named_parameters()),
     )
 
 
@@ -501,6 +503,8 @@ def _open(path: Path, header: Header, watcher: Watcher) -> None:
         return
     records.mend(path)
     there = records.read(path).header
+    if not there.model_fingerprint:
+        there = replace(there, model_fingerprint=header.model_fingerprint)  # of before there was one: it cannot be told
     header = replace(
         header, **json.loads(json.dumps({name: getattr(header, name) for name in ("settings", "domains", "tasks")}))
     )
@@ -552,7 +556,7 @@ def _grown(there: Header, settings: Mapping[str, Any], orders: list[list[str]]) 
 
 
 def _model_of(header: Header) -> dict[str, object]:
-    return {"name": header.model, "parameters": header.model_parameters}
+    return {"name": header.model, "parameters": header.model_parameters, "weights": header.model_fingerprint}
 
 
 def _tidy(folder: Path) -> None:

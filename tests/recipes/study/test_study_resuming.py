@@ -1,13 +1,16 @@
 """A study that is killed, whenever, comes to the numbers of one that was not."""
 
+import json
 import multiprocessing
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from gain_ops.recipes.study import records, running, weights
 from gain_ops.recipes.study.records import Rate, Stage, Study
@@ -239,8 +242,6 @@ def test_another_study_in_the_folder_is_refused_with_what_differs(small, tmp_pat
 
 
 def test_a_text_that_changed_is_refused(small, domain_folders, tmp_path: Path):
-    import shutil
-
     folders = [shutil.copytree(folder, tmp_path / Path(folder).name) for folder in domain_folders]
     call = {"domains": tuple(map(str, folders)), "methods": ("gain",), "rates": {"gain": (1e-2,)}}
     with pytest.raises(Stopped):
@@ -248,3 +249,27 @@ def test_a_text_that_changed_is_refused(small, domain_folders, tmp_path: Path):
     (tmp_path / "sums" / "0.txt").write_text("32 + 32 = 64\n" * 30)
     with pytest.raises(ValueError, match="other domains: sums was"):
         study(small(tmp_path / "out", **call), Watcher())
+
+
+def test_a_model_of_the_same_name_with_other_weights_is_refused(small, tiny_model: Path, tmp_path: Path):
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    call = {"model": model, "methods": ("gain",), "rates": {"gain": (1e-2,)}}
+    with pytest.raises(Stopped):
+        study(small(tmp_path / "out", **call), Watcher(stop_after=1))
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.norm.weight"] *= 1.5
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="other model: weights was"):
+        study(small(tmp_path / "out", **call), Watcher())
+
+
+def test_a_study_that_was_begun_without_a_fingerprint_goes_on(small, tmp_path: Path):
+    settings = small(tmp_path, methods=("gain",), rates={"gain": (1e-2,)})
+    with pytest.raises(Stopped):
+        study(settings, Watcher(stop_after=1))
+    path = tmp_path / RESULTS
+    header, *rest = path.read_bytes().splitlines(keepends=True)
+    old = json.loads(header)
+    del old["model_fingerprint"]
+    path.write_bytes(json.dumps(old).encode() + b"\n" + b"".join(rest))
+    assert study(settings, Watcher()).stages
