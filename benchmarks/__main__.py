@@ -4,7 +4,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -13,8 +13,9 @@ from benchmarks import results
 from benchmarks.results import Row
 
 RESULTS = Path(__file__).resolve().parent / "results"
-README = Path(__file__).resolve().parent.parent / "README.md"
-IN_THE_README = ("targets", "layers", "models")
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = {ROOT / "README.md": ("targets", "kept"), ROOT / "docs" / "measured.md": ("layers", "models")}
+"""The tables of each page, by the names of their markers."""
 
 
 def main() -> None:
@@ -35,7 +36,7 @@ def main() -> None:
     report = commands.add_parser("report", help="tables and plots from results files")
     report.add_argument("files", type=Path, nargs="*", help="default: benchmarks/results/*.csv")
     report.add_argument("--plots", type=Path, default=None, help="a folder for the plots")
-    report.add_argument("--readme", action="store_true", help="write the tables into README.md, between its markers")
+    report.add_argument("--publish", action="store_true", help="write the tables into README.md and docs/measured.md")
     arguments = parser.parse_args()
     if arguments.command == "run":
         _run(arguments.out, arguments.minutes)
@@ -46,7 +47,7 @@ def main() -> None:
             os.environ[results.COMMIT] = arguments.commit
         sys.exit(not gpu.run(arguments.out, arguments.minutes, arguments.resume, arguments.resume_from))
     else:
-        _report(arguments.files or sorted(RESULTS.glob("*.csv")), arguments.plots, arguments.readme)
+        _report(arguments.files or sorted(RESULTS.glob("*.csv")), arguments.plots, arguments.publish)
 
 
 def _run(out: Path, minutes: float) -> None:
@@ -76,13 +77,13 @@ def _rows(budget_s: float) -> Iterator[Row]:
     yield from steps.rows(device, 0.25 * budget_s)
 
 
-def _report(files: list[Path], plots_folder: Path | None, readme: bool) -> None:
+def _report(files: list[Path], plots_folder: Path | None, publish: bool) -> None:
     from benchmarks import report
 
     rows = results.read(files)
-    if readme:
-        tables = report.tables(filter(_for_the_readme, rows)) | {"targets": report.tables(rows).get("targets", "")}
-        report.update_readme(README, {name: table for name, table in tables.items() if name in IN_THE_README and table})
+    if publish:
+        for page, tables in published(rows).items():
+            report.update_page(page, tables)
     else:
         print("\n\n".join(report.tables(rows).values()))
     if plots_folder is not None:
@@ -92,8 +93,16 @@ def _report(files: list[Path], plots_folder: Path | None, readme: bool) -> None:
             print(f"wrote {path}")
 
 
-def _for_the_readme(row: Row) -> bool:
-    """What a reader decides by: the memory of two whole models, and the time of a layer at the longest common length."""
+def published(rows: Sequence[Row]) -> dict[Path, dict[str, str]]:
+    """The tables of each page that there are figures for."""
+    from benchmarks import report
+
+    tables = report.tables(filter(_decides, rows)) | {"targets": report.tables(rows).get("targets", "")}
+    return {page: {name: tables[name] for name in names if tables.get(name)} for page, names in PAGES.items()}
+
+
+def _decides(row: Row) -> bool:
+    """What a reader decides by: the memory of whole models, and the time of a layer at the longest common length."""
     if row.group == "model":
         return row.site in ("Llama-3-8B", "Llama-3-70B", "SmolLM2-135M", "SmolLM2-135M, checkpointed")
     longest = 1024 if row.device.endswith("threads") else 8192

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.report import update_readme
+from benchmarks.report import update_page
 from gain_ops.recipes.commands import app
 from gain_ops.recipes.domains import from_path
 from gain_ops.recipes.study import metrics
@@ -213,7 +213,7 @@ def _text(found: tuple[Spread, Spread] | None) -> str:
 
 def _publish() -> None:
     studies = {path.parent.name: read(path) for path in PUBLISHED.glob(f"*/{RESULTS}")}
-    update_readme(PAGE, {"forgetting": table(studies)})
+    update_page(PAGE, {"forgetting": table(studies)})
     draw(studies).savefig(PLOT, dpi=130)
 
 

@@ -1,4 +1,4 @@
-"""Markdown tables of results, and their place in the README.
+"""Markdown tables of results, and their places in README.md and in docs/.
 
 A table is of one device and one dtype; the versions, commits and days that its figures are from stand underneath, each once.
 """
@@ -11,6 +11,7 @@ from typing import NamedTuple
 from benchmarks import predict, targets
 from benchmarks.blocks import LINEARS, WHOLE
 from benchmarks.contestants import FROZEN
+from benchmarks.memory import ANY_DEVICE
 from benchmarks.models import FROZEN as FROZEN_MODEL
 from benchmarks.models import FROZEN_LIGER
 from benchmarks.ops import OVER_PRODUCT
@@ -64,7 +65,7 @@ Figures = Mapping[tuple[Who, str, str], Row]  # by contestant, site and metric
 
 
 def tables(rows: Iterable[Row]) -> dict[str, str]:
-    """Every table that has a figure, by the name of its marker in the README."""
+    """Every table that has a figure, by the name of its marker in a page."""
     kept = latest(rows)
     made = {
         "targets": goals(kept),
@@ -76,6 +77,7 @@ def tables(rows: Iterable[Row]) -> dict[str, str]:
         "layers-backward": layer_times(kept, "backward"),
         "layers-bytes": layer_bytes(kept),
         "blocks": blocks(kept),
+        "kept": kept_by_models(kept),
         "models": models(kept),
         "steps": steps(kept),
         "ops": ops(kept),
@@ -201,6 +203,21 @@ def blocks(rows: Sequence[Row]) -> str:
     return _by_site(rows, "block", (WHOLE, LINEARS, "saved", "saved inputs", "trained", "weights", "optimizer"))
 
 
+def kept_by_models(rows: Sequence[Row]) -> str:
+    """Methods by what whole models keep for backward, and by the peak of a step, where it is counted on meta."""
+    made = []
+    counted = [row for row in rows if row.device == ANY_DEVICE]
+    for (dtype, tokens), here in split(counted, "model", "dtype", "tokens").items():
+        columns = [
+            Column(f"{row.site}: {row.metric}", row.site, row.metric)
+            for row in here
+            if row.metric in ("saved", "peak, counted") and row.median is not None
+        ]
+        title = f"whole models, {dtype}, {tokens} tokens, {ANY_DEVICE}"
+        made += [_grid(title, here, part) for part in _parts(columns, BYTE_COLUMNS)]
+    return "\n\n".join(made)
+
+
 def models(rows: Sequence[Row]) -> str:
     """Methods by what a model keeps, trains and holds, and by its peak."""
     saved = ("saved", "saved, one block run again", "saved by the loss")
@@ -236,27 +253,27 @@ def ops(rows: Sequence[Row]) -> str:
     return "\n\n".join(made)
 
 
-def update_readme(readme: Path, tables: Mapping[str, str]) -> None:
+def update_page(page: Path, tables: Mapping[str, str]) -> None:
     """Replace what stands between ``<!-- bench:NAME -->`` and ``<!-- /bench -->`` by the table of that name.
 
     Raises:
         ValueError: a marker that is missing, not closed or there twice; the file is then as it was.
 
     """
-    text = readme.read_text(encoding="utf-8")
+    text = page.read_text(encoding="utf-8")
     for name, table in tables.items():
-        text = _replaced(text, name, table, readme)
-    readme.write_text(text, encoding="utf-8")
+        text = _replaced(text, name, table, page)
+    page.write_text(text, encoding="utf-8")
 
 
-def _replaced(text: str, name: str, table: str, readme: Path) -> str:
+def _replaced(text: str, name: str, table: str, page: Path) -> str:
     opening, closing = f"<!-- bench:{name} -->", "<!-- /bench -->"
     if text.count(opening) != 1:
-        raise ValueError(f"{readme} has the marker {opening} {text.count(opening)} times, expected once")
+        raise ValueError(f"{page} has the marker {opening} {text.count(opening)} times, expected once")
     before, _, rest = text.partition(opening)
     inside, found, after = rest.partition(closing)
     if not found or "<!-- bench:" in inside:
-        raise ValueError(f"{readme} has no {closing} that closes {opening}")
+        raise ValueError(f"{page} has no {closing} that closes {opening}")
     return f"{before}{opening}\n{table.strip()}\n{closing}{after}"
 
 

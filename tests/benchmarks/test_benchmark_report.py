@@ -251,7 +251,7 @@ def test_the_readme_is_replaced_between_its_markers_however_often(tmp_path: Path
     readme = tmp_path / "README.md"
     readme.write_text(README, encoding="utf-8")
     for _ in range(2):
-        report.update_readme(readme, {"layers": "| \\1 µ |\n\n", "ops": "new"})
+        report.update_page(readme, {"layers": "| \\1 µ |\n\n", "ops": "new"})
         assert readme.read_text(encoding="utf-8") == (
             "# π\n<!-- bench:layers -->\n| \\1 µ |\n<!-- /bench -->\nkept\n<!-- bench:ops -->\nnew\n<!-- /bench -->\nend\n"
         )
@@ -270,8 +270,22 @@ def test_a_marker_that_is_not_as_expected_raises_and_nothing_is_written(tmp_path
     readme = tmp_path / "README.md"
     readme.write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=says):
-        report.update_readme(readme, {"layers": "new", "steps": "new"} if "layers" in text else {"steps": "new"})
+        report.update_page(readme, {"layers": "new", "steps": "new"} if "layers" in text else {"steps": "new"})
     assert readme.read_text(encoding="utf-8") == text
+
+
+def test_the_pages_have_the_tables_of_the_published_results(tmp_path: Path) -> None:
+    from benchmarks.__main__ import PAGES, RESULTS, published
+
+    made = published(results.read(sorted(RESULTS.glob("*.csv"))))
+    assert made.keys() == PAGES.keys()
+    assert all(made.values())
+    for page, tables in made.items():
+        text = page.read_text(encoding="utf-8")
+        copy = tmp_path / page.name
+        copy.write_text(text, encoding="utf-8")
+        report.update_page(copy, tables)
+        assert copy.read_text(encoding="utf-8") == text
 
 
 def layers_of(tokens: tuple[int, ...], **other: object) -> list[Row]:

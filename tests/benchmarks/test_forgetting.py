@@ -9,7 +9,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("typer")
 
 from benchmarks import forgetting
-from benchmarks.report import update_readme
+from benchmarks.report import update_page
 from gain_ops.recipes import study_command
 from gain_ops.recipes.study.records import read
 from gain_ops.recipes.study.running import RESULTS
@@ -89,7 +89,7 @@ def test_the_page_has_the_table_of_the_published_results(tmp_path: Path):
     assert RESULTS_FILES
     page = tmp_path / "page.md"
     page.write_text(forgetting.PAGE.read_text(encoding="utf-8"), encoding="utf-8")
-    update_readme(page, {"forgetting": forgetting.table({path.parent.name: read(path) for path in RESULTS_FILES})})
+    update_page(page, {"forgetting": forgetting.table({path.parent.name: read(path) for path in RESULTS_FILES})})
     assert page.read_text(encoding="utf-8") == forgetting.PAGE.read_text(encoding="utf-8")
 
 
