@@ -2,17 +2,20 @@
 
     python examples/study_texts.py FOLDER/texts
     python -m benchmarks.forgetting run NAME --folder FOLDER [OPTIONS]   again to go on; OPTIONS of gain-ops study: a part
-    python -m benchmarks.forgetting publish                              docs/forgetting.md and its plot, of what is committed
+    python -m benchmarks.forgetting publish                              docs/forgetting.md, its plot, and the two reports
 
-A study's results go to FOLDER/NAME, and are published in benchmarks/results/forgetting/NAME. SmolLM2-135M is studied at one
-length, as a stage takes minutes on a CPU. The others are byte-level models of two layers, trained from scratch on text that no
-domain has: a stage takes them seconds, so they show what length, learning rate, absorbing and size do.
+A study's results go to FOLDER/NAME. Those in benchmarks/results/forgetting/NAME are published: all that is shown is made of
+them. SmolLM2-135M is studied at one length, as a stage takes minutes on a CPU. The others are byte-level models of two layers,
+trained from scratch on text that no domain has: a stage takes them seconds, so they show what length,
+learning rate, absorbing and size do.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,13 +24,14 @@ from typing import TYPE_CHECKING
 from benchmarks.report import update_page
 from gain_ops.recipes.commands import app
 from gain_ops.recipes.domains import from_path
-from gain_ops.recipes.study import metrics
-from gain_ops.recipes.study.metrics import Spread, Values
+from gain_ops.recipes.study import matched, metrics
+from gain_ops.recipes.study.metrics import Run, Spread, Values
 from gain_ops.recipes.study.pages import markdown
-from gain_ops.recipes.study.plot_parts import Look, looks, nats, percent_axis
+from gain_ops.recipes.study.plot_parts import bar_ends, bars, grid, hide, looks, nats, percent_axis
 from gain_ops.recipes.study.records import Study, read
+from gain_ops.recipes.study.report import write_report
 from gain_ops.recipes.study.running import RESULTS
-from gain_ops.recipes.study.tables import NOTHING, Table, spread_text
+from gain_ops.recipes.study.tables import NOTHING, Strong, Table, spread_text
 from gain_ops.recipes.study.toy import save_toy_model
 
 if TYPE_CHECKING:
@@ -37,6 +41,8 @@ if TYPE_CHECKING:
 PUBLISHED = Path(__file__).resolve().parent / "results" / "forgetting"
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "forgetting.md"
 PLOT = PAGE.with_name("forgetting.png")
+REPORTS = {name: PAGE.parent / "forgetting" / f"{name}.html" for name in ("smollm2", "small-100")}
+"""The whole reports that are published, of the studies with all methods."""
 
 _TEXTS = (
     "--domain texts/bible --domain texts/python --domain texts/foldoc --domain texts/licences "
@@ -45,6 +51,7 @@ _TEXTS = (
 LEARNED_BEFORE = ("held-out/wikipedia", "fortunes", "essays", "manual")
 """The texts that the small models are trained on before."""
 
+_OURS = "gain-ffn"
 _GAINS = ("gain", "gain-ffn", "gain-ffn-input", "ia3")
 _LOW_RANK = ("lora", "lora-same", "dora")
 _EVERY = (*_GAINS, *_LOW_RANK, "lora-replay", "ewc", "full")
@@ -53,12 +60,16 @@ _FEW = ("gain", "gain-ffn", "lora", "lora-same", "full")
 
 @dataclass(frozen=True)
 class Published:
-    """A study: its name in the table and in the plot, options, and the width of the model trained for it, None for SmolLM2."""
+    """A study: its name in the table, its options, and the width of the model trained for it, None for SmolLM2.
+
+    ``beside`` is a study of the same model and texts, whose gain-ffn the methods of this one are compared with as long as it
+    has none itself.
+    """
 
     title: str
-    label: str
     options: str
     width: int | None = None
+    beside: str = ""
 
     @property
     def model(self) -> str:
@@ -71,9 +82,16 @@ def _rates(gains: str, low_rank: str, full: str) -> str:
     return " ".join(f"--rates {name}={grid}" for name, grid in grids)
 
 
+def _smollm2(title: str, methods: Sequence[str], more: str = "", *, beside: str = "") -> Published:
+    options = (
+        f"--methods {','.join(methods)} --steps 16 --batch-tokens 512 --sequence-length 256 --validation-windows 6 "
+        f"--selection-windows 4 --curve-points 2 --curve-windows 1 --replay-share 0.5 {more}"
+    )
+    return Published(title, options, beside=beside)
+
+
 def _small(
     title: str,
-    label: str,
     steps: int,
     methods: Sequence[str],
     *,
@@ -85,36 +103,38 @@ def _small(
         f"--methods {','.join(methods)} --steps {steps} --batch-tokens 1024 --sequence-length 128 --validation-windows 24 "
         f"--selection-windows 24 --curve-points 4 --curve-windows 6 --no-tasks --ewc-lambda 300 {rates} {more}"
     )
-    return Published(title, label, options, width)
+    return Published(title, options, width)
 
 
 STUDIES = {
-    "smollm2": Published(
-        "SmolLM2-135M, 16 steps of 512 tokens",
-        "16",
-        f"--methods {','.join(_EVERY)} --steps 16 --batch-tokens 512 --sequence-length 256 --validation-windows 6 "
-        "--selection-windows 4 --curve-points 2 --curve-windows 1 --replay-share 0.5",
+    "smollm2": _smollm2("SmolLM2-135M, 16 steps of 512 tokens", _EVERY),
+    "smollm2-low": _smollm2(
+        "16 steps, LoRA at half its rate",
+        ("gain-ffn", "lora", "lora-same", "full"),
+        "--no-tasks --rates gain-ffn=3e-3 --rates lora=5e-3 --rates lora-same=2e-3 --rates full=3e-5",
+        beside="smollm2",
     ),
-    "small-100": _small("small model, 100 steps of 1024 tokens", "100", 100, _EVERY),
-    "small-low-100": _small("100 steps, low rates", "100, low", 100, _FEW, rates=_rates("1e-2", "3e-3", "3e-4")),
-    "small-high-100": _small("100 steps, high rates", "100, high", 100, _FEW, rates=_rates("3e-1", "3e-2", "1e-2")),
-    "small-25": _small("25 steps", "25", 25, _FEW),
-    "small-400": _small("400 steps", "400", 400, _FEW),
-    "small-kept-100": _small("100 steps, adapters kept", "kept", 100, _FEW, more="--keep-adapters"),
-    "smaller-100": _small("100 steps, half the width", "100", 100, _FEW, width=80),
-    "larger-100": _small("100 steps, twice the width", "100", 100, _FEW, width=320),
+    "small-100": _small("small model, 100 steps of 1024 tokens", 100, _EVERY),
+    "small-low-100": _small("100 steps, low rates", 100, _FEW, rates=_rates("1e-2", "3e-3", "3e-4")),
+    "small-middle-100": _small("100 steps, middle rates", 100, _FEW, rates=_rates("3e-2", "1e-2", "1e-3")),
+    "small-high-100": _small("100 steps, high rates", 100, _FEW, rates=_rates("3e-1", "3e-2", "1e-2")),
+    "small-25": _small("25 steps", 25, _FEW),
+    "small-400": _small("400 steps", 400, _FEW),
+    "small-kept-100": _small("100 steps, adapters kept", 100, _FEW, more="--keep-adapters"),
+    "smaller-100": _small("100 steps, half the width", 100, _FEW, width=80),
+    "larger-100": _small("100 steps, twice the width", 100, _FEW, width=320),
 }
 
 _PANELS = {
-    "small model, absorbed, by steps and rate": (
-        "small-25",
-        "small-low-100",
-        "small-100",
-        "small-high-100",
-        "small-400",
-    ),
-    "SmolLM2-135M": ("smollm2",),
+    "SmolLM2-135M, 16 steps": {"smollm2": ""},
+    "SmolLM2-135M by learning rate": {"smollm2-low": "low", "smollm2": "chosen"},
+    "small model, 100 steps": {"small-100": ""},
+    "small model by learning rate": {"small-low-100": "low", "small-middle-100": "middle", "small-high-100": "high"},
+    "… by steps": {"small-25": "25", "small-100": "100", "small-400": "400"},
+    "… by the model's width": {"smaller-100": "80", "small-100": "160", "larger-100": "320"},
+    "… absorbed after each domain, or kept": {"small-100": "absorbed", "small-kept-100": "kept"},
 }
+"""Of each panel of the plot its studies, in the order in which a method's line joins them, and their labels."""
 
 _Ends = dict[str, tuple[Spread, Spread]]
 """Of each method the in-domain perplexity and that of the earlier domains after the last stage, in percent."""
@@ -133,61 +153,86 @@ def run(name: str, folder: Path, more: Sequence[str]) -> None:
         app(["study", "--out", name, *_TEXTS.split(), *model, *published.options.split(), *more])
 
 
-def table(studies: Mapping[str, Study]) -> str:
-    """Every study's methods after the last stage: in-domain and earlier domains against the base model, in percent."""
-    names = [name for name in STUDIES if name in studies]
-    ends = {name: _ends(studies[name]) for name in names}
+def tables(studies: Mapping[str, Study]) -> dict[str, str]:
+    """The page's tables by name: figures after the last stage, and other methods against ``gain-ffn`` for equal learning."""
+    studies = {name: studies[name] for name in STUDIES if name in studies}
+    ends = {name: _ends(study) for name, study in studies.items()}
     methods = [method for method in _EVERY if any(method in found for found in ends.values())]
-    rows = [[STUDIES[name].title, *(_text(ends[name].get(method)) for method in methods)] for name in names]
-    return markdown(Table(["", *methods], rows))
+    rows = [[STUDIES[name].title, *(_text(found.get(method)) for method in methods)] for name, found in ends.items()]
+    others = [method for method in methods if method != _OURS]
+    matched_rows = []
+    for name in studies:
+        runs = _compared(name, studies)
+        found = [matched.matches_paired(runs, other, _OURS, "drift") for other in others]
+        if any(found):
+            matched_rows.append([STUDIES[name].title, *map(_difference, found)])
+    return {
+        "forgetting": markdown(Table(["", *methods], rows)),
+        "matched": markdown(Table(["", *others], matched_rows)),
+    }
+
+
+def _compared(name: str, studies: Mapping[str, Study]) -> list[Run]:
+    """A study's runs, and those of gain-ffn beside it where it has none."""
+    runs, beside = metrics.runs(studies[name]), studies.get(STUDIES[name].beside)
+    if beside is not None and not any(run.method == _OURS for run in runs):
+        runs += [run for run in metrics.runs(beside) if run.method == _OURS]
+    return runs
 
 
 def draw(studies: Mapping[str, Study]) -> Figure:
-    """Learning against forgetting of absorbed stages, a panel a model: the line of a method goes through its rates."""
+    """Learning against forgetting, a panel for each thing that is varied: the line of a method goes through its values."""
     from matplotlib.figure import Figure
 
+    found = {name: _ends(study) for name, study in studies.items()}
     panels = [
-        (title, {name: _ends(studies[name]) for name in names if name in studies}) for title, names in _PANELS.items()
+        (title, [(label, found[name]) for name, label in labels.items() if found.get(name)])
+        for title, labels in _PANELS.items()
+        if len(found.keys() & labels.keys()) >= min(2, len(labels))
     ]
-    panels = [(title, found) for title, found in panels if any(found.values())]
-    figure = Figure(figsize=(5.4 * len(panels), 5), layout="constrained")
-    styles = looks(_EVERY)
-    for axes, (title, found) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        _draw_panel(axes, found, styles)
+    rows, columns = grid(len(panels), 4)
+    figure = Figure(figsize=(4.6 * columns, 4.3 * rows + 0.6), layout="constrained")
+    every = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes, (title, points) in zip(every, panels, strict=False):
+        _draw_panel(axes, points)
         axes.set_title(title, loc="left", fontsize=10)
+    hide(every[len(panels) :])
     handles = {}
     for axes in figure.axes:
         handles |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     names = [method for method in _EVERY if method in handles]
     figure.legend(
-        [handles[name] for name in names], names, loc="outside lower center", ncols=5, frameon=False, fontsize=8
+        [handles[name] for name in names], names, loc="outside upper center", ncols=10, frameon=False, fontsize=9
     )
+    figure.supxlabel("in-domain perplexity against the base model", fontsize=10)
+    figure.supylabel("earlier domains' perplexity against the base model", fontsize=10)
     return figure
 
 
-def _draw_panel(axes: Axes, found: Mapping[str, _Ends], styles: Mapping[str, Look]) -> None:
-    ends: list[tuple[float, float]] = []
+def _draw_panel(axes: Axes, points: Sequence[tuple[str, _Ends]]) -> None:
+    """The methods that all of the studies have, and gain-ffn to compare with."""
+    learned: list[float] = []
+    earlier = [0.0]
+    styles = looks(_EVERY)
     for method in _EVERY:
-        points = [
-            (nats(learned.mean), nats(earlier.mean), STUDIES[name].label)
-            for name, by_method in found.items()
-            if method in by_method
-            for learned, earlier in [by_method[method]]
-        ]
+        there = [(label, ends[method]) for label, ends in points if method in ends]
+        if not there or (len(there) < len(points) and method != _OURS):
+            continue
         look = styles[method]
-        rates = [(x, y) for x, y, label in points if label.startswith("100")]
-        axes.plot([x for x, _ in rates], [y for _, y in rates], color=look.color, linewidth=1)
-        for at, (x, y, label) in enumerate(points):
-            axes.plot(x, y, color=look.color, marker=look.marker, markersize=6, linewidth=0, label="" if at else method)
-            if len(found) > 1:
-                axes.annotate(label, (x, y), (4, 3), textcoords="offset points", fontsize=6, color=look.color)
-        ends += [(x, y) for x, y, _ in points]
+        x, y = ([nats(end[which].mean) for _, end in there] for which in (0, 1))
+        axes.plot(x, y, color=look.color, marker=look.marker, markersize=6, linewidth=1, label=method)
+        learned += x
+        earlier += y
+        for at, (label, (across, up)) in zip(zip(x, y, strict=True), there, strict=True):
+            axes.annotate(label, at, (4, 3), textcoords="offset points", fontsize=6, color=look.color)
+            if len(points) == 1:
+                axes.errorbar(*at, bars(up), bars(across), color=look.color, linewidth=0.8)
+                learned += bar_ends(across)
+                earlier += bar_ends(up)
     axes.axhline(0, color="#333333", linewidth=0.8, linestyle=":", zorder=0)
     axes.axvline(0, color="#333333", linewidth=0.8, linestyle=":", zorder=0)
-    percent_axis(axes, "x", [x for x, _ in ends])
-    percent_axis(axes, "y", [0.0, *(y for _, y in ends)])
-    axes.set_xlabel("in-domain perplexity against the base model")
-    axes.set_ylabel("earlier domains against the base model")
+    percent_axis(axes, "x", learned)
+    percent_axis(axes, "y", earlier)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
 
@@ -205,16 +250,27 @@ def _spread(found: Values) -> Spread | None:
 
 
 def _text(found: tuple[Spread, Spread] | None) -> str:
-    if found is None:
-        return NOTHING
-    runs = "" if found[0].count > 2 else f" ({found[0].count} run{'s' * (found[0].count > 1)})"
-    return " / ".join(map(spread_text, found)) + runs
+    return " / ".join(map(spread_text, found)) + _few(found[0]) if found else NOTHING
+
+
+def _difference(found: Spread | None) -> str:
+    text = spread_text(found) + _few(found) if found else NOTHING
+    return Strong(text) if found and found.beyond else text
+
+
+def _few(found: Spread) -> str:
+    return "" if found.count > 3 else f" ({found.count} run{'s' * (found.count > 1)})"
 
 
 def _publish() -> None:
     studies = {path.parent.name: read(path) for path in PUBLISHED.glob(f"*/{RESULTS}")}
-    update_page(PAGE, {"forgetting": table(studies)})
+    update_page(PAGE, tables(studies))
     draw(studies).savefig(PLOT, dpi=130)
+    for name, path in REPORTS.items():
+        path.parent.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            report, *_ = write_report(studies[name], Path(folder))
+            shutil.copyfile(report, path)
 
 
 def main() -> None:
@@ -228,7 +284,7 @@ def main() -> None:
     begin = commands.add_parser("run", help="a study, or what is left of it")
     begin.add_argument("name", choices=STUDIES)
     begin.add_argument("--folder", type=Path, required=True, help="has texts/, and gets the models and results")
-    commands.add_parser("publish", help="tables and plot of the published results, in docs/")
+    commands.add_parser("publish", help="tables, plot and reports of the published results, in docs/")
     arguments, more = parser.parse_known_args()
     if arguments.command == "run":
         run(arguments.name, arguments.folder, more)

@@ -1,6 +1,7 @@
 """The published studies of forgetting: how they are run, and that the page says what their results say."""
 
 from collections.abc import Callable
+from html import escape
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ pytest.importorskip("typer")
 from benchmarks import forgetting
 from benchmarks.report import update_page
 from gain_ops.recipes import study_command
+from gain_ops.recipes.study import sentences
 from gain_ops.recipes.study.records import read
 from gain_ops.recipes.study.running import RESULTS
 from gain_ops.recipes.study.settings import Settings
@@ -85,25 +87,41 @@ def test_published_results_are_of_the_study_of_that_name(path, asked):
     assert {name: (there[name], value) for name, value in settings.items() if there[name] != value} == {}
 
 
-def test_the_page_has_the_table_of_the_published_results(tmp_path: Path):
+def test_the_page_has_the_tables_of_the_published_results(tmp_path: Path):
     assert RESULTS_FILES
     page = tmp_path / "page.md"
     page.write_text(forgetting.PAGE.read_text(encoding="utf-8"), encoding="utf-8")
-    update_page(page, {"forgetting": forgetting.table({path.parent.name: read(path) for path in RESULTS_FILES})})
+    update_page(page, forgetting.tables({path.parent.name: read(path) for path in RESULTS_FILES}))
     assert page.read_text(encoding="utf-8") == forgetting.PAGE.read_text(encoding="utf-8")
 
 
-def test_the_plot_has_a_panel_a_model_and_a_line_a_method():
+def test_the_plot_has_a_panel_for_each_thing_that_is_varied_and_a_line_a_method():
     pytest.importorskip("matplotlib")
     studies = {path.parent.name: read(path) for path in RESULTS_FILES}
     figure = forgetting.draw(studies)
-    assert len(figure.axes) == ("smollm2" in studies) + any(name.startswith("small-") for name in studies)
+    titles = [axes.get_title(loc="left") for axes in figure.axes if axes.get_visible()]
+    shown = [
+        title
+        for title, labels in forgetting._PANELS.items()
+        if len(studies.keys() & labels.keys()) >= min(2, len(labels))
+    ]
+    assert titles == shown
     labels = {label for axes in figure.axes for label in axes.get_legend_handles_labels()[1]}
     assert {"gain-ffn", "lora"} <= labels
+    for axes in figure.axes:
+        low, high = axes.get_ylim()
+        assert all(low < y < high for line in axes.get_legend_handles_labels()[0] for y in line.get_ydata())
+
+
+@pytest.mark.parametrize("name", forgetting.REPORTS)
+def test_a_published_report_says_what_the_published_results_say(name):
+    study = read(forgetting.PUBLISHED / name / RESULTS)
+    page = forgetting.REPORTS[name].read_text(encoding="utf-8")
+    assert [line for line in sentences.answer(study) if f"<li>{escape(line)}</li>" not in page] == []
 
 
 def test_results_name_no_place_on_a_machine():
-    for path in RESULTS_FILES:
+    for path in [*RESULTS_FILES, *forgetting.REPORTS.values()]:
         text = path.read_text(encoding="utf-8")
         assert "/tmp" not in text
         assert "/home" not in text
