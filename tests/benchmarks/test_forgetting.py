@@ -12,7 +12,7 @@ pytest.importorskip("typer")
 from benchmarks import forgetting
 from benchmarks.report import update_page
 from gain_ops.recipes import study_command
-from gain_ops.recipes.study import sentences
+from gain_ops.recipes.study import metrics, sentences
 from gain_ops.recipes.study.records import read
 from gain_ops.recipes.study.running import RESULTS
 from gain_ops.recipes.study.settings import Settings
@@ -118,6 +118,17 @@ def test_a_published_report_says_what_the_published_results_say(name):
     study = read(forgetting.PUBLISHED / name / RESULTS)
     page = forgetting.REPORTS[name].read_text(encoding="utf-8")
     assert [line for line in sentences.answer(study) if f"<li>{escape(line)}</li>" not in page] == []
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/forgetting.md"])
+def test_what_is_claimed_in_words_is_what_was_measured(page):
+    text = (forgetting.PAGE.parents[1] / page).read_text(encoding="utf-8")
+    study = read(forgetting.PUBLISHED / "smollm2" / RESULTS)
+    earlier = metrics.values(metrics.runs(study), metrics.EARLIER, 4)
+    for method in ("gain-ffn", "lora"):
+        found = metrics.spread_of(metrics.EARLIER, earlier[method])
+        assert found.count == 6
+        assert f"{-found.mean:.1f} ± {found.deviation:.1f} %" in text
 
 
 def test_results_name_no_place_on_a_machine():
