@@ -6,8 +6,8 @@
 
 A study's results go to FOLDER/NAME. Those in benchmarks/results/forgetting/NAME are published: all that is shown is made of
 them. SmolLM2-135M is studied at one length, as a stage takes minutes on a CPU. The others are byte-level models of two layers,
-trained from scratch on text that no domain has: a stage takes them seconds, so they show what length,
-learning rate, absorbing and size do.
+trained from scratch on text that no domain has: a stage takes them seconds, so they show what length, learning rate,
+absorbing and size do.
 """
 
 from __future__ import annotations
