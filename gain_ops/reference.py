@@ -4,7 +4,9 @@ Every function works on flat activations: ``x`` [T, in], ``dy`` and ``z`` [T, ou
 ``delta`` [out] on the output side or [in] on the input side, ``gain = 1 + delta``;
 ``gate``, ``up`` and ``dh`` [T, n]. Results are contiguous. Products with
 the gain and all sums run in fp32 (fp64 for fp64); what is an activation is rounded once to the activation's dtype, a
-``ddelta`` stays in the accumulation dtype and its caller rounds it to delta's.
+``ddelta`` stays in the accumulation dtype and its caller rounds it to delta's. What is rounded is written where it belongs
+by the op that computes it, with no fp32 copy between: so these functions are not differentiable. ``composite*``, ``ddelta``,
+``ddelta_recompute`` and ``rms_norm_backward`` are.
 
 Line by line (the kernels name these):
 
@@ -27,12 +29,17 @@ No line divides by a gain or by z, so a zero gain and an all-zero row of W have 
 Source: GAIN, arXiv 2604.04516 (W_new = S W); the gradients follow by the chain rule.
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu2")
 """What an FFN does between its projections; gelu_tanh is GPT-2's and Gemma's, relu2 the square of relu."""
+
+# elements that a sum over tokens widens at once: 32 MiB of fp32 stay in a cache, and a GPU's launches cost little beside
+_WIDENED = 2**22
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -42,19 +49,19 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def scale(x: Tensor, delta: Tensor) -> Tensor:
     """``x * gain``, line (2) without a bias: x [T, n], delta [n] -> [T, n], rounded once."""
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    return torch.mul(x, _gain(delta, x), out=out)
+    return _scale_into(_empty(x, *x.shape), x, delta)
 
 
 def linear(x: Tensor, weight: Tensor, delta: Tensor, bias: Tensor | None) -> Tensor:
-    """Lines (1), (2): ``gain * (x @ W.T) + b`` -> [T, out]. z is rounded first, as plain torch does."""
-    return _scale_and_shift(F.linear(x, weight), delta, bias)
+    """Lines (1), (2): ``gain * (x @ W.T) + b`` -> [T, out], where z was. z is rounded first, as plain torch does."""
+    z = F.linear(x, weight)
+    return _scale_into(z, z, delta, bias)
 
 
 def linear_z(x: Tensor, weight: Tensor, delta: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """Lines (1), (2), and z as well: -> y [T, out], z [T, out]."""
     z = F.linear(x, weight)
-    return _scale_and_shift(z, delta, bias), z
+    return _scale_into(_empty(z, *z.shape), z, delta, bias), z
 
 
 def linear_input(x: Tensor, weight: Tensor, delta: Tensor, bias: Tensor | None) -> Tensor:
@@ -68,8 +75,14 @@ def backward(dy: Tensor, z: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def ddelta(dy: Tensor, z: Tensor) -> Tensor:
-    """Line (4) alone: ``sum_t dy * z`` -> [out]."""
-    return (dy.to(accumulation_dtype(dy.dtype)) * z).sum(0)
+    """Line (4) alone: ``sum_t dy * z`` -> [out]. Many tokens are summed block by block, differentiable."""
+    wide = accumulation_dtype(dy.dtype)
+    if dy.numel() <= _WIDENED:
+        return (dy.to(wide) * z).sum(0)
+    rows = max(1, _WIDENED // dy.shape[1])
+    blocks = zip(dy.split(rows), z.split(rows), strict=True)
+    total: Tensor = functools.reduce(torch.add, ((some_dy.to(wide) * some_z).sum(0) for some_dy, some_z in blocks))
+    return total
 
 
 def backward_recompute(dy: Tensor, x: Tensor, weight: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
@@ -90,27 +103,39 @@ def backward_input(dy: Tensor, x: Tensor, weight: Tensor, delta: Tensor) -> tupl
 
 def glu(gate: Tensor, up: Tensor | None, delta: Tensor, activation: str) -> Tensor:
     """Line (8): -> h [T, n], rounded once."""
-    return composite_glu(gate, up, delta, activation).contiguous()
+    h = activate(gate.to(accumulation_dtype(gate.dtype)), activation)
+    if up is not None:
+        h.mul_(up)
+    return torch.mul(h, _gain(delta, gate), out=_empty(gate, *gate.shape))
 
 
 def glu_backward(dh: Tensor, gate: Tensor, up: Tensor | None, delta: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     """Lines (9), (10): -> dg and du side by side [T, 2n] (without up: dg [T, n]), ddelta [n]."""
-    parts, sums = composite_glu_backward(dh, gate, up, delta, activation)
-    return torch.cat(parts, 1) if up is not None else parts[0].contiguous(), sums
+    wide = gate.to(accumulation_dtype(gate.dtype))
+    scaled = dh * _gain(delta, gate)
+    a = activate(wide, activation)
+    tokens, n = gate.shape
+    out = _empty(gate, tokens, n if up is None else 2 * n)
+    if up is not None:
+        torch.mul(scaled, a, out=out[:, n:])
+        scaled.mul_(up)
+    sums = _sum_of_product(a, dh, up)
+    del a
+    out[:, :n].copy_(activate_backward(scaled, wide, activation))
+    return out, sums
 
 
 def glu_ddelta(dh: Tensor, gate: Tensor, up: Tensor | None, activation: str) -> Tensor:
     """Line (10) alone: -> [n]."""
-    wide = accumulation_dtype(gate.dtype)
-    product = dh.to(wide) * activate(gate.to(wide), activation)
-    return (product if up is None else product * up).sum(0)
+    return _sum_of_product(activate(gate.to(accumulation_dtype(gate.dtype)), activation), dh, up)
 
 
 def rms_norm(x: Tensor, weight: Tensor, delta: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Line (11): -> y [T, n], rounded once, and r [T] in the accumulation dtype."""
     wide = x.to(accumulation_dtype(x.dtype))
     r = torch.rsqrt(wide.square().sum(1) / max(x.shape[1], 1) + eps)
-    return (wide * r[:, None] * (weight * _gain(delta, x))).to(x.dtype).contiguous(), r
+    wide = wide * r[:, None]
+    return torch.mul(wide, weight * _gain(delta, x), out=_empty(x, *x.shape)), r
 
 
 def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, delta: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
@@ -173,7 +198,9 @@ def composite(x: Tensor, weight: Tensor, delta: Tensor, bias: Tensor | None, sid
     What torch.func transforms, forward-mode and double backward run: all of autograd applies to it, and nothing is fused.
     """
     if side == "output":
-        return _scale_and_shift(F.linear(x, weight), delta, bias)
+        z = F.linear(x, weight)
+        gain = _gain(delta, z)
+        return (z * gain if bias is None else torch.addcmul(bias, z, gain)).to(z.dtype)
     return F.linear(composite_scale(x, delta), weight, None if bias is None else bias.to(x.dtype))
 
 
@@ -186,6 +213,17 @@ def _gain(delta: Tensor, like: Tensor) -> Tensor:
     return 1 + delta.to(accumulation_dtype(like.dtype))
 
 
-def _scale_and_shift(z: Tensor, delta: Tensor, bias: Tensor | None) -> Tensor:
-    y = z * _gain(delta, z)
-    return (y if bias is None else y + bias).to(z.dtype)
+def _empty(like: Tensor, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=like.dtype, device=like.device)
+
+
+def _scale_into(out: Tensor, z: Tensor, delta: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``gain * z + b``, rounded once into out, which may be z."""
+    gain = _gain(delta, z)
+    return torch.mul(z, gain, out=out) if bias is None else torch.addcmul(bias, z, gain, out=out)
+
+
+def _sum_of_product(a: Tensor, dh: Tensor, up: Tensor | None) -> Tensor:
+    """``sum_t dh * a * u``; a, in the accumulation dtype, is overwritten."""
+    a.mul_(dh)
+    return (a if up is None else a.mul_(up)).sum(0)
