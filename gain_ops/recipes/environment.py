@@ -29,7 +29,7 @@ def versions() -> dict[str, str]:
 
 
 def compiled_kernels() -> str:
-    """Whether csrc/ is built, for what, or why not."""
+    """Whether csrc/ is built, for what, with or without the fused GEMMs, or why it cannot run."""
     return extension.obstacle() or f"built for {extension.architectures()}"
 
 
