@@ -2,8 +2,24 @@
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+def fuses(a: Tensor, weight: Tensor, *tiles: Tensor) -> bool:
+    """Whether a fused GEMM serves a [M, K], weight [N, K], the [M, N] tiles that it reads and a contiguous result [M, N].
+
+    16-bit dtypes alone: fp32 in full precision gains nothing (benchmarks/NOTES.md), and Triton's dot truncates to tf32 where
+    the vendor's GEMM rounds. Sizes that are no multiples of 8, and rows that wide accesses cannot read, would be read element
+    by element, at some 4 % of the tensor cores' rate.
+    """
+    return (
+        a.dtype in (torch.bfloat16, torch.float16)
+        and a.shape[1] % 8 == 0
+        and weight.shape[0] % 8 == 0
+        and aligned(a, weight, *tiles)
+    )
 
 
 def aligned(a: Tensor, weight: Tensor, *tiles: Tensor) -> bool:

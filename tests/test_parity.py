@@ -12,11 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gain_ops import kernels, reference
+from gain_ops.kernels import config
 
 import host_extension
 from parity import CALLS, DEVICE, LAYOUTS, compare, laid_out, run, tensors
 from rules import assert_no_worse_than_torch
-from shapes import EMPTY, SMALL
+from shapes import EMPTY, FUSED, PRODUCTION, SMALL
 
 DTYPES = {
     "triton": [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else []),
@@ -24,8 +25,11 @@ DTYPES = {
 }
 BACKENDS = list(DTYPES)
 BACKEND_DTYPES = [pytest.param(b, d, id=f"{b}-{str(d)[6:]}") for b in BACKENDS for d in DTYPES[b]]
-# sizes that the fused GEMMs take: rows of 16 bytes, more than one tile of either kind, partial tiles
-FUSED = [(8, 16, 8), (300, 72, 264), (129, 64, 520)]
+HALF = {backend: [dtype for dtype in dtypes if dtype != torch.float32] for backend, dtypes in DTYPES.items()}
+GEMMS = ("linear", "linear without bias", "linear_z", "backward_recompute", "ddelta_recompute", "backward_input")
+# the passes of csrc/ take 16 bytes a thread at these sizes too; Triton's are the same code at every size
+HALF_CALLS = [(b, d, c) for b in BACKENDS for d in HALF[b] for c in (CALLS if b == "cuda" else GEMMS)]
+BACKEND_HALF = [pytest.param(b, d, c, id=f"{b}-{str(d)[6:]}-{c}") for b, d, c in HALF_CALLS]
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -54,7 +58,9 @@ def test_empty(call: str, backend: str, shape: tuple[int, int, int]) -> None:
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_any_shape_and_strides(call: str, backend: str, data: st.DataObject) -> None:
-    t, i, o = (data.draw(st.integers(1, 70), label=name) for name in ("T", "in", "out"))
+    # multiples of 8 as often as not: what the fused GEMMs take
+    size = st.integers(1, 70) | st.integers(1, 9).map(lambda eights: 8 * eights)
+    t, i, o = (data.draw(size, label=name) for name in ("T", "in", "out"))
     torch.manual_seed(t + 100 * i + 10_000 * o)
     dtype = data.draw(st.sampled_from(DTYPES[backend]), label="dtype")
     arguments = tensors(t, i, o, dtype)
@@ -63,17 +69,37 @@ def test_any_shape_and_strides(call: str, backend: str, data: st.DataObject) -> 
     compare(_module(backend), call, arguments)
 
 
-@pytest.mark.parametrize("call", CALLS)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("backend", "dtype", "call"), BACKEND_HALF)
 @pytest.mark.parametrize("shape", FUSED)
 @pytest.mark.parametrize("transposed", [False, True])
-def test_operands_that_the_cuda_backend_fuses(
-    call: str, dtype: torch.dtype, shape: tuple[int, int, int], transposed: bool
+def test_operands_that_are_fused(
+    backend: str, dtype: torch.dtype, call: str, shape: tuple[int, int, int], transposed: bool
 ) -> None:
     arguments = tensors(*shape, dtype)
     if transposed:
         arguments["weight"] = laid_out(arguments["weight"], "transposed")
-    compare(host_extension.backend(), call, arguments)
+    compare(_module(backend), call, arguments)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("backend", "dtype", "call"), BACKEND_HALF)
+@pytest.mark.parametrize("shape", PRODUCTION)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_the_tiles_that_ship_at_sizes_of_many_tiles(
+    backend: str, dtype: torch.dtype, call: str, shape: tuple[int, int, int], transposed: bool
+) -> None:
+    test_operands_that_are_fused(backend, dtype, call, shape, transposed)
+
+
+@pytest.mark.parametrize("shape", PRODUCTION)
+def test_the_production_shapes_reach_the_large_tiles(shape: tuple[int, int, int]) -> None:
+    t, _, n = shape
+    for arch, large in (("sm_80", (128, 128)), ("sm_90", (128, 256)), ("sm_100", (128, 256))):
+        pick = config.gemm_config(arch, t, n, 132)
+        assert (pick.block_m, pick.block_n) == large
+        assert -(-t // pick.block_m) % 2 == 1
+        assert t % pick.block_m == 1
+        assert 0 < n % pick.block_n <= pick.block_n // 2, "half of the last tile is past the end"
 
 
 @pytest.mark.parametrize("call", ["linear", "linear_z", "backward_recompute", "backward_input"])

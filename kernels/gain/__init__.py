@@ -9,8 +9,10 @@ norm_wide.py       the same for rows that do not fit the registers
 rows.py            one bandwidth-bound pass: the backward from a kept z, and the scaling of an operand
 partials.py        the second stage of every ddelta, in fixed order
 config.py          launch configurations and their heuristics
+devices.py         the device that a kernel is launched on
 tuning.py          opt-in tuning, cached as JSON
-aot.py             every configuration compiled ahead of time, with no GPU
+recording.py       a driver with no device, which records launches
+aot.py             every configuration compiled ahead of time, as a launch compiles it, with no GPU
 """
 
 from gain_ops.kernels.activations import glu, glu_backward, glu_ddelta

@@ -1,23 +1,29 @@
-"""Device helpers that the GEMM kernels share, and the host's view of an operand.
+"""Device helpers that the kernels share, and the host's view of a GEMM's operands.
 
-A GEMM operand reaches a kernel either as a tensor descriptor (TMA, where the chip has it and the layout allows it) or as a
-pointer with strides. Out-of-range elements read as zero, so partial tiles need no special case in a sum.
+A GEMM operand reaches a kernel either as a tensor descriptor (TMA, where the chip has it) or as a pointer with the stride of
+its rows. Out-of-range elements read as zero, so partial tiles need no special case in a sum.
 """
 
 from __future__ import annotations
 
-import contextlib
-import functools
-from collections.abc import Iterator
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gain_ops.kernels.config import GemmConfig
+from gain_ops.kernels.devices import persistent_programs
+
+GEMM_UNIT = tl.constexpr(8)
+"""Elements of 16 bits in 16 bytes: the sizes and row strides of a fused GEMM are multiples of it (operands.fuses)."""
+
+
+@triton.jit
+def multiple(n, UNIT: tl.constexpr):
+    """n, a multiple of UNIT, so that the compiler knows it: its own hint is for multiples of 16 alone."""
+    return n // UNIT * UNIT
 
 
 @triton.jit
@@ -39,16 +45,13 @@ def matmul_tile(
     M,
     N,
     K,
-    stride_am: tl.int64,
-    stride_ak: tl.int64,
-    stride_bn: tl.int64,
-    stride_bk: tl.int64,
+    stride_a,  # of rows; neighbours in a row are neighbours in memory
+    stride_b,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     USE_TMA: tl.constexpr,
     B_IS_KN: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """acc[m, n] = sum_k a[row + m, k] * b[col + n, k] in fp32, line (1) of reference.py."""
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -59,20 +62,30 @@ def matmul_tile(
                 b_tile = b.load([k, col])
             else:
                 b_tile = b.load([col, k]).T
-            acc = tl.dot(a_tile, b_tile, acc, input_precision=PRECISION)
+            acc = tl.dot(a_tile, b_tile, acc)
     else:
+        K = multiple(K, GEMM_UNIT)
+        # 64 bits: a tile row, or a step of BLOCK_K rows, may start past 2^31 elements
+        step_a = multiple(stride_a, GEMM_UNIT).to(tl.int64)
+        step_b = multiple(stride_b, GEMM_UNIT).to(tl.int64)
         rows = row + tl.arange(0, BLOCK_M)
         cols = col + tl.arange(0, BLOCK_N)
         ks = tl.arange(0, BLOCK_K)
-        a_ptrs = a + rows[:, None].to(tl.int64) * stride_am + ks[None, :].to(tl.int64) * stride_ak
-        b_ptrs = b + ks[:, None].to(tl.int64) * stride_bk + cols[None, :].to(tl.int64) * stride_bn
+        a_ptrs = a + rows[:, None] * step_a + ks[None, :]
+        if B_IS_KN:
+            b_ptrs = b + ks[:, None] * step_b + cols[None, :]
+        else:
+            b_ptrs = b + cols[None, :] * step_b + ks[:, None]
         for k in tl.range(0, K, BLOCK_K):
             in_k = ks < K - k
             a_tile = tl.load(a_ptrs, mask=(rows < M)[:, None] & in_k[None, :], other=0.0)
             b_tile = tl.load(b_ptrs, mask=in_k[:, None] & (cols < N)[None, :], other=0.0)
-            acc = tl.dot(a_tile, b_tile, acc, input_precision=PRECISION)
-            a_ptrs += BLOCK_K * stride_ak
-            b_ptrs += BLOCK_K * stride_bk
+            acc = tl.dot(a_tile, b_tile, acc)
+            a_ptrs += BLOCK_K
+            if B_IS_KN:
+                b_ptrs += BLOCK_K * step_b
+            else:
+                b_ptrs += BLOCK_K
     return acc
 
 
@@ -87,6 +100,13 @@ def split_columns(acc, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 def load_gain(delta, cols, N):
     """gain[cols] = 1 + delta[cols] in fp32: the 1 is added here, so no launch forms the gain."""
     return 1.0 + tl.load(delta + cols, mask=cols < N, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_tile(t, rows, cols, stride_t, stride_n, mask):
+    """t[rows, cols] of a matrix of any strides in fp32, 0 where masked; rows are 64 bits wide."""
+    at = t + rows[:, None] * stride_t + cols[None, :].to(tl.int64) * stride_n
+    return tl.load(at, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -115,23 +135,20 @@ def tiled(t: Tensor | None, config: GemmConfig) -> Tensor | TensorDescriptor | N
 
 
 def gemm_operands(a: Tensor, weight: Tensor, config: GemmConfig) -> dict[str, Any]:
-    """Everything a GEMM kernel is told of its main loop: a [M, K], weight [N, K], their strides, the tiles, the schedule."""
-    transposed = weight.stride(0) == 1 and weight.stride(1) != 1
-    arguments: dict[str, Any] = {"a": a, "b": weight}
+    """Everything a GEMM kernel is told of its main loop: a [M, K], weight [N, K], their rows' strides, the schedule."""
+    transposed = weight.stride(1) != 1
+    b = weight.t() if transposed else weight
+    arguments: dict[str, Any] = {"a": a, "b": b}
     if config.use_tma:
         block = (config.block_k, config.block_n) if transposed else (config.block_n, config.block_k)
-        arguments["a"] = descriptor(a, (config.block_m, config.block_k))
-        arguments["b"] = descriptor(weight.t() if transposed else weight, block)
+        arguments = {"a": descriptor(a, (config.block_m, config.block_k)), "b": descriptor(b, block)}
     return arguments | {
         "M": a.shape[0],
         "N": weight.shape[0],
         "K": a.shape[1],
-        "stride_am": a.stride(0),
-        "stride_ak": a.stride(1),
-        "stride_bn": weight.stride(0),
-        "stride_bk": weight.stride(1),
+        "stride_a": a.stride(0),
+        "stride_b": b.stride(0),
         "B_IS_KN": transposed,
-        "PRECISION": input_precision(a.dtype),
         **schedule(config),
     }
 
@@ -150,6 +167,12 @@ def schedule(config: GemmConfig) -> dict[str, Any]:
     }
 
 
+def row_unit(like: Tensor, *strides: int) -> int:
+    """What the one-pass kernels may take rows for multiples of: the elements in 16 bytes, where sizes and strides are so."""
+    unit = 16 // like.element_size()
+    return unit if all(stride % unit == 0 for stride in (like.shape[1], *strides)) else 1
+
+
 def options(num_warps: int) -> dict[str, Any]:
     """Compiler options that every kernel is built with: a multiply and an add may fuse, on every version of Triton."""
     return {"num_warps": num_warps, "enable_fp_fusion": True}
@@ -158,27 +181,4 @@ def options(num_warps: int) -> dict[str, Any]:
 def gemm_grid(a: Tensor, weight: Tensor, config: GemmConfig) -> tuple[int]:
     """One program a tile, or one a multiprocessor that walks over tiles."""
     tiles = triton.cdiv(a.shape[0], config.block_m) * triton.cdiv(weight.shape[0], config.block_n)
-    return (min(tiles, multiprocessors(a.device.index)) if config.persistent else tiles,)
-
-
-@contextlib.contextmanager
-def on_device_of(t: Tensor) -> Iterator[None]:
-    """Launch on the tensor's device, not the current one; its current stream is what Triton then uses."""
-    if t.device.type != "cuda":
-        yield
-        return
-    with torch.cuda.device(t.device):
-        yield
-
-
-@functools.cache
-def multiprocessors(index: int | None) -> int:
-    """Streaming multiprocessors (compute units) of a device: the size of a persistent grid. 4 on the interpreter's CPU."""
-    return 4 if index is None else torch.cuda.get_device_properties(index).multi_processor_count
-
-
-def input_precision(dtype: torch.dtype) -> str:
-    """How a dot reads fp32: as torch's own matmul does, tf32 only when the user allowed it."""
-    # allow_tf32 raises once fp32_precision was set; fp32_precision can always be read and follows both
-    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if allowed and dtype == torch.float32 and torch.version.hip is None else "ieee"
+    return (min(tiles, persistent_programs(a.device.index)) if config.persistent else tiles,)

@@ -14,8 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gain_ops.kernels._common import load_gain, on_device_of, options
-from gain_ops.kernels.config import GLU, RowsConfig
+from gain_ops.kernels._common import load_gain, load_tile, multiple, options, row_unit
+from gain_ops.kernels.config import GLU, RowsConfig, rows_chunk
+from gain_ops.kernels.devices import on_device_of
 from gain_ops.kernels.partials import sum_partials
 
 
@@ -37,7 +38,7 @@ def act_and_slope(x, ACTIVATION: tl.constexpr):
         return x * s, s + x * s * (1.0 - s) * (1.5957691216057308 * (1.0 + 0.134145 * square))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def glu_kernel(
     gate,  # [T, N]
     up,  # [T, N] or None
@@ -45,31 +46,30 @@ def glu_kernel(
     h,  # [T, N] contiguous
     T,
     N,
-    stride_gt: tl.int64,
-    stride_gn: tl.int64,
-    stride_ut: tl.int64,
-    stride_un: tl.int64,
+    stride_gt,
+    stride_gn,
+    stride_ut,
+    stride_un,
+    UNIT: tl.constexpr,
     ACTIVATION: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """A program computes one [BLOCK_T, BLOCK_N] tile."""
+    N = multiple(N, UNIT)
     n_blocks = tl.cdiv(N, BLOCK_N)
     rows = (tl.program_id(0) // n_blocks).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     cols = (tl.program_id(0) % n_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
-    cols64 = cols.to(tl.int64)
     mask = (rows < T)[:, None] & (cols < N)[None, :]
-    g = tl.load(gate + rows[:, None] * stride_gt + cols64[None, :] * stride_gn, mask=mask, other=0.0).to(tl.float32)
+    g = load_tile(gate, rows, cols, multiple(stride_gt, UNIT), stride_gn, mask)
     tile, _ = act_and_slope(g, ACTIVATION)
     if up is not None:
-        tile *= tl.load(up + rows[:, None] * stride_ut + cols64[None, :] * stride_un, mask=mask, other=0.0).to(
-            tl.float32
-        )
+        tile *= load_tile(up, rows, cols, multiple(stride_ut, UNIT), stride_un, mask)
     tile *= load_gain(delta, cols, N)[None, :]
-    tl.store(h + rows[:, None] * N + cols64[None, :], tile.to(h.dtype.element_ty), mask=mask)
+    tl.store(h + rows[:, None] * N + cols[None, :], tile.to(h.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def glu_backward_kernel(
     dh,  # [T, N]
     gate,  # [T, N]
@@ -79,55 +79,52 @@ def glu_backward_kernel(
     partials,  # [chunks, N] fp32
     T,
     N,
-    stride_dt: tl.int64,
-    stride_dn: tl.int64,
-    stride_gt: tl.int64,
-    stride_gn: tl.int64,
-    stride_ut: tl.int64,
-    stride_un: tl.int64,
-    stride_out: tl.int64,
+    chunk,  # rows of a chunk
+    stride_dt,
+    stride_dn,
+    stride_gt,
+    stride_gn,
+    stride_ut,
+    stride_un,
+    UNIT: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    CHUNK: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    """A program takes CHUNK rows of BLOCK_N columns; neighbours in the grid are neighbours in memory."""
+    """A program takes a chunk of rows of BLOCK_N columns; neighbours in the grid are neighbours in memory."""
+    N = multiple(N, UNIT)
+    stride_dt = multiple(stride_dt, UNIT)
+    stride_gt = multiple(stride_gt, UNIT)
+    stride_ut = multiple(stride_ut, UNIT)
+    stride_out = N if up is None else 2 * N
     n_blocks = tl.cdiv(N, BLOCK_N)
-    chunk = tl.program_id(0) // n_blocks
+    place = (tl.program_id(0) // n_blocks).to(tl.int64)
     cols = (tl.program_id(0) % n_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
     in_n = cols < N
-    cols64 = cols.to(tl.int64)
     running = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
     if dgate_up is not None:
         gain = load_gain(delta, cols, N)[None, :]
-    for start in tl.range(0, CHUNK, BLOCK_T):
-        rows = chunk.to(tl.int64) * CHUNK + start + tl.arange(0, BLOCK_T)
+    for start in tl.range(0, chunk, BLOCK_T, num_stages=STAGES):
+        rows = place * chunk + start + tl.arange(0, BLOCK_T)
         mask = (rows < T)[:, None] & in_n[None, :]
-        d = tl.load(dh + rows[:, None] * stride_dt + cols64[None, :] * stride_dn, mask=mask, other=0.0).to(tl.float32)
-        g = tl.load(gate + rows[:, None] * stride_gt + cols64[None, :] * stride_gn, mask=mask, other=0.0).to(tl.float32)
+        d = load_tile(dh, rows, cols, stride_dt, stride_dn, mask)
+        g = load_tile(gate, rows, cols, stride_gt, stride_gn, mask)
         act, slope = act_and_slope(g, ACTIVATION)
         through = d * act
         if up is not None:
-            u = tl.load(up + rows[:, None] * stride_ut + cols64[None, :] * stride_un, mask=mask, other=0.0).to(
-                tl.float32
-            )
+            u = load_tile(up, rows, cols, stride_ut, stride_un, mask)
             slope *= u
             if dgate_up is not None:
-                tl.store(
-                    dgate_up + rows[:, None] * stride_out + N + cols64[None, :],
-                    (through * gain).to(dgate_up.dtype.element_ty),
-                    mask=mask,
-                )
+                du = (through * gain).to(dgate_up.dtype.element_ty)
+                tl.store(dgate_up + rows[:, None] * stride_out + N + cols[None, :], du, mask=mask)
             running += through * u
         else:
             running += through
         if dgate_up is not None:
-            tl.store(
-                dgate_up + rows[:, None] * stride_out + cols64[None, :],
-                (d * gain * slope).to(dgate_up.dtype.element_ty),
-                mask=mask,
-            )
-    tl.store(partials + chunk.to(tl.int64) * N + cols, tl.sum(running, axis=0), mask=in_n)
+            dg = (d * gain * slope).to(dgate_up.dtype.element_ty)
+            tl.store(dgate_up + rows[:, None] * stride_out + cols[None, :], dg, mask=mask)
+    tl.store(partials + place * N + cols, tl.sum(running, axis=0), mask=in_n)
 
 
 def glu(gate: Tensor, up: Tensor | None, delta: Tensor, activation: str) -> Tensor:
@@ -162,6 +159,7 @@ def launch(gate: Tensor, up: Tensor | None, delta: Tensor, activation: str, conf
                 n,
                 *gate.stride(),
                 *_strides(up),
+                UNIT=row_unit(gate, gate.stride(0), _strides(up)[0]),
                 ACTIVATION=activation,
                 BLOCK_T=config.block_t,
                 BLOCK_N=config.block_n,
@@ -183,7 +181,9 @@ def launch_backward(
     t, n = gate.shape
     if t == 0 or n == 0:
         return torch.zeros(n, dtype=torch.float32, device=gate.device)
-    chunks = triton.cdiv(t, config.chunk)
+    chunk = rows_chunk(t, n)
+    unit = row_unit(gate, dh.stride(0), gate.stride(0), _strides(up)[0])
+    chunks = triton.cdiv(t, chunk)
     partials = torch.empty((chunks, n), dtype=torch.float32, device=gate.device)
     with on_device_of(gate):
         glu_backward_kernel[(chunks * triton.cdiv(n, config.block_n),)](
@@ -195,14 +195,16 @@ def launch_backward(
             partials,
             t,
             n,
+            chunk,
             *dh.stride(),
             *gate.stride(),
             *_strides(up),
-            n if up is None else 2 * n,
+            UNIT=unit,
             ACTIVATION=activation,
-            CHUNK=config.chunk,
             BLOCK_T=config.block_t,
             BLOCK_N=config.block_n,
+            # narrower rows cannot be copied ahead in the background, and trying takes registers
+            STAGES=config.num_stages if unit > 1 else 1,
             **options(config.num_warps),
         )
     return sum_partials(partials)

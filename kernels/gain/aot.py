@@ -1,8 +1,8 @@
 """Compile ahead of time, with no GPU, every kernel in every configuration that the heuristics can choose.
 
-What is compiled is what is launched: the launchers run on meta tensors, their kernel calls are recorded instead of started,
-and the recorded arguments make the compiler's signature. The report says what the machine code needs and holds: registers,
-spilled bytes, shared memory, matrix instructions.
+What is compiled is what is launched: public functions are called on meta tensors, and recording.py's driver stands in for the
+GPU. The report says what the machine code needs and holds: registers, shared memory and its rings of buffers, accesses to
+global memory by their width, matrix instructions.
 
     python -m gain_ops.kernels.aot sm_90            one JSON object a kernel, on lines
 """
@@ -10,268 +10,277 @@ spilled bytes, shared memory, matrix instructions.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import re
 import subprocess
-import tempfile
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from itertools import product
 from typing import Any
-from unittest import mock
 
 import torch
 import triton
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, CompiledKernel
-from triton.runtime import JITFunction
-from triton.tools.tensor_descriptor import TensorDescriptor
+from triton.compiler import CompiledKernel
 
-from gain_ops.kernels import (
-    activations,
-    config,
-    fused_backward,
-    linear_forward,
-    matmul_reduce,
-    norm,
-    partials,
-    rows,
-)
-from gain_ops.kernels.config import GemmConfig
+from gain_ops import kernels
+from gain_ops.kernels import fused_backward
+from gain_ops.kernels.recording import DEVICES, Launch, recording
 
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
-
-SHARED_MEMORY_LIMITS = {"sm_80": 101_376, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
-"""Bytes a block can have. sm_80's configurations also serve sm_86, sm_89 and sm_120, whose limit this is."""
-
-MATRIX_INSTRUCTIONS = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}
-"""The instruction that a half-precision dot must become: mma, wgmma, tcgen05 and MFMA."""
-
-_TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+MATRIX_INSTRUCTIONS = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
+"""The instruction that a half-precision dot must become."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One kernel call to compile: everything needed to make it again in another process."""
+    """A call of CALLS: x, dy and z are [tokens, features], W is [features, features]."""
 
-    kernel: str
-    variant: str
+    call: str
     dtype: str
-    precision: str
-    config: GemmConfig | None
-    aligned: bool
+    tokens: int
+    features: int
+    transposed: bool = False
+    """W is a transposed view; in a call without W, x, dy and z are."""
 
 
 @dataclass(frozen=True)
 class Compiled:
     """What the machine code of a kernel needs and holds."""
 
-    problem: Problem
     target: str
+    kernel: str
+    problem: Problem
+    constants: dict[str, Any]
+    num_warps: int
+    num_stages: int
     registers: int
     spilled_bytes: int
     shared_bytes: int
     threads: int
     matrix_instructions: int
+    accesses: dict[str, int]
+    """Loads, stores and asynchronous copies of global memory by argument and bytes a thread: "load x 16"; or "load by TMA"."""
+    rings: list[int]
+    """The buffers of every ring of tiles in shared memory."""
+    wgmma_rings: list[list[int | None]]
+    """The buffers of the rings that both operands of every wgmma lie in; None for an operand in registers."""
 
 
-def problems(target: str) -> list[Problem]:
-    """Every kernel call that can happen on a target: kernels x variants x dtypes x configurations."""
-    found = [Problem("rows", v, d, "ieee", None, a) for v in _ROWS_VARIANTS for d in _DTYPES for a in (True, False)]
-    found += [Problem("glu", v, d, "ieee", None, a) for v in _GLU_VARIANTS for d in _DTYPES for a in (True, False)]
-    found += [Problem("norm", v, d, "ieee", None, a) for v in _NORM_VARIANTS for d in _DTYPES for a in (True, False)]
-    found.append(Problem("partials", "sum", "float32", "ieee", None, True))
-    for dtype in _DTYPES:
-        for precision in ("ieee", "tf32") if dtype == "float32" and target.startswith("sm") else ("ieee",):
-            for kernel, variants in _GEMM_VARIANTS.items():
-                for choice, aligned in config.choices(target, getattr(torch, dtype), precision):
-                    if kernel == "backward_dx" and not fused_backward.serves(target, choice):
-                        continue
-                    # float16 differs from bfloat16 in one conversion: the variants that need most registers will do
-                    chosen = _HEAVIEST[kernel] if dtype == "float16" else variants
-                    found += [Problem(kernel, variant, dtype, precision, choice, aligned) for variant in chosen]
-    return found
+# x (and dy, z, gate and up), W, a vector in their dtype and one in fp32
+Call = Callable[[Tensor, Tensor, Tensor, Tensor], object]
 
 
-def compile_all(target: str, workers: int = 2) -> Iterator[Compiled]:
-    """Compile every problem of a target, in worker processes."""
-    todo = problems(target)
+def _glu_backward(activation: str) -> Call:
+    return lambda x, w, bias, delta: kernels.glu_backward(x, x, x, delta, activation)
+
+
+def _rms_norm_backward(x: Tensor, w: Tensor, bias: Tensor, delta: Tensor) -> object:
+    return kernels.rms_norm_backward(x, x, bias, delta, delta.new_empty(len(x)))
+
+
+GEMM_CALLS: dict[str, Call] = {
+    "linear": lambda x, w, bias, delta: kernels.linear(x, w, delta, None),
+    "linear_z": lambda x, w, bias, delta: kernels.linear_z(x, w, delta, bias),
+    "linear_input": lambda x, w, bias, delta: kernels.linear_input(x, w, delta, bias),
+    "backward_recompute": lambda x, w, bias, delta: kernels.backward_recompute(x, x, w, delta),
+    "ddelta_recompute": lambda x, w, bias, delta: kernels.ddelta_recompute(x, x, w),
+    "backward_input": lambda x, w, bias, delta: kernels.backward_input(x, x, w, delta),
+    "backward_dx": lambda x, w, bias, delta: fused_backward.backward_dx(x, x, w, delta),
+    "backward_dx, W scaled": lambda x, w, bias, delta: fused_backward.backward_dx(x, x, w, None),
+}
+ROWS_CALLS: dict[str, Call] = {
+    "scale": lambda x, w, bias, delta: kernels.scale(x, delta),
+    "backward": lambda x, w, bias, delta: kernels.backward(x, x, delta),
+    "ddelta": lambda x, w, bias, delta: kernels.ddelta(x, x),
+    "glu": lambda x, w, bias, delta: kernels.glu(x, x, delta, "gelu"),
+    "glu, no up": lambda x, w, bias, delta: kernels.glu(x, None, delta, "gelu"),
+    "glu_backward": _glu_backward("gelu"),
+    "glu_backward, no up": lambda x, w, bias, delta: kernels.glu_backward(x, x, None, delta, "gelu"),
+    "glu_ddelta": lambda x, w, bias, delta: kernels.glu_ddelta(x, x, x, "gelu"),
+    "rms_norm": lambda x, w, bias, delta: kernels.rms_norm(x, bias, delta, 1e-5),
+    "rms_norm_backward": _rms_norm_backward,
+}
+OTHER_ACTIVATIONS = {f"glu_backward, {act}": _glu_backward(act) for act in ("silu", "relu2", "gelu_tanh")}
+CALLS = GEMM_CALLS | ROWS_CALLS | OTHER_ACTIVATIONS
+
+
+def problems() -> Iterator[Problem]:
+    """Calls that between them launch every kernel in every configuration; some launch nothing that another does not."""
+    # small tiles of a GEMM and large ones, and every number of rows that make one of partials (config.py)
+    tokens = (64, 2048, 4096)
+    for call, t, transposed in product(GEMM_CALLS | ROWS_CALLS, tokens, (False, True)):
+        yield Problem(call, "bfloat16", t, 4096, transposed)
+    for call, t in product(GEMM_CALLS | ROWS_CALLS, tokens):
+        yield Problem(call, "float16", t, 4096)
+    for call in OTHER_ACTIVATIONS:
+        yield Problem(call, "bfloat16", 4096, 4096)
+    # rows that are a multiple of 16 bytes and not of 16 elements, and rows that are neither
+    others = (("bfloat16", 4104), ("bfloat16", 4095), ("float32", 4096), ("float32", 4100), ("float32", 4095))
+    for call, (dtype, n) in product(GEMM_CALLS | ROWS_CALLS, others):
+        yield Problem(call, dtype, 4096, n)
+    # W is the smaller operand, which linear_input scales; the gain goes along its memory's rows
+    for dtype in ("bfloat16", "float16", "float32"):
+        yield Problem("linear_input", dtype, 8192, 4096, transposed=True)
+    # a row that one warp holds in registers, the widest that a block does, and one that none does
+    for call, n in product(("rms_norm", "rms_norm_backward"), (456, 8192, 16384)):
+        yield Problem(call, "float32", 4096, n)
+        for t in tokens:
+            yield Problem(call, "bfloat16", t, n)
+
+
+# a target, a problem, and kernels with the keys of their specialisations
+_Task = tuple[str, Problem, set[tuple[str, str]]]
+
+
+def compile_all(targets: Sequence[str], workers: int = 2) -> Iterator[Compiled]:
+    """Compile every kernel once for each target, in worker processes."""
+    tasks = [task for target in targets for task in _tasks(target)]
     with ProcessPoolExecutor(workers) as pool:
-        yield from pool.map(compile_one, todo, [target] * len(todo), chunksize=4)
+        for compiled in pool.map(_compile, tasks):
+            yield from compiled
 
 
-def compile_one(problem: Problem, target: str) -> Compiled:
-    """Compile one problem for one target and read the result."""
-    launches = _recorded(problem)
-    kernel, arguments = launches[0]
-    compiled = _compile(kernel, arguments, TARGETS[target])
-    read = _read_amd if target.startswith("gfx") else _read_nvidia
-    registers, spilled, instructions = read(compiled, MATRIX_INSTRUCTIONS[target])
-    threads = compiled.metadata.num_warps * TARGETS[target].warp_size
-    return Compiled(problem, target, registers, spilled, compiled.metadata.shared, threads, instructions)
+def _tasks(target: str) -> Iterator[_Task]:
+    """Problems, each with the kernels that none before it launches."""
+    met: set[tuple[str, str]] = set()
+    for problem in problems():
+        with recording(target, compile=False) as launches:
+            call(problem)
+        new = {(launch.kernel, launch.key) for launch in launches} - met
+        if new:
+            yield target, problem, new
+        met |= new
 
 
-_DTYPES = ("bfloat16", "float16", "float32")
-_ROWS_VARIANTS = ("backward", "ddelta", "scale", "by_row")
-_GLU_VARIANTS = (
-    "glu, silu",
-    "glu, gelu_tanh",
-    "glu_plain, gelu_tanh",
-    "glu_backward, silu",
-    "glu_backward, gelu",
-    "glu_ddelta, silu",
-)
-# the widest row that is held in registers, and one that is not
-_NORM_VARIANTS = ("rms_norm, 8192", "rms_norm_backward, 8192", "rms_norm, 16384", "rms_norm_backward, 16384")
-_GEMM_VARIANTS = {
-    "linear": ("plain", "plain, W transposed", "bias and z", "bias and z, W transposed"),
-    "matmul_reduce": ("c", "acc", "nothing", "c, W transposed", "acc, W transposed", "nothing, W transposed"),
-    "backward_dx": ("scales", "W scaled", "scales, W transposed"),
-}
-_HEAVIEST = {
-    "linear": ("bias and z", "bias and z, W transposed"),
-    "matmul_reduce": ("acc", "c, W transposed"),
-    "backward_dx": ("scales",),
-}
-
-
-def _recorded(problem: Problem) -> list[tuple[JITFunction[Any], dict[str, Any]]]:
-    """The kernel calls that a problem's launcher makes: (kernel, arguments by name)."""
-    calls: list[tuple[JITFunction[Any], dict[str, Any]]] = []
-
-    def record(self: JITFunction[Any], *args: Any, **kwargs: Any) -> None:
-        calls.append((self, dict(zip(self.arg_names, args, strict=False)) | kwargs))
-
-    with mock.patch.object(JITFunction, "run", record), _tf32(problem.precision == "tf32"):
-        _launch(problem)
-    return calls
-
-
-@contextlib.contextmanager
-def _tf32(allowed: bool) -> Iterator[None]:
-    before = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = "tf32" if allowed else "ieee"
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.fp32_precision = before
-
-
-def _launch(problem: Problem) -> None:
+def call(problem: Problem) -> None:
+    """Make a problem's call, of meta tensors."""
     dtype = getattr(torch, problem.dtype)
-    m = n = k = 4096 if problem.aligned else 4095
+    t, n = problem.tokens, problem.features
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    r = torch.empty(m, dtype=torch.float32, device="meta")
-    delta, bias = torch.empty(n, dtype=torch.float32, device="meta"), empty(n)
-    variant, _, detail = problem.variant.partition(", ")
-    if problem.kernel == "norm":
-        n = int(detail) if problem.aligned else int(detail) - 1
-    weight = empty(k, n).t() if detail == "W transposed" else empty(n, k)
-    launchers: dict[str, Callable[[], Any]] = {
-        "sum": lambda: partials.sum_partials(empty(m, n)),
-        "backward": lambda: rows.launch_backward(empty(m, n), empty(m, n), delta, empty(m, n)),
-        "ddelta": lambda: rows.launch_backward(empty(m, n), empty(m, n), None, None),
-        "scale": lambda: rows.scale(empty(m, n), delta),
-        "by_row": lambda: rows.linear_input(empty(m, k), empty(k, n).t()[:8], delta, None),
-        "glu": lambda: activations.glu(empty(m, n), empty(m, n), delta, detail),
-        "glu_plain": lambda: activations.glu(empty(m, n), None, delta, detail),
-        "glu_backward": lambda: activations.glu_backward(empty(m, n), empty(m, n), empty(m, n), delta, detail),
-        "glu_ddelta": lambda: activations.glu_ddelta(empty(m, n), empty(m, n), empty(m, n), detail),
-        "rms_norm": lambda: norm.rms_norm(empty(m, n), bias, delta, 1e-5),
-        "rms_norm_backward": lambda: norm.rms_norm_backward(empty(m, n), empty(m, n), bias, delta, r),
-        "plain": lambda: linear_forward.launch(empty(m, k), weight, delta, None, empty(m, n), None, problem.config),
-        "bias and z": lambda: linear_forward.launch(
-            empty(m, k), weight, delta, bias, empty(m, n), empty(m, n), problem.config
-        ),
-    }
-    if problem.kernel == "backward_dx":
-        assert problem.config is not None
-        gain = delta if variant == "scales" else None
-        fused_backward.launch(empty(m, n), empty(m, n), weight, gain, empty(m, k), problem.config)
-    elif problem.kernel == "matmul_reduce":
-        writes = variant != "nothing"
-        matmul_reduce.launch(
-            empty(m, k),
-            weight,
-            empty(m, n),
-            delta if writes else None,
-            empty(m, n) if writes else None,
-            variant,
-            problem.config,
-        )
-    else:
-        launchers[variant]()
+    has_weight = problem.call in GEMM_CALLS
+    x = empty(n, t).t() if problem.transposed and not has_weight else empty(t, n)
+    weight = empty(n, n).t() if problem.transposed and has_weight else empty(n, n)
+    CALLS[problem.call](x, weight, empty(n), torch.empty(n, device="meta"))
 
 
-def _compile(kernel: JITFunction[Any], arguments: dict[str, Any], target: GPUTarget) -> CompiledKernel:
-    signature: dict[str, str] = {}
-    constants: dict[str, Any] = {}
-    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
-    for position, parameter in enumerate(kernel.params):
-        name, value = parameter.name, arguments[parameter.name]
-        kind = _kind(value, parameter)
-        signature[name] = kind
-        if kind == "constexpr":
-            constants[name] = value
-        elif not kind.startswith("tensordesc") and (isinstance(value, Tensor) or value % 16 == 0):
-            attributes[(position,)] = [["tt.divisibility", 16]]
-    options = {key: arguments[key] for key in ("num_warps", "num_stages", "enable_fp_fusion") if key in arguments}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=target, options=options)
+def _compile(task: _Task) -> list[Compiled]:
+    """Make a call and read the kernels that are asked of it."""
+    target, problem, wanted = task
+    try:
+        with recording(target) as launches:
+            call(problem)
+    except Exception as error:
+        error.add_note(f"{target}: {problem}")
+        raise
+    found = {(launch.kernel, launch.key): launch for launch in launches}
+    return [_read(target, problem, found[kernel]) for kernel in sorted(wanted)]
 
 
-def _kind(value: Any, parameter: Any) -> str:
-    """The compiler's type of an argument, by the rules that a launch follows."""
-    if isinstance(value, TensorDescriptor):
-        return f"tensordesc<{_TYPES[value.base.dtype]}{list(value.block_shape)}>"
-    if isinstance(value, Tensor):
-        return f"*{_TYPES[value.dtype]}"
-    if parameter.is_constexpr or value is None or value == 1:
-        return "constexpr"
-    return parameter.annotation_type or "i32"
+def _read(target: str, problem: Problem, launch: Launch) -> Compiled:
+    compiled = launch.compiled
+    assert compiled is not None
+    names, ttgir = launch.source.fn.arg_names, compiled.asm["ttgir"]
+    amd = target.startswith("gfx")
+    code = compiled.asm["amdgcn" if amd else "ptx"]
+    registers, spilled = _used_amd(code) if amd else _used_nvidia(compiled)
+    return Compiled(
+        target,
+        launch.kernel,
+        problem,
+        {names[position]: value for (position,), value in launch.source.constants.items()},
+        compiled.metadata.num_warps,
+        compiled.metadata.num_stages,
+        registers,
+        spilled,
+        compiled.metadata.shared,
+        compiled.metadata.num_warps * DEVICES[target].target.warp_size,
+        code.count(MATRIX_INSTRUCTIONS[target]),
+        _accesses_amd(code) if amd else _accesses_nvidia(code, launch.source.signature),
+        [int(buffers) for buffers in re.findall(_RING, ttgir)],
+        wgmma_rings(ttgir),
+    )
 
 
-def _read_nvidia(compiled: CompiledKernel, instruction: str) -> tuple[int, int, int]:
-    """(registers, stack and local bytes, matrix instructions) of a cubin, by Triton's own cuobjdump."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(compiled.asm["cubin"])
-        cubin.flush()
-        output = subprocess.run(
-            [tool, "--dump-resource-usage", "--dump-sass", cubin.name], capture_output=True, text=True, check=True
-        ).stdout
-    usage = {key: int(number) for key, number in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", output)}
-    return usage["REG"], usage["STACK"] + usage["LOCAL"], len(re.findall(rf"\b{instruction}\b", output))
+def _used_nvidia(compiled: CompiledKernel) -> tuple[int, int]:
+    """(registers, bytes of stack and local memory) by Triton's own cuobjdump."""
+    cubin = next(path for name, path in compiled.metadata_group.items() if name.endswith(".cubin"))
+    command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", cubin]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    used = {key: int(number) for key, number in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", output)}
+    return used["REG"], used["STACK"] + used["LOCAL"]
 
 
-def _read_amd(compiled: CompiledKernel, instruction: str) -> tuple[int, int, int]:
-    """(registers, spilled bytes, matrix instructions) of a gfx kernel's assembly."""
-    text = compiled.asm["amdgcn"]
-    numbers = {key: int(n) for key, n in re.findall(r"\.(vgpr_count|vgpr_spill_count|sgpr_spill_count):\s+(\d+)", text)}
-    spilled = 4 * (numbers["vgpr_spill_count"] + numbers["sgpr_spill_count"])
-    return numbers["vgpr_count"], spilled, text.count(instruction)
+def _used_amd(code: str) -> tuple[int, int]:
+    """(vector registers, spilled bytes)."""
+    used = {key: int(n) for key, n in re.findall(r"\.(vgpr_count|vgpr_spill_count|sgpr_spill_count):\s+(\d+)", code)}
+    return used["vgpr_count"], 4 * (used["vgpr_spill_count"] + used["sgpr_spill_count"])
+
+
+def _accesses_nvidia(ptx: str, signature: dict[str, str]) -> dict[str, int]:
+    pointers = [name for name, kind in signature.items() if kind.startswith("*")]
+    # Triton's scratch memory has pointers too, the last
+    names = dict(zip(re.findall(r"\.ptr \.global .*?(\w+_param_\d+)", ptx), pointers, strict=False))
+    sources: defaultdict[str, set[str]] = defaultdict(set)
+    for register, operands in re.findall(r"^\s*[\w.]+\s+(%rd\d+), (.*);", ptx, re.MULTILINE):
+        sources[register].update(re.findall(r"%rd\d+|\w+_param_\d+", operands))
+
+    def argument(address: str) -> str:
+        """The pointer that an address was added up from."""
+        met, todo = set[str](), {address}
+        while todo:
+            met |= todo
+            todo = set[str]().union(*(sources[one] for one in todo)) - met
+        return "|".join(sorted(names[one] for one in met if one in names))
+
+    found: Counter[str] = Counter()
+    for kind, vector, bits, address in re.findall(
+        r"\b(ld|st)\.global[.\w:]*?(?:\.v(\d))?\.[bfsu](\d+)\s[^;[]*\[\s*(%rd\d+)", ptx
+    ):
+        found[f"{'load' if kind == 'ld' else 'store'} {argument(address)} {int(vector or 1) * int(bits) // 8}"] += 1
+    for address, size in re.findall(r"\bcp\.async\.c[ag]\.\S+ \[[^]]*\], \[\s*(%rd\d+)[^]]*\], (\w+)", ptx):
+        found[f"copy {argument(address)} {int(size, 0)}"] += 1
+    for direction in re.findall(r"\bcp\.async\.bulk\.tensor\.\dd\.(shared|global)", ptx):
+        found[f"{'load' if direction == 'shared' else 'store'} by TMA"] += 1
+    return dict(found)
+
+
+def _accesses_amd(code: str) -> dict[str, int]:
+    """By bytes alone: the code has a descriptor where PTX has a pointer."""
+    sizes = {"byte": 1, "short": 2, "dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16}
+    found = re.findall(r"\b(?:buffer|global|flat)_(load|store)_[us]?(byte|short|dword(?:x\d)?)", code)
+    return dict(Counter(f"{kind} any {sizes[size]}" for kind, size in found))
+
+
+_RING = r"ttg\.local_alloc : \(\) -> !ttg\.memdesc<(\d+)x\d+x\d+x"
+
+
+def wgmma_rings(ttgir: str) -> list[list[int | None]]:
+    """The buffers of the rings that both operands of every wgmma lie in: None in registers, 0 where none is found."""
+    rings = {name: int(buffers) for name, buffers in re.findall(rf"(%\w+) = {_RING}", ttgir)}
+    views = dict(re.findall(r"(%\w+) = ttg\.memdesc_\w+ (%\w+)", ttgir))
+
+    def buffers(operand: str) -> int:
+        while operand in views:
+            operand = views[operand]
+        return rings.get(operand, 0)
+
+    dots = re.findall(r"ttng\.warp_group_dot (%\w+), (%\w+), .* : (tensor|!ttg\.memdesc).* \* !ttg\.memdesc", ttgir)
+    return [[None if kind == "tensor" else buffers(a), buffers(b)] for a, b, kind in dots]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print one JSON object a compiled kernel."""
     parser = argparse.ArgumentParser(prog="python -m gain_ops.kernels.aot", description=main.__doc__)
-    parser.add_argument("targets", nargs="*", choices=[*TARGETS, []], help="default: all")
+    parser.add_argument("targets", nargs="*", choices=[*DEVICES, []], help="default: all")
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args(arguments)
-    for target in options.targets or TARGETS:
-        for compiled in compile_all(target, options.workers):
-            print(json.dumps(asdict(compiled)), flush=True)
+    for compiled in compile_all(options.targets or list(DEVICES), options.workers):
+        print(json.dumps(asdict(compiled)), flush=True)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ Not yet chosen by any heuristic: what it takes from the main loop only a GPU can
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -21,17 +23,17 @@ from gain_ops.kernels._common import (
     gemm_operands,
     grouped_tile,
     load_gain,
-    on_device_of,
     split_columns,
     store_tile,
     tiled,
 )
-from gain_ops.kernels.config import GemmConfig, architecture
+from gain_ops.kernels.config import GemmConfig
+from gain_ops.kernels.devices import architecture, on_device_of
 from gain_ops.kernels.partials import sum_partials
-from gain_ops.operands import aligned
+from gain_ops.operands import fuses
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def backward_dx_kernel(
     a,  # dy [M, K], descriptor, as all but the vectors
     b,  # W [K, N], or [N, K] when not B_IS_KN
@@ -48,7 +50,6 @@ def backward_dx_kernel(
     GROUP_M: tl.constexpr,
     SUBTILES: tl.constexpr,
     B_IS_KN: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """Persistent over tiles, as linear_kernel."""
     m_tiles = tl.cdiv(M, BLOCK_M)
@@ -68,10 +69,11 @@ def backward_dx_kernel(
             factor = dy_tile
             if delta is not None:
                 factor = (dy_tile.to(tl.float32) * load_gain(delta, ks, K)[None, :]).to(dy_tile.dtype)
-            acc = tl.dot(factor, w_tile, acc, input_precision=PRECISION)
-            # n_tiles programs come by this block of dy: one of them sums it
+            acc = tl.dot(factor, w_tile, acc)
+            # n_tiles programs come by this block of dy: one of them sums it. It reads dy again: a tile that fed a wgmma
+            # and a sum had a buffer less in the pipeline than the product needs, and was overwritten under it
             if (k // BLOCK_K) % n_tiles == tile_n:
-                sums = tl.sum(dy_tile.to(tl.float32) * z.load([row, k]).to(tl.float32), axis=0)
+                sums = tl.sum(a.load([row, k]).to(tl.float32) * z.load([row, k]).to(tl.float32), axis=0)
                 tl.store(partials + tile_m.to(tl.int64) * K + ks, sums, mask=ks < K)
         if SUBTILES == 2:
             HALF: tl.constexpr = BLOCK_N // 2
@@ -98,10 +100,14 @@ def backward_dx(dy: Tensor, z: Tensor, weight: Tensor, delta: Tensor | None) -> 
     On other architectures, and where TMA cannot read the operands, the pass of rows.py and the vendor's GEMM do the same.
 
     """
-    dx = torch.empty((dy.shape[0], weight.shape[1]), dtype=dy.dtype, device=dy.device)
-    config = tuning.gemm_config("backward_dx", dy, weight.t(), aligned(dy, weight, z, dx))
-    if serves(architecture(dy.device.index), config):
-        return dx, launch(dy, z, weight, delta, dx, config)
+    if fuses(dy, weight.t(), z):
+        config = tuning.gemm_config("backward_dx", dy, weight.t())
+        if delta is None:
+            # a product that reads dy from shared memory holds one tile of it more, and 4 stages of the large tile do not fit
+            config = replace(config, num_stages=min(config.num_stages, 3))
+        if serves(architecture(dy.device.index), config):
+            dx = torch.empty((dy.shape[0], weight.shape[1]), dtype=dy.dtype, device=dy.device)
+            return dx, launch(dy, z, weight, delta, dx, config)
     if delta is None:
         return dy @ weight, rows.ddelta(dy, z)
     dz, sums = rows.backward(dy, z, delta)
@@ -113,7 +119,7 @@ def launch(dy: Tensor, z: Tensor, weight: Tensor, delta: Tensor | None, dx: Tens
     operands = gemm_operands(dy, weight.t(), config)
     chunks = triton.cdiv(dy.shape[0], config.block_m)
     partials = torch.empty((chunks, dy.shape[1]), dtype=torch.float32, device=dy.device)
-    unused = ("stride_am", "stride_ak", "stride_bn", "stride_bk", "USE_TMA")
+    unused = ("stride_a", "stride_b", "USE_TMA")
     with on_device_of(dy):
         backward_dx_kernel[gemm_grid(dy, weight.t(), config)](
             z=descriptor(z, (config.block_m, config.block_k)),

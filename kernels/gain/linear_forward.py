@@ -1,30 +1,34 @@
 """y = gain * (x @ W.T) + b in a GEMM's epilogue, with an optional store of z: lines (1), (2) of reference.py.
 
 Bytes: x, W and y once, and z where it is kept. Flops: 2 T in out. The scale costs one multiply an element in registers and
-rounds once, where a separate pass would read and write [T, out] again.
+rounds once, where a separate pass would read and write [T, out] again. Operands that operands.fuses refuses are served by
+the vendor's GEMM and that pass.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from gain_ops.kernels import tuning
+from gain_ops.kernels import rows, tuning
 from gain_ops.kernels._common import (
+    GEMM_UNIT,
     gemm_grid,
     gemm_operands,
     grouped_tile,
     load_gain,
     matmul_tile,
-    on_device_of,
+    multiple,
     split_columns,
     store_tile,
     tiled,
 )
 from gain_ops.kernels.config import GemmConfig
-from gain_ops.operands import aligned
+from gain_ops.kernels.devices import on_device_of
+from gain_ops.operands import fuses
 
 
 @triton.jit
@@ -53,7 +57,7 @@ def _epilogue(
         store_tile(z, acc, row, col, M, N, HEIGHT, WIDTH, USE_TMA)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def linear_kernel(
     a,  # x [M, K]
     b,  # W [N, K], or [K, N] when B_IS_KN
@@ -64,10 +68,8 @@ def linear_kernel(
     M,
     N,
     K,
-    stride_am: tl.int64,
-    stride_ak: tl.int64,
-    stride_bn: tl.int64,
-    stride_bk: tl.int64,
+    stride_a,
+    stride_b,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -75,9 +77,9 @@ def linear_kernel(
     SUBTILES: tl.constexpr,
     USE_TMA: tl.constexpr,
     B_IS_KN: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """Persistent over tiles: a program takes every num_programs-th tile, so a full grid and a short one are one code."""
+    N = multiple(N, GEMM_UNIT)
     HAS_BIAS: tl.constexpr = bias is not None
     STORE_Z: tl.constexpr = z is not None
     m_tiles = tl.cdiv(M, BLOCK_M)
@@ -87,8 +89,7 @@ def linear_kernel(
         row = tile_m * BLOCK_M
         col = tile_n * BLOCK_N
         acc = matmul_tile(
-            a, b, row, col, M, N, K, stride_am, stride_ak, stride_bn, stride_bk,
-            BLOCK_M, BLOCK_N, BLOCK_K, USE_TMA, B_IS_KN, PRECISION,
+            a, b, row, col, M, N, K, stride_a, stride_b, BLOCK_M, BLOCK_N, BLOCK_K, USE_TMA, B_IS_KN,
         )  # fmt: skip
         if SUBTILES == 2:
             HALF: tl.constexpr = BLOCK_N // 2
@@ -101,6 +102,8 @@ def linear_kernel(
 
 def linear(x: Tensor, weight: Tensor, delta: Tensor, bias: Tensor | None) -> Tensor:
     """``gain * (x @ W.T) + b``: x [T, in], weight [out, in], delta [out], bias [out] -> y [T, out]."""
+    if not fuses(x, weight):
+        return rows.scale_and_shift(F.linear(x, weight), delta, bias)
     y = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device)
     launch(x, weight, delta, bias, y, None)
     return y
@@ -108,6 +111,9 @@ def linear(x: Tensor, weight: Tensor, delta: Tensor, bias: Tensor | None) -> Ten
 
 def linear_z(x: Tensor, weight: Tensor, delta: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """``linear`` that also stores z = x @ W.T [T, out], from the same accumulators."""
+    if not fuses(x, weight):
+        z = F.linear(x, weight)
+        return rows.scale_and_shift(z, delta, bias), z
     y = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device)
     z = torch.empty_like(y)
     launch(x, weight, delta, bias, y, z)
@@ -124,10 +130,8 @@ def launch(
     config: GemmConfig | None = None,
 ) -> None:
     """Run the kernel with a configuration, or with the one that the tuned table or the heuristic gives."""
-    if y.numel() == 0:
-        return
     if config is None:
-        config = tuning.gemm_config("linear", x, weight, aligned(x, weight, y))
+        config = tuning.gemm_config("linear", x, weight)
     with on_device_of(x):
         linear_kernel[gemm_grid(x, weight, config)](
             delta=delta.contiguous(),

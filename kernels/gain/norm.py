@@ -14,8 +14,9 @@ from torch import Tensor
 
 from gain_ops import reference
 from gain_ops.kernels import norm_wide
-from gain_ops.kernels._common import load_gain, on_device_of, options
-from gain_ops.kernels.config import NORM_CHUNK, norm_config
+from gain_ops.kernels._common import load_gain, multiple, options, row_unit
+from gain_ops.kernels.config import norm_chunk, norm_config
+from gain_ops.kernels.devices import on_device_of
 from gain_ops.kernels.partials import sum_partials
 
 
@@ -27,23 +28,27 @@ def rms_norm_kernel(
     y,  # [T, N] contiguous
     r,  # [T] fp32
     N,
-    stride_xt: tl.int64,
-    stride_xn: tl.int64,
+    stride_xt,
+    stride_xn,
     eps: tl.float32,
+    UNIT: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """A program takes one row."""
+    N = multiple(N, UNIT)
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK_N)
     mask = cols < N
-    tile = tl.load(x + row * stride_xt + cols.to(tl.int64) * stride_xn, mask=mask, other=0.0).to(tl.float32)
+    tile = tl.load(x + row * multiple(stride_xt, UNIT) + cols.to(tl.int64) * stride_xn, mask=mask, other=0.0).to(
+        tl.float32
+    )
     scale = 1.0 / tl.sqrt_rn(tl.sum(tile * tile, axis=0) / N + eps)
     tl.store(r + row, scale)
     factor = tl.load(weight + cols, mask=mask, other=0.0).to(tl.float32) * load_gain(delta, cols, N)
     tl.store(y + row * N + cols, (tile * scale * factor).to(y.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def rms_norm_backward_kernel(
     dy,  # [T, N]
     x,  # [T, N]
@@ -54,14 +59,18 @@ def rms_norm_backward_kernel(
     partials,  # [chunks, N] fp32
     T,
     N,
-    stride_dt: tl.int64,
-    stride_dn: tl.int64,
-    stride_xt: tl.int64,
-    stride_xn: tl.int64,
+    stride_dt,
+    stride_dn,
+    stride_xt,
+    stride_xn,
+    UNIT: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """A program takes CHUNK rows, one after the other."""
+    N = multiple(N, UNIT)
+    stride_dt = multiple(stride_dt, UNIT)
+    stride_xt = multiple(stride_xt, UNIT)
     chunk = tl.program_id(0)
     cols = tl.arange(0, BLOCK_N)
     cols64 = cols.to(tl.int64)
@@ -102,6 +111,7 @@ def rms_norm(x: Tensor, weight: Tensor, delta: Tensor, eps: float) -> tuple[Tens
                 n,
                 *x.stride(),
                 eps,
+                UNIT=row_unit(x, x.stride(0)),
                 BLOCK_N=config.block_n,
                 **options(config.num_warps),
             )
@@ -116,9 +126,10 @@ def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, delta: Tensor, r: T
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if t == 0:
         return dx, torch.zeros(n, dtype=torch.float32, device=x.device)
-    config = norm_config(n, rows=NORM_CHUNK)
+    chunk = norm_chunk(t)
+    config = norm_config(n, rows=chunk)
     kernel = rms_norm_backward_kernel if config.whole_row else norm_wide.rms_norm_backward_kernel
-    chunks = triton.cdiv(t, NORM_CHUNK)
+    chunks = triton.cdiv(t, chunk)
     partials = torch.empty((chunks, n), dtype=torch.float32, device=x.device)
     with on_device_of(x):
         kernel[(chunks,)](
@@ -133,7 +144,8 @@ def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, delta: Tensor, r: T
             n,
             *dy.stride(),
             *x.stride(),
-            CHUNK=NORM_CHUNK,
+            UNIT=row_unit(x, dy.stride(0), x.stride(0)),
+            CHUNK=chunk,
             BLOCK_N=config.block_n,
             **options(config.num_warps),
         )

@@ -1,7 +1,7 @@
 """norm.py's two kernels for rows too wide for registers: column blocks in turn, twice, the second time from a cache at best.
 
 rms_norm             reads x, and once more from the cache; writes y
-rms_norm_backward    reads dy and x twice, 16 rows being more than a cache holds; writes dx
+rms_norm_backward    reads dy and x twice, a chunk of rows being more than a cache holds; writes dx
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from gain_ops.kernels._common import load_gain
+from gain_ops.kernels._common import load_gain, load_tile, multiple
 
 
 @triton.jit
@@ -20,12 +20,15 @@ def rms_norm_kernel(
     y,  # [T, N] contiguous
     r,  # [T] fp32
     N,
-    stride_xt: tl.int64,
-    stride_xn: tl.int64,
+    stride_xt,
+    stride_xn,
     eps: tl.float32,
+    UNIT: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """A program takes one row."""
+    N = multiple(N, UNIT)
+    stride_xt = multiple(stride_xt, UNIT)
     row = tl.program_id(0).to(tl.int64)
     squares = tl.zeros((BLOCK_N,), tl.float32)
     for start in tl.range(0, N, BLOCK_N):
@@ -42,7 +45,7 @@ def rms_norm_kernel(
         tl.store(y + row * N + cols, (tile * scale * factor).to(y.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def rms_norm_backward_kernel(
     dy,  # [T, N]
     x,  # [T, N]
@@ -53,14 +56,18 @@ def rms_norm_backward_kernel(
     partials,  # [chunks, N] fp32
     T,
     N,
-    stride_dt: tl.int64,
-    stride_dn: tl.int64,
-    stride_xt: tl.int64,
-    stride_xn: tl.int64,
+    stride_dt,
+    stride_dn,
+    stride_xt,
+    stride_xn,
+    UNIT: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """A program takes CHUNK rows at once: their means first, then dx and the column sums, which no register outlives."""
+    N = multiple(N, UNIT)
+    stride_dt = multiple(stride_dt, UNIT)
+    stride_xt = multiple(stride_xt, UNIT)
     chunk = tl.program_id(0).to(tl.int64)
     rows = chunk * CHUNK + tl.arange(0, CHUNK)
     in_t = rows < T
@@ -69,25 +76,18 @@ def rms_norm_backward_kernel(
     for start in tl.range(0, N, BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N)
         mask = in_t[:, None] & (cols < N)[None, :]
-        d = _load(dy, rows, cols, stride_dt, stride_dn, mask)
-        n = scale * _load(x, rows, cols, stride_xt, stride_xn, mask)
+        d = load_tile(dy, rows, cols, stride_dt, stride_dn, mask)
+        n = scale * load_tile(x, rows, cols, stride_xt, stride_xn, mask)
         w = tl.load(weight + cols, mask=cols < N, other=0.0).to(tl.float32)
         products += d * (w * load_gain(delta, cols, N))[None, :] * n
     mean = tl.sum(products, axis=1)[:, None] / N
     for start in tl.range(0, N, BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N)
         mask = in_t[:, None] & (cols < N)[None, :]
-        d = _load(dy, rows, cols, stride_dt, stride_dn, mask)
-        n = scale * _load(x, rows, cols, stride_xt, stride_xn, mask)
+        d = load_tile(dy, rows, cols, stride_dt, stride_dn, mask)
+        n = scale * load_tile(x, rows, cols, stride_xt, stride_xn, mask)
         w = tl.load(weight + cols, mask=cols < N, other=0.0).to(tl.float32)
         v = d * (w * load_gain(delta, cols, N))[None, :]
-        to = dx + rows[:, None] * N + cols.to(tl.int64)[None, :]
+        to = dx + rows[:, None] * N + cols[None, :]
         tl.store(to, (scale * (v - n * mean)).to(dx.dtype.element_ty), mask=mask)
         tl.store(partials + chunk * N + cols, tl.sum(d * n, axis=0) * w, mask=cols < N)
-
-
-@triton.jit
-def _load(a, rows, cols, stride_t, stride_n, mask):
-    """a[rows, cols] in fp32, 0 where masked."""
-    at = a + rows[:, None] * stride_t + cols.to(tl.int64)[None, :] * stride_n
-    return tl.load(at, mask=mask, other=0.0).to(tl.float32)

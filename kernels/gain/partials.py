@@ -10,15 +10,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gain_ops.kernels._common import on_device_of, options
+from gain_ops.kernels._common import multiple, options, row_unit
+from gain_ops.kernels.devices import on_device_of
 
 BLOCK_C = 32
 BLOCK_N = 64
 
 
-@triton.jit
-def sum_partials_kernel(partials, sums, C, N, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr):
+@triton.jit(do_not_specialize=["C"])
+def sum_partials_kernel(partials, sums, C, N, UNIT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr):
     """sums[n] = sum_c partials[c, n]: BLOCK_C running sums, added up at the end."""
+    N = multiple(N, UNIT)
     cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     running = tl.zeros((BLOCK_C, BLOCK_N), tl.float32)
     for start in tl.range(0, C, BLOCK_C):
@@ -34,6 +36,6 @@ def sum_partials(partials: Tensor) -> Tensor:
     sums = torch.empty(n, dtype=torch.float32, device=partials.device)
     with on_device_of(partials):
         sum_partials_kernel[(triton.cdiv(n, BLOCK_N),)](
-            partials, sums, chunks, n, BLOCK_C=BLOCK_C, BLOCK_N=BLOCK_N, **options(4)
+            partials, sums, chunks, n, UNIT=row_unit(partials), BLOCK_C=BLOCK_C, BLOCK_N=BLOCK_N, **options(4)
         )
     return sums

@@ -2,7 +2,7 @@
 
     backward        dz = gain * dy,  partials of sum_t dy * z     lines (3), (4): reads dy and z, writes dz
     ddelta          partials of sum_t dy * z                      line (4): reads dy and z
-    scale           y = gain * x                                  reads x, writes y
+    scale           y = gain * x, + b                             reads x, writes y
 
 All are bound by bandwidth: nothing is read or written twice. The input side's forward scales on the way in (line (5)):
 a pass over the smaller of x [T, in] and W [out, in] costs 527 / max(T, out) of the GEMM, less than scaling in its main loop
@@ -17,12 +17,13 @@ import triton.language as tl
 from torch import Tensor
 
 from gain_ops import operands
-from gain_ops.kernels._common import load_gain, on_device_of, options
-from gain_ops.kernels.config import ROWS, RowsConfig
+from gain_ops.kernels._common import load_gain, load_tile, multiple, options, row_unit
+from gain_ops.kernels.config import ROWS, RowsConfig, rows_chunk
+from gain_ops.kernels.devices import on_device_of
 from gain_ops.kernels.partials import sum_partials
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def backward_kernel(
     dy,  # [T, N]
     z,  # [T, N]
@@ -31,62 +32,64 @@ def backward_kernel(
     partials,  # [chunks, N] fp32
     T,
     N,
-    stride_dyt: tl.int64,
-    stride_dyn: tl.int64,
-    stride_zt: tl.int64,
-    stride_zn: tl.int64,
-    CHUNK: tl.constexpr,
+    chunk,  # rows of a chunk
+    stride_dyt,
+    stride_dyn,
+    stride_zt,
+    stride_zn,
+    UNIT: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    """A program takes CHUNK rows of BLOCK_N columns; neighbours in the grid are neighbours in memory."""
+    """A program takes a chunk of rows of BLOCK_N columns; neighbours in the grid are neighbours in memory."""
+    N = multiple(N, UNIT)
+    stride_dyt = multiple(stride_dyt, UNIT)
+    stride_zt = multiple(stride_zt, UNIT)
     n_blocks = tl.cdiv(N, BLOCK_N)
-    chunk = tl.program_id(0) // n_blocks
+    place = (tl.program_id(0) // n_blocks).to(tl.int64)
     cols = (tl.program_id(0) % n_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
     in_n = cols < N
-    cols64 = cols.to(tl.int64)
     running = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
     if dz is not None:
         gain = load_gain(delta, cols, N)
-    for start in tl.range(0, CHUNK, BLOCK_T):
-        rows = chunk.to(tl.int64) * CHUNK + start + tl.arange(0, BLOCK_T)
+    for start in tl.range(0, chunk, BLOCK_T, num_stages=STAGES):
+        rows = place * chunk + start + tl.arange(0, BLOCK_T)
         mask = (rows < T)[:, None] & in_n[None, :]
-        dy_tile = tl.load(dy + rows[:, None] * stride_dyt + cols64[None, :] * stride_dyn, mask=mask, other=0.0).to(
-            tl.float32
-        )
-        z_tile = tl.load(z + rows[:, None] * stride_zt + cols64[None, :] * stride_zn, mask=mask, other=0.0).to(
-            tl.float32
-        )
-        running += dy_tile * z_tile
+        dy_tile = load_tile(dy, rows, cols, stride_dyt, stride_dyn, mask)
+        running += dy_tile * load_tile(z, rows, cols, stride_zt, stride_zn, mask)
         if dz is not None:
-            tl.store(
-                dz + rows[:, None] * N + cols64[None, :], (dy_tile * gain[None, :]).to(dz.dtype.element_ty), mask=mask
-            )
-    tl.store(partials + chunk.to(tl.int64) * N + cols, tl.sum(running, axis=0), mask=in_n)
+            to = dz + rows[:, None] * N + cols[None, :]
+            tl.store(to, (dy_tile * gain[None, :]).to(dz.dtype.element_ty), mask=mask)
+    tl.store(partials + place * N + cols, tl.sum(running, axis=0), mask=in_n)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def scale_kernel(
     x,  # [T, N]
     delta,  # [T] when BY_ROW, else [N]
+    bias,  # [N] or None
     y,  # [T, N] contiguous
     T,
     N,
-    stride_xt: tl.int64,
-    stride_xn: tl.int64,
+    stride_xt,
+    stride_xn,
+    UNIT: tl.constexpr,
     BY_ROW: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """A program scales one [BLOCK_T, BLOCK_N] tile."""
+    """A program scales one [BLOCK_T, BLOCK_N] tile, and shifts it by the bias."""
+    N = multiple(N, UNIT)
     n_blocks = tl.cdiv(N, BLOCK_N)
     rows = (tl.program_id(0) // n_blocks).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     cols = (tl.program_id(0) % n_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
-    cols64 = cols.to(tl.int64)
     mask = (rows < T)[:, None] & (cols < N)[None, :]
-    tile = tl.load(x + rows[:, None] * stride_xt + cols64[None, :] * stride_xn, mask=mask, other=0.0).to(tl.float32)
-    gain = load_gain(delta, rows, T)[:, None] if BY_ROW else load_gain(delta, cols, N)[None, :]
-    tl.store(y + rows[:, None] * N + cols64[None, :], (tile * gain).to(y.dtype.element_ty), mask=mask)
+    tile = load_tile(x, rows, cols, multiple(stride_xt, UNIT), stride_xn, mask)
+    tile *= load_gain(delta, rows, T)[:, None] if BY_ROW else load_gain(delta, cols, N)[None, :]
+    if bias is not None:
+        tile += tl.load(bias + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
+    tl.store(y + rows[:, None] * N + cols[None, :], tile.to(y.dtype.element_ty), mask=mask)
 
 
 def backward(dy: Tensor, z: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,7 +110,9 @@ def launch_backward(
     t, n = dy.shape
     if t == 0 or n == 0:
         return torch.zeros(n, dtype=torch.float32, device=dy.device)
-    chunks = triton.cdiv(t, config.chunk)
+    chunk = rows_chunk(t, n)
+    unit = row_unit(dy, dy.stride(0), z.stride(0))
+    chunks = triton.cdiv(t, chunk)
     partials = torch.empty((chunks, n), dtype=torch.float32, device=dy.device)
     with on_device_of(dy):
         backward_kernel[(chunks * triton.cdiv(n, config.block_n),)](
@@ -118,11 +123,14 @@ def launch_backward(
             partials,
             t,
             n,
+            chunk,
             *dy.stride(),
             *z.stride(),
-            CHUNK=config.chunk,
+            UNIT=unit,
             BLOCK_T=config.block_t,
             BLOCK_N=config.block_n,
+            # narrower rows cannot be copied ahead in the background, and trying takes registers
+            STAGES=config.num_stages if unit > 1 else 1,
             **options(config.num_warps),
         )
     return sum_partials(partials)
@@ -130,12 +138,17 @@ def launch_backward(
 
 def scale(x: Tensor, delta: Tensor) -> Tensor:
     """Gain * x over the last dimension: x [T, n], delta [n] -> [T, n] contiguous."""
-    return _scale(x, delta, by_row=False)
+    return _scale(x, delta, None, by_row=False)
+
+
+def scale_and_shift(x: Tensor, delta: Tensor, bias: Tensor | None) -> Tensor:
+    """Gain * x + bias over the last dimension: x [T, n], delta and bias [n] -> [T, n] contiguous, rounded once."""
+    return _scale(x, delta, bias, by_row=False)
 
 
 def scale_rows(x: Tensor, delta: Tensor) -> Tensor:
     """gain[:, None] * x: x [n, k], delta [n] -> [n, k] contiguous."""
-    return _scale(x, delta, by_row=True)
+    return _scale(x, delta, None, by_row=True)
 
 
 def linear_input(x: Tensor, weight: Tensor, delta: Tensor, bias: Tensor | None) -> Tensor:
@@ -143,7 +156,7 @@ def linear_input(x: Tensor, weight: Tensor, delta: Tensor, bias: Tensor | None) 
     return operands.linear_input(x, weight, delta, bias, scale, scale_rows)
 
 
-def _scale(x: Tensor, delta: Tensor, by_row: bool, config: RowsConfig = ROWS) -> Tensor:
+def _scale(x: Tensor, delta: Tensor, bias: Tensor | None, by_row: bool, config: RowsConfig = ROWS) -> Tensor:
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     t, n = x.shape
     if y.numel():
@@ -151,10 +164,12 @@ def _scale(x: Tensor, delta: Tensor, by_row: bool, config: RowsConfig = ROWS) ->
             scale_kernel[(triton.cdiv(t, config.block_t) * triton.cdiv(n, config.block_n),)](
                 x,
                 delta.contiguous(),
+                None if bias is None else bias.contiguous(),
                 y,
                 t,
                 n,
                 *x.stride(),
+                UNIT=row_unit(x, x.stride(0)),
                 BY_ROW=by_row,
                 BLOCK_T=config.block_t,
                 BLOCK_N=config.block_n,

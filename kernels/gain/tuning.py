@@ -2,8 +2,9 @@
 
 Nothing is timed unless ``tune`` is called (or ``python -m gain_ops.kernels.tuning --tokens 8192 --out-features 4096
 --in-features 4096``). The table is GAIN_OPS_TUNED, or gain_ops/<device>.json in the user's cache folder; what that lacks is
-looked up in ``tuned/<device>.json`` of this package, where there is one. An entry is keyed by kernel, dtype, precision, layout,
-n, k and the power of two that m falls under, and a table by device and Triton: one of others is not read.
+looked up in ``tuned/<device>.json`` of this package, where there is one. A device is its architecture and its number of
+multiprocessors, so that an H100 and an H200 share a table. An entry is keyed by kernel, dtype, n, k and the power of two that
+m falls under, and a table by device and Triton's minor version: one of others is not read.
 """
 
 from __future__ import annotations
@@ -14,10 +15,9 @@ import functools
 import json
 import logging
 import os
-import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -29,10 +29,10 @@ from triton.runtime import JITFunction
 
 from gain_ops.files import replace_file
 from gain_ops.kernels import config as heuristics
-from gain_ops.kernels._common import input_precision, multiprocessors
 from gain_ops.kernels.config import GemmConfig
+from gain_ops.kernels.devices import architecture, multiprocessors
 
-FORMAT = 2
+FORMAT = 3
 SHIPPED = Path(__file__).resolve().parent / "tuned"
 LEADERS = 3  # how many of the fastest are tried in other orders of tiles
 SHARED_MEMORY = 232_448  # bytes a block can have where there is TMA
@@ -40,30 +40,42 @@ SHARED_MEMORY = 232_448  # bytes a block can have where there is TMA
 _log = logging.getLogger("gain_ops")
 
 
-def gemm_config(kernel: str, a: Tensor, weight: Tensor, aligned: bool) -> GemmConfig:
-    """The configuration for a [M, K] and weight [N, K]: the tuned table's entry, else the heuristic's pick.
+def gemm_config(kernel: str, a: Tensor, weight: Tensor) -> GemmConfig:
+    """The configuration for a [M, K] and weight [N, K]: the tuned table's entry, else the heuristic's pick."""
+    device = Device.of(a)
+    return _pick(kernel, device, a.dtype, a.shape[0], *weight.shape)
 
-    ``aligned`` says whether every operand has unit-stride, 16-byte aligned rows; an entry is for one or the other.
-    """
-    return _pick(kernel, a.device.index, a.dtype, input_precision(a.dtype), aligned, a.shape[0], *weight.shape)
+
+@dataclass(frozen=True)
+class Device:
+    """What a configuration depends on."""
+
+    architecture: str
+    multiprocessors: int
+
+    @classmethod
+    def of(cls, t: Tensor) -> Device:
+        """The device of a tensor."""
+        return cls(architecture(t.device.index), multiprocessors(t.device.index))
+
+    @property
+    def file_name(self) -> str:
+        """Of its tables."""
+        return f"{self.architecture}-{self.multiprocessors}.json"
 
 
 @functools.lru_cache(maxsize=4096)
-def _pick(
-    kernel: str, index: int | None, dtype: torch.dtype, precision: str, aligned: bool, m: int, n: int, k: int
-) -> GemmConfig:
-    if index is not None:
-        key = _key(kernel, dtype, precision, aligned, m, n, k)
-        for path, level in ((table_path(index), logging.WARNING), (shipped_path(index), logging.DEBUG)):
-            tuned = _table(path, index, level).get(key)
-            if tuned is not None:
-                return tuned
-    return _heuristic(index, dtype, precision, aligned, m, n)
+def _pick(kernel: str, device: Device, dtype: torch.dtype, m: int, n: int, k: int) -> GemmConfig:
+    key = _key(kernel, dtype, m, n, k)
+    for path, level in ((table_path(device), logging.WARNING), (shipped_path(device), logging.DEBUG)):
+        tuned = _table(path, device, level).get(key)
+        if tuned is not None:
+            return tuned
+    return _heuristic(device, m, n)
 
 
-def _heuristic(index: int | None, dtype: torch.dtype, precision: str, aligned: bool, m: int, n: int) -> GemmConfig:
-    arch = heuristics.architecture(index)
-    return heuristics.gemm_config(arch, dtype, precision, m, n, aligned, multiprocessors(index))
+def _heuristic(device: Device, m: int, n: int) -> GemmConfig:
+    return heuristics.gemm_config(device.architecture, m, n, device.multiprocessors)
 
 
 def tune(
@@ -72,7 +84,6 @@ def tune(
     a: Tensor,
     weight: Tensor,
     *,
-    aligned: bool,
     timer: Callable[[Callable[[], Any]], float],
     path: Path | None = None,
 ) -> GemmConfig:
@@ -82,7 +93,6 @@ def tune(
         kernel: "linear", "backward_dx", or "matmul_reduce" with what it writes: "matmul_reduce c", "matmul_reduce acc".
         run: launches the kernel with a configuration and returns its result.
         a, weight: [M, K] and [N, K], the problem.
-        aligned: whether every operand has unit-stride, 16-byte aligned rows.
         timer: seconds (or any unit) of one call, ``triton.testing.do_bench`` on a GPU.
         path: the table; by default the one that ``gemm_config`` reads.
 
@@ -91,9 +101,9 @@ def tune(
         to the dtype's rounding is left out.
 
     """
-    index = a.device.index
-    path = table_path(index) if path is None else path
-    first = _heuristic(index, a.dtype, input_precision(a.dtype), aligned, a.shape[0], weight.shape[0])
+    device = Device.of(a)
+    path = table_path(device) if path is None else path
+    first = _heuristic(device, a.shape[0], weight.shape[0])
     truth = run(first).clone()
     tolerance = 4 * torch.finfo(a.dtype).eps
     timings: dict[GemmConfig, float] = {}
@@ -114,8 +124,8 @@ def tune(
     leaders = sorted(timings, key=timings.__getitem__)[:LEADERS]
     race([replace(config, group_m=group) for config in leaders for group in (1, 4, 8, 16) if group != first.group_m])
     winner = min(timings, key=timings.__getitem__)
-    key = _key(kernel, a.dtype, input_precision(a.dtype), aligned, a.shape[0], *weight.shape)
-    _write(path, index, _table(path, index, logging.WARNING) | {key: winner})
+    key = _key(kernel, a.dtype, a.shape[0], *weight.shape)
+    _write(path, device, _table(path, device, logging.WARNING) | {key: winner})
     return winner
 
 
@@ -164,47 +174,37 @@ def _launching_nothing() -> Iterator[None]:
         yield
 
 
-def table_path(index: int | None) -> Path:
-    """Where the tuned table of a device lies."""
+def table_path(device: Device) -> Path:
+    """Where the user's tuned table of a device lies."""
     named = os.environ.get("GAIN_OPS_TUNED")
     if named:
         return Path(named)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "gain_ops" / _file_name(index)
+    return cache / "gain_ops" / device.file_name
 
 
-def shipped_path(index: int | None) -> Path:
+def shipped_path(device: Device) -> Path:
     """Where this package would have a table of a device."""
-    return SHIPPED / _file_name(index)
+    return SHIPPED / device.file_name
 
 
-def _file_name(index: int | None) -> str:
-    return f"{re.sub(r'[^A-Za-z0-9]+', '-', _device_name(index))}.json"
-
-
-def _key(kernel: str, dtype: torch.dtype, precision: str, aligned: bool, m: int, n: int, k: int) -> str:
+def _key(kernel: str, dtype: torch.dtype, m: int, n: int, k: int) -> str:
     m_bin = 1 << max(m - 1, 0).bit_length()
-    layout = "aligned" if aligned else "unaligned"
-    return f"{kernel} {str(dtype).removeprefix('torch.')} {precision} {layout} m<={m_bin} n={n} k={k}"
+    return f"{kernel} {str(dtype).removeprefix('torch.')} m<={m_bin} n={n} k={k}"
 
 
-def _header(index: int | None) -> dict[str, Any]:
-    return {"format": FORMAT, "device": _device_name(index), "triton": triton.__version__}
-
-
-@functools.cache
-def _device_name(index: int | None) -> str:
-    return "interpreter" if index is None else torch.cuda.get_device_name(index)
+def _header(device: Device) -> dict[str, Any]:
+    return {"format": FORMAT, **asdict(device), "triton": ".".join(triton.__version__.split(".")[:2])}
 
 
 @functools.cache
-def _table(path: Path, index: int | None, level: int) -> dict[str, GemmConfig]:
+def _table(path: Path, device: Device, level: int) -> dict[str, GemmConfig]:
     """The entries of a table; none where it is absent, and a line in the log where it is broken or another device's."""
     try:
         stored = json.loads(path.read_text())
-        header = {key: stored.get(key) for key in _header(index)}
-        if header != _header(index):
-            _log.log(level, "tuned table %s is of %s, this is %s: not read", path, header, _header(index))
+        header = {key: stored.get(key) for key in _header(device)}
+        if header != _header(device):
+            _log.log(level, "tuned table %s is of %s, this is %s: not read", path, header, _header(device))
             return {}
         names = {field.name for field in fields(GemmConfig)}
         return {key: GemmConfig(**{n: entry[n] for n in names}) for key, entry in stored["configs"].items()}
@@ -215,9 +215,9 @@ def _table(path: Path, index: int | None, level: int) -> dict[str, GemmConfig]:
         return {}
 
 
-def _write(path: Path, index: int | None, entries: dict[str, GemmConfig]) -> None:
+def _write(path: Path, device: Device, entries: dict[str, GemmConfig]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(_header(index) | {"configs": {key: asdict(c) for key, c in sorted(entries.items())}}, indent=1)
+    text = json.dumps(_header(device) | {"configs": {key: asdict(c) for key, c in sorted(entries.items())}}, indent=1)
     replace_file(path, lambda beside: beside.write_text(text))
     _table.cache_clear()
     _pick.cache_clear()
@@ -236,7 +236,6 @@ def tune_layer(
     The forward is tuned as training runs it, with z stored.
     """
     from gain_ops.kernels import fused_backward, linear_forward, matmul_reduce
-    from gain_ops.operands import aligned
 
     device = torch.device("cuda", torch.cuda.current_device())
 
@@ -263,16 +262,16 @@ def tune_layer(
         return dx
 
     problems = [
-        ("linear", forward, x, weight, (y, z)),
-        ("matmul_reduce c", recompute, x, weight, (dy, dz)),
-        ("matmul_reduce acc", input_side, dy, weight.t(), (x, dx)),
+        ("linear", forward, x, weight),
+        ("matmul_reduce c", recompute, x, weight),
+        ("matmul_reduce acc", input_side, dy, weight.t()),
     ]
-    first = _heuristic(device.index, dtype, input_precision(dtype), aligned(dy, weight, z, dx), tokens, in_features)
-    if fused_backward.serves(heuristics.architecture(device.index), first):
-        problems.append(("backward_dx", fused, dy, weight.t(), (z, dx)))
+    about = Device.of(x)
+    if fused_backward.serves(about.architecture, _heuristic(about, tokens, in_features)):
+        problems.append(("backward_dx", fused, dy, weight.t()))
     timer = functools.partial(triton.testing.do_bench, warmup=5, rep=25, return_mode="median")
-    for kernel, run, a, w, tiles in problems:
-        yield kernel, tune(kernel, run, a, w, aligned=aligned(a, w, *tiles), timer=timer, path=path)
+    for kernel, run, a, w in problems:
+        yield kernel, tune(kernel, run, a, w, timer=timer, path=path)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -281,14 +280,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, required=True)
     parser.add_argument("--out-features", type=int, required=True)
     parser.add_argument("--in-features", type=int, required=True)
-    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         parser.error("tuning times kernels on a GPU, and torch sees none here")
     sizes = (options.tokens, options.out_features, options.in_features)
     for kernel, winner in tune_layer(*sizes, getattr(torch, options.dtype)):
         print(f"{kernel}: {winner}")
-    print(f"written to {table_path(torch.cuda.current_device())}")
+    print(f"written to {table_path(Device.of(torch.empty(0, device='cuda')))}")
 
 
 if __name__ == "__main__":

@@ -1,30 +1,23 @@
 """The heuristics are total, and what they pick is among what is compiled ahead of time."""
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from gain_ops.kernels import config
-from gain_ops.kernels._common import input_precision
-
-PRECISIONS = [(torch.bfloat16, "ieee"), (torch.float16, "ieee"), (torch.float32, "ieee"), (torch.float32, "tf32")]
+from gain_ops.kernels.devices import ARCHITECTURES
 
 
 @given(
-    arch=st.sampled_from(config.ARCHITECTURES),
-    dtype_and_precision=st.sampled_from(PRECISIONS),
+    arch=st.sampled_from(ARCHITECTURES),
     m=st.integers(1, 1 << 24),
     n=st.integers(1, 1 << 18),
-    aligned=st.booleans(),
     multiprocessors=st.integers(1, 304),
 )
-def test_every_pick_is_compiled(arch, dtype_and_precision, m, n, aligned, multiprocessors) -> None:
-    dtype, precision = dtype_and_precision
-    pick = config.gemm_config(arch, dtype, precision, m, n, aligned, multiprocessors)
-    assert (pick, aligned) in config.choices(arch, dtype, precision)
-    assert aligned or not pick.use_tma, "TMA cannot read unaligned rows"
-    assert not (pick.use_tma and arch in ("sm_80", "gfx942")), "these have no TMA"
+def test_every_pick_is_compiled(arch: str, m: int, n: int, multiprocessors: int) -> None:
+    pick = config.gemm_config(arch, m, n, multiprocessors)
+    assert pick in config.choices(arch)
+    assert pick.use_tma == (arch in ("sm_90", "sm_100")), "the others have no TMA"
     assert pick.block_n % (16 * pick.subtiles) == 0
 
 
@@ -34,40 +27,34 @@ def test_a_row_of_an_rms_norm_fits_a_block_of_64_wide_wavefronts() -> None:
     assert all(1 <= config.norm_config(row, rows=1).num_warps <= 1024 // 64 for row in rows)
 
 
-@pytest.mark.parametrize("arch", ["sm_90", "sm_100"])
-def test_large_tiles_only_when_they_fill_the_device(arch: str) -> None:
-    def tile(m: int) -> int:
-        return config.gemm_config(arch, torch.bfloat16, "ieee", m, 4096, True, 132).block_n
+@pytest.mark.parametrize(("arch", "large", "small"), [("sm_80", 128, 64), ("sm_90", 256, 128), ("sm_100", 256, 128)])
+def test_large_tiles_only_when_they_fill_the_device(arch: str, large: int, small: int) -> None:
+    assert config.gemm_config(arch, 8192, 4096, 132).block_n == large
+    assert config.gemm_config(arch, 64, 4096, 132).block_n == small
 
-    assert tile(8192) == 256
-    assert tile(512) == 128
+
+@given(t=st.integers(1, 1 << 22), n=st.integers(1, 1 << 18))
+def test_chunks_fill_the_device_and_do_not_depend_on_it(t: int, n: int) -> None:
+    """Where short chunks can give 512 programs there are as many; a chunk is whole tiles of rows."""
+    chunk = config.rows_chunk(t, n)
+    assert all(chunk % block.block_t == 0 for block in (config.ROWS, config.GLU))
+    across = -(-n // config.ROWS.block_n)
+    assert -(-t // chunk) * across >= min(512, -(-t // 16) * across)
+
+
+@pytest.mark.parametrize(
+    ("t", "n", "programs"), [(512, 1280, 160), (2048, 1280, 640), (8192, 1280, 640), (8192, 4096, 1024)]
+)
+def test_programs_of_the_one_pass_backward(t: int, n: int, programs: int) -> None:
+    assert -(-t // config.rows_chunk(t, n)) * -(-n // config.ROWS.block_n) == programs
+
+
+@pytest.mark.parametrize(("t", "programs"), [(64, 16), (512, 128), (2048, 256), (8192, 512)])
+def test_programs_of_an_rms_norm_s_backward(t: int, programs: int) -> None:
+    assert -(-t // config.norm_chunk(t)) == programs
 
 
 def test_k_order_does_not_depend_on_the_tokens() -> None:
-    """One block_k an architecture and dtype: a row's sum is added up alike whatever the batch it comes in."""
-    for arch in config.ARCHITECTURES:
-        aligned = {c.block_k for c, wide in config.choices(arch, torch.bfloat16, "ieee") if wide}
-        assert len(aligned) == 1 or arch == "sm_80"
-
-
-@pytest.fixture
-def precision():
-    """torch's own switches, put back as they were."""
-    before = torch.backends.cuda.matmul.fp32_precision
-    yield torch.backends.cuda.matmul
-    torch.backends.cuda.matmul.fp32_precision = before
-    torch.backends.fp32_precision = "none"
-
-
-def test_tf32_only_when_torch_allows_it_by_either_of_its_switches(precision) -> None:
-    assert input_precision(torch.float32) == "ieee"
-    precision.allow_tf32 = True
-    assert input_precision(torch.float32) == "tf32"
-    assert input_precision(torch.bfloat16) == "ieee", "bf16 operands have nothing to reduce"
-    precision.allow_tf32 = False
-    assert input_precision(torch.float32) == "ieee"
-    precision.fp32_precision = "tf32"
-    assert input_precision(torch.float32) == "tf32"
-    precision.fp32_precision = "none"
-    torch.backends.fp32_precision = "tf32"
-    assert input_precision(torch.float32) == "tf32"
+    """One block_k an architecture: a row's sum is added up alike whatever the batch it comes in."""
+    for arch in ARCHITECTURES:
+        assert len({c.block_k for c in config.choices(arch)}) == 1 or arch == "sm_80"

@@ -14,6 +14,8 @@ from gain_ops.kernels import config, linear_forward, tuning
 from gain_ops.kernels.config import GemmConfig
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+HERE = tuning.Device.of(torch.empty(0, device=DEVICE))
+HOPPER = tuning.Device("sm_90", 132)
 
 
 @pytest.fixture
@@ -25,7 +27,8 @@ def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def _tune(candidates: list[GemmConfig], monkeypatch: pytest.MonkeyPatch) -> GemmConfig:
     monkeypatch.setattr(tuning, "candidates", lambda first: candidates)
-    x, weight, delta, y = (torch.randn(shape, device=DEVICE) for shape in ((32, 32), (48, 32), (48,), (32, 48)))
+    x, weight, y = (torch.randn(shape, device=DEVICE).half() for shape in ((32, 32), (48, 32), (32, 48)))
+    delta = torch.randn(48, device=DEVICE)
 
     def run(config: GemmConfig) -> torch.Tensor:
         if config.num_stages == 9:
@@ -36,7 +39,7 @@ def _tune(candidates: list[GemmConfig], monkeypatch: pytest.MonkeyPatch) -> Gemm
     def timer(call) -> float:
         return 1.0 / (call.args[0].block_n + call.args[0].group_m)
 
-    return tuning.tune("linear", run, x, weight, aligned=True, timer=timer)
+    return tuning.tune("linear", run, x, weight, timer=timer)
 
 
 def _config(block_n: int, **changes: int) -> GemmConfig:
@@ -48,16 +51,16 @@ def test_the_fastest_right_candidate_wins(table: Path, monkeypatch: pytest.Monke
     winner = _tune([_config(16), wrong, _config(32), too_large], monkeypatch)
     assert winner == _config(32, group_m=16), "the fastest is tried in other orders of tiles"
     stored = json.loads(table.read_text())
-    assert list(stored["configs"]) == ["linear float32 ieee aligned m<=32 n=48 k=32"]
-    assert GemmConfig(**stored["configs"]["linear float32 ieee aligned m<=32 n=48 k=32"]) == winner
+    assert list(stored["configs"]) == ["linear float16 m<=32 n=48 k=32"]
+    assert GemmConfig(**stored["configs"]["linear float16 m<=32 n=48 k=32"]) == winner
 
 
 def test_the_table_is_read_again_and_added_to(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     winner = _tune([_config(16)], monkeypatch)
-    entries = tuning._table(table, DEVICE.index, logging.WARNING)
-    key = tuning._key("linear", torch.float32, "ieee", True, 20, 48, 32)
+    entries = tuning._table(table, HERE, logging.WARNING)
+    key = tuning._key("linear", torch.float16, 20, 48, 32)
     assert entries[key] == winner, "20 tokens fall under the same power of two as 32"
-    assert tuning._key("linear", torch.float32, "ieee", True, 33, 48, 32) not in entries
+    assert tuning._key("linear", torch.float16, 33, 48, 32) not in entries
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"configs": {}}', '{"format": 1, "configs": 3}'])
@@ -65,7 +68,7 @@ def test_a_broken_table_is_named_and_left_out(table: Path, text: str, caplog: py
     table.parent.mkdir()
     table.write_text(text)
     with caplog.at_level(logging.WARNING, "gain_ops"):
-        assert tuning._table(table, DEVICE.index, logging.WARNING) == {}
+        assert tuning._table(table, HERE, logging.WARNING) == {}
     assert str(table) in caplog.text
 
 
@@ -76,7 +79,7 @@ def test_a_table_of_another_version_is_not_read(
     table.write_text(table.read_text().replace(f'"format": {tuning.FORMAT}', '"format": 0'))
     tuning._table.cache_clear()
     with caplog.at_level(logging.WARNING, "gain_ops"):
-        assert tuning._table(table, DEVICE.index, logging.WARNING) == {}
+        assert tuning._table(table, HERE, logging.WARNING) == {}
     assert "not read" in caplog.text
 
 
@@ -88,7 +91,7 @@ def test_candidates_begin_with_the_heuristics_pick_and_do_not_repeat() -> None:
 
 
 def test_candidates_fit_and_do_not_spill() -> None:
-    first = config.gemm_config("sm_90", torch.bfloat16, "ieee", 8192, 4096, True, 132)
+    first = config.gemm_config("sm_90", 8192, 4096, 132)
     assert tuning._shared_memory(first) <= tuning.SHARED_MEMORY
     for one in tuning.candidates(first):
         assert tuning._shared_memory(one) <= tuning.SHARED_MEMORY
@@ -120,7 +123,8 @@ from gain_ops.kernels.config import GemmConfig
 
 target = GPUTarget("cuda", 90, 32)
 driver.set_active(SimpleNamespace(
-    get_current_device=lambda: 0, get_current_stream=lambda device: 0, get_current_target=lambda: target
+    get_current_device=lambda: 0, get_current_stream=lambda device: 0, get_current_target=lambda: target,
+    utils=SimpleNamespace(get_device_properties=lambda device: {"multiprocessor_count": 132}),
 ))
 x, w, y = (torch.empty(256, 256, dtype=torch.bfloat16, device="meta") for _ in range(3))
 delta = torch.empty(256, device="meta")
@@ -139,42 +143,66 @@ def test_the_command_says_that_it_needs_a_gpu(capsys: pytest.CaptureFixture[str]
 
 
 @pytest.fixture
-def device(monkeypatch: pytest.MonkeyPatch):
-    """As on a GPU of index 0, whose name, architecture and size are given here."""
-    monkeypatch.setattr(tuning, "_device_name", lambda index: "a device")
-    monkeypatch.setattr(tuning.heuristics, "architecture", lambda index: "sm_90")
-    monkeypatch.setattr(tuning, "multiprocessors", lambda index: 132)
-    tuning._pick.cache_clear()
+def forgotten():
+    """No pick and no table is remembered, before and after."""
+    for cached in (tuning._pick, tuning._table):
+        cached.cache_clear()
     yield
-    tuning._pick.cache_clear()
-    tuning._table.cache_clear()
+    for cached in (tuning._pick, tuning._table):
+        cached.cache_clear()
 
 
-def test_a_tuned_entry_is_picked_for_its_device_at_once(table: Path, device: None) -> None:
-    problem = ("linear", 0, torch.bfloat16, "ieee", True, 8192, 4096, 4096)
-    by_heuristic = tuning._pick(*problem)
+def _hopper(m: int) -> GemmConfig:
+    return tuning._pick("linear", HOPPER, torch.bfloat16, m, 4096, 4096)
+
+
+def test_a_tuned_entry_is_picked_for_its_device_at_once(table: Path, forgotten: None) -> None:
+    by_heuristic = _hopper(8192)
     tuned = _config(64, num_stages=5)
-    tuning._write(table, 0, {tuning._key("linear", torch.bfloat16, "ieee", True, 8000, 4096, 4096): tuned})
-    assert tuning._pick(*problem) == tuned != by_heuristic
-    assert tuning._pick(*problem[:4], False, *problem[5:]) != tuned, "an entry is for aligned operands or for others"
+    tuning._write(table, HOPPER, {tuning._key("linear", torch.bfloat16, 8000, 4096, 4096): tuned})
+    assert _hopper(8192) == tuned != by_heuristic
 
 
 def test_the_package_s_own_table_is_read_after_the_user_s(
-    table: Path, device: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    table: Path, forgotten: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(tuning, "SHIPPED", tmp_path / "shipped")
-    shipped = tuning.shipped_path(0)
-    assert shipped == tmp_path / "shipped" / "a-device.json"
+    shipped = tuning.shipped_path(HOPPER)
+    assert shipped == tmp_path / "shipped" / "sm_90-132.json"
     mine, yours = _config(64, num_stages=5), _config(32, num_stages=5)
-    keys = [tuning._key("linear", torch.bfloat16, "ieee", True, m, 4096, 4096) for m in (8192, 512)]
-    tuning._write(shipped, 0, dict.fromkeys(keys, mine))
-    tuning._write(table, 0, {keys[0]: yours})
-    problems = [("linear", 0, torch.bfloat16, "ieee", True, m, 4096, 4096) for m in (8192, 512)]
-    assert [tuning._pick(*problem) for problem in problems] == [yours, mine]
+    keys = [tuning._key("linear", torch.bfloat16, m, 4096, 4096) for m in (8192, 512)]
+    tuning._write(shipped, HOPPER, dict.fromkeys(keys, mine))
+    tuning._write(table, HOPPER, {keys[0]: yours})
+    assert [_hopper(m) for m in (8192, 512)] == [yours, mine]
     monkeypatch.setattr(tuning.triton, "__version__", "0.0")
     tuning._pick.cache_clear()
     tuning._table.cache_clear()
     with caplog.at_level(logging.WARNING, "gain_ops"):
-        tuning._pick(*problems[1])
+        _hopper(512)
     assert str(table) in caplog.text
     assert str(shipped) not in caplog.text, "a table that came with the package is no business of the user's"
+
+
+def test_a_table_serves_every_device_of_its_architecture_and_size(
+    table: Path, forgotten: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An H100 and an H200 have 132 multiprocessors of sm_90: what one tuned serves the other, and no H100 PCIe of 114."""
+    monkeypatch.delenv("GAIN_OPS_TUNED")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(table.parent))
+    tuned = _config(64, num_stages=5)
+    tuning._write(tuning.table_path(HOPPER), HOPPER, {tuning._key("linear", torch.bfloat16, 8192, 4096, 4096): tuned})
+    assert _hopper(8192) == tuned
+    smaller = tuning.Device("sm_90", 114)
+    assert tuning._pick("linear", smaller, torch.bfloat16, 8192, 4096, 4096) != tuned
+
+
+def test_a_patch_release_of_triton_keeps_the_table(
+    table: Path, forgotten: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuning.triton, "__version__", "3.9.0")
+    tuned = _config(64, num_stages=5)
+    tuning._write(table, HOPPER, {tuning._key("linear", torch.bfloat16, 8192, 4096, 4096): tuned})
+    monkeypatch.setattr(tuning.triton, "__version__", "3.9.1")
+    tuning._table.cache_clear()
+    tuning._pick.cache_clear()
+    assert _hopper(8192) == tuned

@@ -1,0 +1,100 @@
+"""The device that a kernel is launched on: its architecture, its multiprocessors, its context.
+
+A tensor on no GPU (a CPU's, or a meta tensor) is the interpreter's, or else belongs to the driver that Triton has active: so
+a driver that only records (aot.py) gets the launches that its target would.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import threading
+from collections.abc import Iterator
+
+import torch
+import triton
+from torch import Tensor
+from triton.runtime import driver
+
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
+
+
+def architecture(index: int | None) -> str:
+    """The architecture family of a device: the newest of ARCHITECTURES that it can run, or "interpreter"."""
+    if index is not None:
+        return _architecture(index)
+    if triton.knobs.runtime.interpret:
+        return "interpreter"
+    target = driver.active.get_current_target()
+    return "gfx942" if target.backend == "hip" else _family(target.arch // 10)
+
+
+def multiprocessors(index: int | None) -> int:
+    """Streaming multiprocessors (compute units) of a device; 4 of the interpreter's."""
+    if index is not None:
+        return _multiprocessors(index)
+    if triton.knobs.runtime.interpret:
+        return 4
+    count: int = driver.active.utils.get_device_properties(driver.active.get_current_device())["multiprocessor_count"]
+    return count
+
+
+def persistent_programs(index: int | None) -> int:
+    """Programs of a persistent grid: one a multiprocessor that GAIN_OPS_SM_MARGIN leaves it, at least 1."""
+    return max(1, multiprocessors(index) - _margin())
+
+
+@contextlib.contextmanager
+def on_device_of(t: Tensor) -> Iterator[None]:
+    """Launch on the tensor's device, not the current one; its current stream is what Triton then uses."""
+    if t.device.type != "cuda":
+        yield
+        return
+    with torch.cuda.device(t.device):
+        _bind_context(t.device.index)
+        yield
+
+
+class _Bound(threading.local):
+    """The devices whose context the calling thread has made current."""
+
+    def __init__(self) -> None:
+        self.devices: set[int] = set()
+
+
+_bound = _Bound()
+
+
+def _bind_context(index: int) -> None:
+    if index not in _bound.devices:
+        # autograd's thread of device 0 starts with no context, torch.cuda.device leaves it so, and a TMA descriptor needs one;
+        # cudaSetDevice binds it, waits for nothing and may run under capture
+        torch.cuda.set_device(index)
+        _bound.devices.add(index)
+
+
+@functools.cache
+def _architecture(index: int) -> str:
+    if torch.version.hip is not None:
+        return "gfx942"
+    return _family(torch.cuda.get_device_capability(index)[0])
+
+
+def _family(major: int) -> str:
+    # consumer Blackwell (12.x) has no wgmma and 99 KB of shared memory: it runs Ampere's configurations
+    return {9: "sm_90", 10: "sm_100", 11: "sm_100"}.get(major, "sm_80")
+
+
+@functools.cache
+def _multiprocessors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+@functools.cache
+def _margin() -> int:
+    """Multiprocessors left to others, such as NCCL's kernels under an overlapped backward; read once."""
+    text = os.environ.get("GAIN_OPS_SM_MARGIN", "0")
+    if not text.isdecimal():
+        raise ValueError(f"GAIN_OPS_SM_MARGIN={text!r}: expected a number of multiprocessors to leave free, such as 16")
+    return int(text)
