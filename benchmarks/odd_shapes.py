@@ -8,8 +8,9 @@ from benchmarks.ops import ARGUMENTS, tensors
 from benchmarks.sites import Site
 from gain_ops import dispatch, ops
 
-# the last reaches the large tiles that ship, with an odd count of tile rows and a last tile of 8 columns
-SHAPES = [(1, 8, 8), (5, 1, 1), (33, 29, 17), (129, 72, 264), (300, 520, 136), (2049, 64, 48), (4097, 72, 2312)]
+# the last two reach the large tiles that ship, with an odd count of tile rows and a last tile of 8 columns
+SHAPES = [(1, 8, 8), (5, 1, 1), (33, 29, 17), (129, 72, 264), (300, 520, 136), (2049, 64, 48)]
+SHAPES += [(4097, 72, 2312), (769, 2312, 2312)]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 

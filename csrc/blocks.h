@@ -41,6 +41,10 @@ struct alignas(sizeof(T) * kWidth) Pack {
   T values[kWidth];
 };
 
+// Of kWidth floats those that are moved in one access.
+template <int kWidth>
+constexpr int kGroup = kWidth < 4 ? kWidth : 4;
+
 // What is read is read once: it leaves the caches to what is written, which the next kernel reads.
 template <class T, int kWidth>
 GAIN_OPS_HD Pack<T, kWidth> load(const ConstMatrix& m, int64_t row, int64_t col) {
@@ -61,6 +65,37 @@ GAIN_OPS_HD void store(const Matrix& m, int64_t row, int64_t col, const Pack<T, 
   *reinterpret_cast<Pack<T, kWidth>*>(static_cast<T*>(m.data) + row * m.row_stride + col * m.col_stride) = pack;
 }
 
+// kWidth neighbours of a vector over the columns, 16 bytes an access.
+template <int kWidth>
+GAIN_OPS_HD Pack<float, kWidth> load(const float* source) {
+  using Group = Pack<float, kGroup<kWidth>>;
+  Pack<float, kWidth> pack;
+#pragma unroll
+  for (int i = 0; i < kWidth; i += kGroup<kWidth>) {
+    const Group group = *reinterpret_cast<const Group*>(source + i);
+    for (int j = 0; j < kGroup<kWidth>; ++j) pack.values[i + j] = group.values[j];
+  }
+  return pack;
+}
+
+// fp32 columns in shared memory, of which a thread has kWidth neighbours: its first 16 bytes lie beside the first of
+// the next thread, its second, half of the banks on, beside the second. So the threads' own and a row of neighbours are
+// both free of bank conflicts, 16 bytes an access.
+template <int kWidth>
+struct Spread {
+  static constexpr int kEach = kGroup<kWidth>;
+
+  // Floats from the first 16 bytes of all to the second.
+  GAIN_OPS_HD static constexpr int step(int cols) { return (cols / kWidth * kEach + 31) / 32 * 32 + 16; }
+  // Floats that hold `cols`.
+  GAIN_OPS_HD static constexpr int size(int cols) {
+    return kWidth == kEach ? cols : step(cols) + cols / kWidth * kEach;
+  }
+  GAIN_OPS_HD static constexpr int place(int col, int cols) {
+    return col % kWidth / kEach * step(cols) + col / kWidth * kEach + col % kEach;
+  }
+};
+
 // Blocks side by side in memory are side by side in the grid.
 template <int kColumns>
 struct BlockPlace {
@@ -73,20 +108,28 @@ struct BlockPlace {
 };
 
 // Each column's sum over a chunk of rows: every warp's own rows first, then the warps in their order.
-template <int kColumns>
+template <int kWidth>
 struct WarpSums {
-  float sums[kWarps][kColumns];
+  static constexpr int kColumns = kLanes * kWidth;
+  using Places = Spread<kWidth>;
 
-  template <int kWidth>
+  alignas(16) float sums[kWarps][Places::size(kColumns)];
+
   GAIN_OPS_HD void put(int thread, const float (&running)[kWidth]) {
-    static_assert(kColumns == kLanes * kWidth);
-    for (int i = 0; i < kWidth; ++i) sums[thread / kLanes][thread % kLanes * kWidth + i] = running[i];
+    using Group = Pack<float, kGroup<kWidth>>;
+#pragma unroll
+    for (int i = 0; i < kWidth; i += kGroup<kWidth>) {
+      Group group;
+      for (int j = 0; j < kGroup<kWidth>; ++j) group.values[j] = running[i + j];
+      const int place = Places::place(thread % kLanes * kWidth + i, kColumns);
+      *reinterpret_cast<Group*>(&sums[thread / kLanes][place]) = group;
+    }
   }
 
   GAIN_OPS_HD void write(const BlockPlace<kColumns>& place, int64_t cols, int thread, float* partials) const {
     for (int i = thread; i < kColumns && place.col + i < cols; i += kRowThreads) {
       float sum = 0.0f;
-      for (int warp = 0; warp < kWarps; ++warp) sum += sums[warp][i];
+      for (int warp = 0; warp < kWarps; ++warp) sum += sums[warp][Places::place(i, kColumns)];
       partials[place.chunk * cols + place.col + i] = sum;
     }
   }
@@ -98,10 +141,10 @@ struct BackwardBlock {
   static constexpr int kColumns = kLanes * kWidth;
   static constexpr int kUnroll = 4;  // rows in flight a warp: 2 x 4 x 16 bytes a thread cover the latency of HBM
 
-  using Shared = WarpSums<kColumns>;
+  using Shared = WarpSums<kWidth>;
 
   GAIN_OPS_HD static int64_t blocks(const BackwardRows& p) {
-    return ceil_div(p.cols, kColumns) * ceil_div(p.rows, rows_per_chunk(p.rows));
+    return ceil_div(p.cols, kColumns) * ceil_div(p.rows, p.chunk);
   }
 
   // Each warp sums every kWarps-th row of the chunk, in order, and writes out.
@@ -109,28 +152,29 @@ struct BackwardBlock {
     const BlockPlace<kColumns> place(block, p.cols);
     const int warp = thread / kLanes;
     const int64_t col = place.col + thread % kLanes * kWidth;
-    const int64_t first = place.chunk * rows_per_chunk(p.rows);
-    const int64_t last = first + rows_per_chunk(p.rows) < p.rows ? first + rows_per_chunk(p.rows) : p.rows;
+    const int64_t first = place.chunk * p.chunk;
+    const int rows = static_cast<int>(first + p.chunk < p.rows ? p.chunk : p.rows - first);
     float running[kWidth] = {};
     if (col < p.cols) {
       float gain[kWidth];
       if constexpr (kWrites) {
-        for (int i = 0; i < kWidth; ++i) gain[i] = 1.0f + p.delta[col + i];
+        const auto delta = load<kWidth>(p.delta + col);
+        for (int i = 0; i < kWidth; ++i) gain[i] = 1.0f + delta.values[i];
       }
-      for (int64_t start = first + warp; start < last; start += kWarps * kUnroll) {
+      for (int start = warp; start < rows; start += kWarps * kUnroll) {
         Pack<T, kWidth> in[kUnroll], other[kUnroll];
 #pragma unroll
         for (int u = 0; u < kUnroll; ++u) {
-          const int64_t row = start + u * kWarps;
-          if (row < last) {
-            in[u] = load<T, kWidth>(p.in, row, col);
-            other[u] = load<T, kWidth>(p.other, row, col);
+          const int row = start + u * kWarps;
+          if (row < rows) {
+            in[u] = load<T, kWidth>(p.in, first + row, col);
+            other[u] = load<T, kWidth>(p.other, first + row, col);
           }
         }
 #pragma unroll
         for (int u = 0; u < kUnroll; ++u) {
-          const int64_t row = start + u * kWarps;
-          if (row < last) {
+          const int row = start + u * kWarps;
+          if (row < rows) {
             Pack<T, kWidth> written;
 #pragma unroll
             for (int i = 0; i < kWidth; ++i) {
@@ -138,7 +182,7 @@ struct BackwardBlock {
               running[i] += value * to_float(other[u].values[i]);
               if constexpr (kWrites) written.values[i] = from_float<T>(gain[i] * value);
             }
-            if constexpr (kWrites) store(p.out, row, col, written);
+            if constexpr (kWrites) store(p.out, first + row, col, written);
           }
         }
       }
@@ -171,11 +215,15 @@ struct ScaleBlock {
       const int64_t row = start + u * kWarps;
       if (row < p.rows) in[u] = load<T, kWidth>(p.in, row, col);
     }
-    float gain[kWidth], bias[kWidth];
-    for (int i = 0; i < kWidth; ++i) {
-      gain[i] = p.by_row ? 0.0f : 1.0f + p.delta[col + i];
-      bias[i] = p.bias == nullptr ? -0.0f :  // which changes no sum, not even -0
-                    to_float(static_cast<const T*>(p.bias)[col + i]);
+    float gain[kWidth] = {}, bias[kWidth];
+    for (int i = 0; i < kWidth; ++i) bias[i] = -0.0f;  // which changes no sum, not even -0
+    if (!p.by_row) {
+      const auto delta = load<kWidth>(p.delta + col);
+      for (int i = 0; i < kWidth; ++i) gain[i] = 1.0f + delta.values[i];
+    }
+    if (p.bias != nullptr) {
+      const auto given = *reinterpret_cast<const Pack<T, kWidth>*>(static_cast<const T*>(p.bias) + col);
+      for (int i = 0; i < kWidth; ++i) bias[i] = to_float(given.values[i]);
     }
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {

@@ -38,7 +38,11 @@ void check_cuda(cudaError_t error, const char* what) {
 bool on_device(const Tensor& t) { return t.is_cuda(); }
 
 LaunchScope::LaunchScope(int device)
-    : guard_(std::make_shared<torch::stable::accelerator::DeviceGuard>(device)), stream_(current_stream(device)) {}
+    : guard_(std::make_shared<torch::stable::accelerator::DeviceGuard>(device)), stream_(current_stream(device)) {
+  // The guard is idle where `device` is current already, as device 0 is on a new thread: no context is bound there yet,
+  // and TMA's descriptors are encoded by the driver, which binds none.
+  check_cuda(cudaSetDevice(device), "cudaSetDevice");
+}
 
 const DeviceProperties& device_properties(int device) {
   constexpr int kMost = 64;

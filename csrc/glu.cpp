@@ -49,8 +49,8 @@ Tensor reduced(
       cols,
       activation};
   const LaunchScope scope(arguments.device());
-  const bool aligned = rows_aligned(dh) && rows_aligned(gate) && (!up || rows_aligned(*up));
-  launch_glu_backward_rows(problem, arguments.dtype(), vector_width(arguments.dtype(), cols, aligned), scope.stream());
+  const bool all = rows_aligned(dh) && rows_aligned(gate) && (!up || rows_aligned(*up)) && (!delta || aligned(*delta));
+  launch_glu_backward_rows(problem, arguments.dtype(), vector_width(arguments.dtype(), cols, all), scope.stream());
   launch_sum_partials(problem.partials, layout, cols, static_cast<float*>(sums.mutable_data_ptr()), scope.stream());
   return sums;
 }
@@ -74,8 +74,8 @@ Tensor glu(const Tensor& gate, const std::optional<Tensor>& up, const Tensor& de
       cols,
       act};
   const LaunchScope scope(arguments.device());
-  const bool aligned = rows_aligned(gate) && (!up || rows_aligned(*up));
-  launch_glu_rows(problem, arguments.dtype(), vector_width(arguments.dtype(), cols, aligned), scope.stream());
+  const bool all = rows_aligned(gate) && (!up || rows_aligned(*up)) && aligned(delta);
+  launch_glu_rows(problem, arguments.dtype(), vector_width(arguments.dtype(), cols, all), scope.stream());
   return out;
 }
 

@@ -32,6 +32,7 @@ struct GluBackwardRows {
   float* partials;       // [chunks, cols]
   int64_t rows, cols;
   Activation activation;
+  int64_t chunk = rows_per_chunk(rows);  // rows that one block sums
 };
 
 // width: elements a thread moves at once, vector_width() of plan.h. rows and cols are positive.

@@ -69,8 +69,9 @@ struct GluBlock {
         if (gated) up[u] = load<T, kWidth>(p.up, row, col);
       }
     }
+    const auto delta = load<kWidth>(p.delta + col);
     float gain[kWidth];
-    for (int i = 0; i < kWidth; ++i) gain[i] = 1.0f + p.delta[col + i];
+    for (int i = 0; i < kWidth; ++i) gain[i] = 1.0f + delta.values[i];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       const int64_t row = start + u * kWarps;
@@ -93,10 +94,10 @@ struct GluBackwardBlock {
   static constexpr int kColumns = kLanes * kWidth;
   static constexpr int kUnroll = 1;  // rows in flight a warp: 3 x 16 bytes a thread; two rows spill on sm_100
 
-  using Shared = WarpSums<kColumns>;
+  using Shared = WarpSums<kWidth>;
 
   GAIN_OPS_HD static int64_t blocks(const GluBackwardRows& p) {
-    return ceil_div(p.cols, kColumns) * ceil_div(p.rows, rows_per_chunk(p.rows));
+    return ceil_div(p.cols, kColumns) * ceil_div(p.rows, p.chunk);
   }
 
   // Each warp sums every kWarps-th row of the chunk, in order, and writes dgate and dup.
@@ -119,15 +120,16 @@ struct GluBackwardBlock {
     const BlockPlace<kColumns> place(block, p.cols);
     const int warp = thread / kLanes;
     const int64_t col = place.col + thread % kLanes * kWidth;
-    const int64_t first = place.chunk * rows_per_chunk(p.rows);
-    const int64_t end = first + rows_per_chunk(p.rows);
+    const int64_t first = place.chunk * p.chunk;
+    const int64_t end = first + p.chunk;
     const int64_t last = end < p.rows ? end : p.rows;
     const bool gated = p.up.data != nullptr;
     float running[kWidth] = {};
     if (col < p.cols) {
       float gain[kWidth];
       if constexpr (kWrites) {
-        for (int i = 0; i < kWidth; ++i) gain[i] = 1.0f + p.delta[col + i];
+        const auto delta = load<kWidth>(p.delta + col);
+        for (int i = 0; i < kWidth; ++i) gain[i] = 1.0f + delta.values[i];
       }
       for (int64_t start = first + warp; start < last; start += kWarps * kUnroll) {
         Pack<T, kWidth> dh[kUnroll], gate[kUnroll], up[kUnroll];

@@ -1,5 +1,6 @@
 #include "matmul.h"
 
+#include <cstdlib>
 #include <limits>
 
 #include "device.h"
@@ -19,6 +20,12 @@ void check_card(const Arguments& arguments) {
   check(
       arguments.dtype() != Dtype::float32, arguments.op(), ": the operands are ", dtype_text(arguments.scalar_type()),
       " and the fused GEMM computes in Half and BFloat16");
+}
+
+// Those that the grid takes; the environment is read once.
+int multiprocessors(int device) {
+  static const int margin = sm_margin(std::getenv("GAIN_OPS_SM_MARGIN"));
+  return grid_multiprocessors(device_properties(device).multiprocessors, margin);
 }
 
 // From one row to the next. TMA refuses an odd one, even where there is no next row.
@@ -54,7 +61,7 @@ Matmul operands(const Arguments& arguments, const char* a_name, const Tensor& a,
       .c_stride = n,
       .b_is_kn = b_is_kn,
       .device = arguments.device(),
-      .multiprocessors = device_properties(arguments.device()).multiprocessors,
+      .multiprocessors = multiprocessors(arguments.device()),
   };
 }
 

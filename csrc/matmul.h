@@ -24,7 +24,7 @@ struct Matmul {
   int64_t a_stride, b_stride, c_stride;
   bool b_is_kn;
   int device;
-  int multiprocessors;
+  int multiprocessors;  // that the grid takes
 };
 
 // What the epilogue makes of acc; the lines are those of gain_ops/reference.py.

@@ -2,15 +2,33 @@
 // Included by the files of sm90/ alone, one instantiation each: a kernel takes most of a minute to compile.
 #pragma once
 
+#include <cutlass/cuda_host_adapter.hpp>
+
+#include <stdexcept>
+#include <string>
+
+namespace gain_ops::sm90 {
+
+// Of a tensor map that cannot be encoded CUTLASS only prints, and launches a kernel that faults on it: this throws.
+inline CUresult checked(const char* function, CUresult result) {
+  if (result == CUDA_SUCCESS) return result;
+  throw std::runtime_error(
+      std::string("gain_ops: the fused GEMM could not be set up: ") + function + " failed with CUresult " +
+      std::to_string(static_cast<int>(result)));
+}
+
+}  // namespace gain_ops::sm90
+
+#undef CUTLASS_CUDA_DRIVER_WRAPPER_CALL
+#define CUTLASS_CUDA_DRIVER_WRAPPER_CALL(function) \
+  [](auto... arguments) { return gain_ops::sm90::checked(#function, cutlass::call_##function(arguments...)); }
+
 #include <cutlass/cutlass.h>
 #include <cutlass/gemm/device/gemm_universal_adapter.h>
 #include <cutlass/epilogue/collective/collective_builder.hpp>
 #include <cutlass/epilogue/fusion/operations.hpp>
 #include <cutlass/gemm/collective/collective_builder.hpp>
 #include <cutlass/gemm/kernel/gemm_universal.hpp>
-
-#include <stdexcept>
-#include <string>
 
 #include "matmul.h"
 

@@ -1,6 +1,7 @@
 // Registers the ops for CUDA, and for CPU where the first check of each says what is missing; the Python module
 // gain_ops._C is empty but for what it says of itself.
 #include <Python.h>
+#include <cuda_runtime_api.h>
 
 #include "ops.h"
 
@@ -20,5 +21,6 @@ PyMODINIT_FUNC PyInit__C() {
   if (module == nullptr) return nullptr;
   PyModule_AddStringConstant(module, "version", GAIN_OPS_VERSION);
   PyModule_AddStringConstant(module, "architectures", GAIN_OPS_ARCHITECTURES);
+  PyModule_AddIntConstant(module, "cuda", CUDART_VERSION);  // which the driver must serve: 13000 is 13.0
   return module;
 }

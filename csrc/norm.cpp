@@ -35,7 +35,8 @@ std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, const
       cols,
       static_cast<float>(eps)};
   const LaunchScope scope(arguments.device());
-  launch_norm_rows(problem, arguments.dtype(), vector_width(arguments.dtype(), cols, rows_aligned(x)), scope.stream());
+  const int width = vector_width(arguments.dtype(), cols, rows_aligned(x) && aligned(weight) && aligned(delta));
+  launch_norm_rows(problem, arguments.dtype(), width, scope.stream());
   return {out, r};
 }
 
@@ -50,7 +51,7 @@ std::tuple<Tensor, Tensor> rms_norm_backward(
   arguments.vector("r", r, rows, ScalarType::Float);
   Tensor dx = empty(x, {rows, cols}, arguments.scalar_type());
   if (rows == 0) return {dx, zeros(x, {cols}, ScalarType::Float)};
-  const PartialLayout layout{ceil_div(rows, kNormRows), cols};
+  const PartialLayout layout = norm_partials(rows, cols);
   const Tensor partials = empty(x, {layout.rows, layout.width}, ScalarType::Float);
   Tensor sums = empty(x, {cols}, ScalarType::Float);
   const NormBackwardRows problem{
@@ -64,7 +65,8 @@ std::tuple<Tensor, Tensor> rms_norm_backward(
       rows,
       cols};
   const LaunchScope scope(arguments.device());
-  const int width = vector_width(arguments.dtype(), cols, rows_aligned(x) && rows_aligned(dy));
+  const bool all = rows_aligned(x) && rows_aligned(dy) && aligned(weight) && aligned(delta);
+  const int width = vector_width(arguments.dtype(), cols, all);
   launch_norm_backward_rows(problem, arguments.dtype(), width, scope.stream());
   launch_sum_partials(problem.partials, layout, cols, static_cast<float*>(sums.mutable_data_ptr()), scope.stream());
   return {dx, sums};

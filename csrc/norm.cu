@@ -17,18 +17,19 @@ __global__ void __launch_bounds__(kRowThreads, 2) norm_rows_kernel(const NormRow
 }
 
 template <class T, int kWidth>
-__global__ void __launch_bounds__(kRowThreads, 2) norm_backward_rows_kernel(const NormBackwardRows problem) {
+__global__ void __launch_bounds__(kRowThreads, 3) norm_backward_rows_kernel(const NormBackwardRows problem) {
   using Block = NormBackwardBlock<T, kWidth>;
   __shared__ RowSum shared;
-  extern __shared__ float columns[];
+  extern __shared__ __align__(16) float columns[];
   Block::begin(problem, threadIdx.x, columns);
-  for (int64_t row = Block::first(blockIdx.x); row < Block::last(problem, blockIdx.x); ++row) {
+  for (int64_t row = Block::first(problem, blockIdx.x); row < Block::last(problem, blockIdx.x); ++row) {
     Block::products(problem, row, threadIdx.x, shared);
     __syncthreads();
     shared.fold(threadIdx.x);
     __syncthreads();
     Block::write(problem, row, threadIdx.x, shared, columns);
   }
+  __syncthreads();
   Block::end(problem, blockIdx.x, threadIdx.x, columns);
 }
 
@@ -42,12 +43,13 @@ void norm_rows(const NormRows& problem, cudaStream_t stream) {
 template <class T, int kWidth>
 void norm_backward_rows(const NormBackwardRows& problem, cudaStream_t stream) {
   const unsigned grid = grid_size(NormBackwardBlock<T, kWidth>::blocks(problem), "norm_backward_rows_kernel");
-  constexpr int kMost = kNormColumns * sizeof(float);
+  using Places = typename NormBackwardBlock<T, kWidth>::Places;
+  constexpr int kMost = Places::size(kNormColumns) * sizeof(float);
   static_assert(kMost + sizeof(RowSum) <= 99 * 1024, "a block of sm_86, sm_89 and sm_120 has 99 KiB");
   const auto kernel = norm_backward_rows_kernel<T, kWidth>;
   // Past 48 KiB only for the asking. Always the most: another thread may launch between this and the launch below.
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMost);
-  kernel<<<grid, kRowThreads, problem.cols * sizeof(float), stream>>>(problem);
+  kernel<<<grid, kRowThreads, Places::size(static_cast<int>(problem.cols)) * sizeof(float), stream>>>(problem);
   check_launch("norm_backward_rows_kernel");
 }
 

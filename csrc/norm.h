@@ -25,10 +25,9 @@ struct NormBackwardRows {
   Matrix dx;                        // [rows, cols]
   float* partials;                  // [chunks, cols]
   int64_t rows, cols;
+  int64_t chunk = norm_rows_per_chunk(rows);  // rows that one block sums
 };
 
-// Rows that one block of the backward sums.
-constexpr int64_t kNormRows = 16;
 // The widest row whose column sums fit the shared memory of every card.
 constexpr int64_t kNormColumns = 24'000;
 

@@ -21,7 +21,8 @@ Tensor scaled(
       x.size(1),
       by_row};
   const LaunchScope scope(arguments.device());
-  const int width = vector_width(arguments.dtype(), problem.cols, rows_aligned(x) && rows_aligned(out));
+  const bool all = rows_aligned(x) && rows_aligned(out) && (by_row || aligned(delta)) && (!bias || aligned(*bias));
+  const int width = vector_width(arguments.dtype(), problem.cols, all);
   launch_scale_rows(problem, arguments.dtype(), width, scope.stream());
   return out;
 }
@@ -42,8 +43,8 @@ Tensor reduced(const Arguments& arguments, const Tensor& dy, const Tensor& z, co
       rows,
       cols};
   const LaunchScope scope(arguments.device());
-  const bool aligned = rows_aligned(dy) && rows_aligned(z) && (!dz || rows_aligned(*dz));
-  launch_backward_rows(problem, arguments.dtype(), vector_width(arguments.dtype(), cols, aligned), scope.stream());
+  const bool all = rows_aligned(dy) && rows_aligned(z) && (!dz || rows_aligned(*dz)) && (!delta || aligned(*delta));
+  launch_backward_rows(problem, arguments.dtype(), vector_width(arguments.dtype(), cols, all), scope.stream());
   launch_sum_partials(problem.partials, layout, cols, static_cast<float*>(sums.mutable_data_ptr()), scope.stream());
   return sums;
 }

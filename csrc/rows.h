@@ -18,6 +18,7 @@ struct BackwardRows {
   Matrix out;          // [rows, cols], or null data
   float* partials;     // [chunks, cols]
   int64_t rows, cols;
+  int64_t chunk = rows_per_chunk(rows);  // rows that one block sums
 };
 
 // out = (1 + delta) * in + bias: line (2), and the operand of line (5).

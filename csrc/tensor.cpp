@@ -78,6 +78,8 @@ bool rows_aligned(const Tensor& t) {
   return rows_aligned(t.const_data_ptr(), t.size(0), t.stride(0), t.stride(1), bytes);
 }
 
+bool aligned(const Tensor& vector) { return aligned(vector.const_data_ptr()); }
+
 Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
   return torch::stable::new_empty(like, {sizes.begin(), sizes.size()}, dtype);
 }

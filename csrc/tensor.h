@@ -61,6 +61,8 @@ class Arguments {
 ConstMatrix const_matrix(const Tensor& t);
 Matrix matrix(const Tensor& t);
 bool rows_aligned(const Tensor& t);
+// A contiguous vector may still be a view that starts anywhere.
+bool aligned(const Tensor& vector);
 
 // Uninitialised, contiguous, from torch's allocator.
 Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype);

@@ -33,7 +33,7 @@ def scale_rows(x: Tensor, delta: Tensor) -> Tensor:
 
 def linear(x: Tensor, weight: Tensor, delta: Tensor, bias: Tensor | None) -> Tensor:
     """Lines (1), (2): -> y [T, out]."""
-    if not _fuses(x, weight, weight.shape[0]):
+    if not _fuses(x, weight):
         return _scale_and_shift(F.linear(x, weight), delta, bias)
     y: Tensor = _ops.linear(x, weight, _fp32(delta), _like(bias, x))
     return y
@@ -41,7 +41,7 @@ def linear(x: Tensor, weight: Tensor, delta: Tensor, bias: Tensor | None) -> Ten
 
 def linear_z(x: Tensor, weight: Tensor, delta: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """Lines (1), (2), and z: -> y [T, out], z [T, out]."""
-    if not _fuses(x, weight, weight.shape[0]):
+    if not _fuses(x, weight):
         z = F.linear(x, weight)
         return _scale_and_shift(z, delta, bias), z
     y, z = _ops.linear_z(x, weight, _fp32(delta), _like(bias, x))
@@ -67,7 +67,7 @@ def ddelta(dy: Tensor, z: Tensor) -> Tensor:
 
 def backward_recompute(dy: Tensor, x: Tensor, weight: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
     """Lines (1), (3), (4) from a kept x: -> dz [T, out], ddelta [out]."""
-    if not _fuses(x, weight, weight.shape[0], dy):
+    if not _fuses(x, weight, dy):
         return backward(dy, F.linear(x, weight), delta)
     dz, sums = _ops.backward_recompute(dy, x, weight, _fp32(delta))
     return dz, sums
@@ -80,7 +80,7 @@ def ddelta_recompute(dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
 
 def backward_input(dy: Tensor, x: Tensor, weight: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
     """Lines (6), (7): -> dx [T, in], ddelta [in]."""
-    if not _fuses(dy, weight, weight.shape[1], x):
+    if not _fuses(dy, weight.t(), x):
         # the pass of lines (3), (4) with dy @ W and x in the places of dy and z
         return backward(torch.mm(dy, weight), x, delta)
     dx, sums = _ops.backward_input(dy, x, weight, _fp32(delta))
@@ -126,15 +126,9 @@ def _scale_and_shift(z: Tensor, delta: Tensor, bias: Tensor | None) -> Tensor:
     return y
 
 
-def _fuses(a: Tensor, weight: Tensor, out_size: int, *tiles: Tensor) -> bool:
-    """Whether a fused GEMM serves these operands and a contiguous result [T, out_size]."""
-    return (
-        a.dtype in (torch.bfloat16, torch.float16)
-        and a.shape[1] % 8 == 0
-        and out_size % 8 == 0
-        and _card_fuses(a.device.index)
-        and operands.aligned(a, weight, *tiles)
-    )
+def _fuses(a: Tensor, weight: Tensor, *tiles: Tensor) -> bool:
+    """Whether a fused GEMM serves a [M, K], weight [N, K] and the [M, N] tiles that it reads, on this card."""
+    return _card_fuses(a.device.index) and operands.fuses(a, weight, *tiles)
 
 
 @functools.cache
@@ -144,8 +138,14 @@ def _card_fuses(index: int | None) -> bool:
 
 
 def _fp32(delta: Tensor) -> Tensor:
-    return delta.float().contiguous()
+    return _vector(delta, torch.float32)
 
 
 def _like(bias: Tensor | None, x: Tensor) -> Tensor | None:
-    return None if bias is None else bias.to(x.dtype).contiguous()
+    return None if bias is None else _vector(bias, x.dtype)
+
+
+def _vector(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """Contiguous, from a multiple of 16 bytes on: where a view starts elsewhere, the passes move one element at a time."""
+    t = t.to(dtype).contiguous()
+    return t if t.data_ptr() % 16 == 0 else t.clone()

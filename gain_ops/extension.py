@@ -41,8 +41,7 @@ def obstacle() -> str | None:
         return f"the CUDA kernels are built and cannot be loaded: {error} (build them again: {_REMEDY})"
     if compiled.version != __version__:
         return f"the CUDA kernels are of gain_ops {compiled.version} and this is {__version__} (build them again: {_REMEDY})"
-    # kernels that were built before the toolkit was recorded say nothing of it
-    if too_old := _driver_obstacle(getattr(compiled, "cuda", 0), compiled.architectures):
+    if too_old := _driver_obstacle(compiled.cuda, compiled.architectures):
         return too_old
     register_fakes("gain_ops_cuda")
     return None

@@ -1,5 +1,6 @@
 """The CUDA backend on a CPU: the C++ that ships, over the launchers of csrc/tests that run its kernels on the host."""
 
+import ctypes
 import fcntl
 import functools
 import importlib.util
@@ -26,10 +27,20 @@ def parameters() -> build.Parameters:
 
 
 @functools.cache
-def load() -> None:
+def load() -> ctypes.CDLL:
     """Fill torch.ops.gain_ops_host."""
-    torch.ops.load_library(_build())
+    library = _build()
+    torch.ops.load_library(library)
     extension.register_fakes("gain_ops_host")
+    return ctypes.CDLL(str(library))
+
+
+def last_gemm() -> tuple[int, int]:
+    """Of the last fused GEMM on the host: the columns of its tile, and the multiprocessors of its grid."""
+    columns, multiprocessors = (
+        ctypes.c_int.in_dll(load(), f"host_gemm_{name}").value for name in ("columns", "multiprocessors")
+    )
+    return columns, multiprocessors
 
 
 def _build() -> Path:

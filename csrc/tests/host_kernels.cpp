@@ -1,6 +1,7 @@
 // The launchers on a CPU, for tests. The row kernels are the functions that the device runs (blocks.h), a block and a
 // thread at a time; the GEMMs are loops over what `Matmul` says, with sums that fall where CUTLASS puts them.
 #include <algorithm>
+#include <initializer_list>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -10,9 +11,23 @@
 #include "../matmul.h"
 #include "../norm_blocks.h"
 
+// The last GEMM's tile and multiprocessors, for tests.
+extern "C" {
+__attribute__((visibility("default"))) int host_gemm_columns = 0;
+__attribute__((visibility("default"))) int host_gemm_multiprocessors = 0;
+}
+
 namespace gain_ops {
 
 namespace {
+
+// what a device asks of 16-byte accesses to vectors over the columns
+void check_vectors(int width, std::initializer_list<const void*> vectors) {
+  for (const void* vector : vectors) {
+    if (width > 1 && !aligned(vector))
+      throw std::runtime_error("a vector that is not aligned is read 16 bytes at once");
+  }
+}
 
 template <class Block, class Problem>
 void run_reduction(const Problem& problem) {
@@ -77,9 +92,9 @@ void norm_backward_rows(const NormBackwardRows& problem) {
   using Block = NormBackwardBlock<T, kWidth>;
   for (int64_t block = 0; block < Block::blocks(problem); ++block) {
     RowSum shared;
-    std::vector<float> columns(problem.cols, std::nanf(""));
+    std::vector<float> columns(Block::Places::size(static_cast<int>(problem.cols)), std::nanf(""));
     for (int thread = 0; thread < kRowThreads; ++thread) Block::begin(problem, thread, columns.data());
-    for (int64_t row = Block::first(block); row < Block::last(problem, block); ++row) {
+    for (int64_t row = Block::first(problem, block); row < Block::last(problem, block); ++row) {
       for (int thread = 0; thread < kRowThreads; ++thread) Block::products(problem, row, thread, shared);
       fold(shared);
       for (int thread = 0; thread < kRowThreads; ++thread) Block::write(problem, row, thread, shared, columns.data());
@@ -91,6 +106,7 @@ void norm_backward_rows(const NormBackwardRows& problem) {
 }  // namespace
 
 void launch_glu_rows(const GluRows& problem, Dtype dtype, int width, cudaStream_t) {
+  check_vectors(width, {problem.delta});
   switch (dtype) {
     case Dtype::float32: return width == 1 ? glu_rows<float, 1>(problem) : glu_rows<float, 4>(problem);
     case Dtype::float16: return width == 1 ? glu_rows<__half, 1>(problem) : glu_rows<__half, 8>(problem);
@@ -99,6 +115,7 @@ void launch_glu_rows(const GluRows& problem, Dtype dtype, int width, cudaStream_
 }
 
 void launch_glu_backward_rows(const GluBackwardRows& problem, Dtype dtype, int width, cudaStream_t) {
+  check_vectors(width, {problem.delta});
   switch (dtype) {
     case Dtype::float32:
       return width == 1 ? glu_backward_rows<float, 1>(problem) : glu_backward_rows<float, 4>(problem);
@@ -110,6 +127,7 @@ void launch_glu_backward_rows(const GluBackwardRows& problem, Dtype dtype, int w
 }
 
 void launch_norm_rows(const NormRows& problem, Dtype dtype, int width, cudaStream_t) {
+  check_vectors(width, {problem.weight, problem.delta});
   switch (dtype) {
     case Dtype::float32: return width == 1 ? norm_rows<float, 1>(problem) : norm_rows<float, 4>(problem);
     case Dtype::float16: return width == 1 ? norm_rows<__half, 1>(problem) : norm_rows<__half, 8>(problem);
@@ -119,6 +137,7 @@ void launch_norm_rows(const NormRows& problem, Dtype dtype, int width, cudaStrea
 }
 
 void launch_norm_backward_rows(const NormBackwardRows& problem, Dtype dtype, int width, cudaStream_t) {
+  check_vectors(width, {problem.weight, problem.delta});
   switch (dtype) {
     case Dtype::float32:
       return width == 1 ? norm_backward_rows<float, 1>(problem) : norm_backward_rows<float, 4>(problem);
@@ -130,6 +149,7 @@ void launch_norm_backward_rows(const NormBackwardRows& problem, Dtype dtype, int
 }
 
 void launch_backward_rows(const BackwardRows& problem, Dtype dtype, int width, cudaStream_t) {
+  check_vectors(width, {problem.delta});
   switch (dtype) {
     case Dtype::float32: return width == 1 ? backward_rows<float, 1>(problem) : backward_rows<float, 4>(problem);
     case Dtype::float16: return width == 1 ? backward_rows<__half, 1>(problem) : backward_rows<__half, 8>(problem);
@@ -139,6 +159,7 @@ void launch_backward_rows(const BackwardRows& problem, Dtype dtype, int width, c
 }
 
 void launch_scale_rows(const ScaleRows& problem, Dtype dtype, int width, cudaStream_t) {
+  check_vectors(width, {problem.by_row ? nullptr : problem.delta, problem.bias});
   switch (dtype) {
     case Dtype::float32: return width == 1 ? scale_rows<float, 1>(problem) : scale_rows<float, 4>(problem);
     case Dtype::float16: return width == 1 ? scale_rows<__half, 1>(problem) : scale_rows<__half, 8>(problem);
@@ -175,6 +196,8 @@ struct HostMatmul {
 
   template <Epilogue kEpilogue, Tile kTile>
   static void run(const Matmul& p, void*, cudaStream_t) {
+    host_gemm_columns = static_cast<int>(tile_shape(kTile).n);
+    host_gemm_multiprocessors = p.multiprocessors;
     // what cuTensorMapEncodeTiled asks for
     for (const int64_t stride : {p.a_stride, p.b_stride, p.c_stride, p.n}) {
       if (stride % 8 != 0) throw std::runtime_error("a stride of " + std::to_string(stride) + " elements");

@@ -146,8 +146,9 @@ void check_blocks(const Data<T>& d, const std::vector<Kinds>& layouts) {
 }
 
 TEST_CASE_TEMPLATE("rows: dz, ddelta and scaled rows in every layout", T, float, __half, __nv_bfloat16) {
-  for (int64_t rows : {1, 7, 31, 32, 33, 127, 128, 129, 300, 2049}) {
+  for (int64_t rows : {1, 7, 8, 9, 129, 300, 600, 2049, 4100}) {  // chunks of 8, 16, 64 and 128
     for (int64_t cols : {1, 8, 29, 31, 256, 264, 520}) {
+      if (rows > 600 && cols > 31 && cols != 264) continue;
       CAPTURE(rows);
       CAPTURE(cols);
       const bool divides = vector_width(Format<T>::kDtype, cols, true) == kWide<T>;
@@ -175,6 +176,57 @@ TEST_CASE_TEMPLATE("rows: dz, ddelta and scaled rows in every layout", T, float,
             {{Kind::expanded, Kind::padded, Kind::contiguous}, {Kind::contiguous, Kind::expanded, Kind::wide}});
       }
     }
+  }
+}
+
+// Wavefronts of an access of `floats` a thread: 128 bytes at once, one word of a bank at a time.
+template <class Place>
+int wavefronts(int threads, int floats, const Place& place) {
+  int total = 0;
+  for (int first = 0; first < threads; first += 32 / floats) {
+    int words[32] = {};
+    for (int thread = first; thread < first + 32 / floats; ++thread) {
+      for (int i = 0; i < floats; ++i) ++words[(place(thread) + i) % 32];
+    }
+    total += *std::max_element(words, words + 32);
+  }
+  return total;
+}
+
+template <int kWidth>
+void check_spread(int cols) {
+  using Places = Spread<kWidth>;
+  CAPTURE(kWidth);
+  CAPTURE(cols);
+  constexpr int kEach = Places::kEach, kBest = kLanes * kEach / 32;
+  std::vector<int> taken(Places::size(cols));
+  int64_t split = 0, conflicts = 0;
+  for (int col = 0; col < cols; ++col) {
+    const int place = Places::place(col, cols), first = Places::place(col - col % kEach, cols);
+    REQUIRE(place < Places::size(cols));
+    ++taken[place];
+    split += place != first + col % kEach || first % kEach != 0;
+  }
+  const auto conflict = [&](int floats, int best, const auto& column) {
+    return wavefronts(kLanes, floats, [&](int lane) { return Places::place(column(lane), cols); }) != best;
+  };
+  for (int i = 0; i < kWidth; i += kEach) {
+    conflicts += conflict(kEach, kBest, [&](int lane) { return lane * kWidth + i; });
+  }
+  for (int first = 0; first + kLanes * kEach <= cols; first += kLanes * kEach) {
+    conflicts += conflict(kEach, kBest, [&](int lane) { return first + lane * kEach; });
+    conflicts += conflict(1, 1, [&](int lane) { return first + lane; });
+  }
+  CHECK(*std::max_element(taken.begin(), taken.end()) == 1);
+  CHECK(split == 0);
+  CHECK(conflicts == 0);
+}
+
+TEST_CASE("column sums in shared memory: each has a place of its own, and no access a bank conflict") {
+  for (int cols : {256, 264, 288, 1280, 4096, 24000}) {
+    check_spread<1>(cols);
+    check_spread<4>(cols);
+    check_spread<8>(cols);
   }
 }
 
@@ -356,7 +408,7 @@ TEST_CASE("more than 2^31 rows") {
 }
 
 TEST_CASE("more than 2^31 partial sums") {
-  constexpr int64_t kRows = 65;  // three chunks
+  constexpr int64_t kRows = 17;  // three chunks
   const float two = 2;
   const ConstMatrix in{&two, 0, 0};
   const PartialLayout layout = row_partials(kRows, kFar);

@@ -180,7 +180,7 @@ TEST_CASE("choose_swizzle: CUTLASS's own scheduler adds no wave, and would add o
   int64_t wrong = 0, narrower = 0;
   for (Tile tile : {Tile::large_128x256, Tile::small_128x128}) {
     const TileShape shape = tile_shape(tile);
-    for (int multiprocessors : {78, 114, 132}) {
+    for (int multiprocessors : {78, 114, 117, 132}) {
       const auto scheduled = [&](int m, int n, int swizzle) {
         cutlass::KernelHardwareInfo hardware;
         hardware.sm_count = multiprocessors;
@@ -193,7 +193,7 @@ TEST_CASE("choose_swizzle: CUTLASS's own scheduler adds no wave, and would add o
         return scheduler;
       };
       const auto waves = [&](const Scheduler& scheduler) {
-        return ceil_div(static_cast<int64_t>(scheduler.blocks_per_problem_), multiprocessors);
+        return ceil_div(static_cast<int64_t>(scheduler.blocks_per_problem_), resident_blocks(multiprocessors, tile));
       };
       for (int m = 1; m <= 8192; m += 127) {
         for (int n : {8, 640, 1280, 2560, 4096, 5120, 11008, 14336, 28672}) {
@@ -208,6 +208,21 @@ TEST_CASE("choose_swizzle: CUTLASS's own scheduler adds no wave, and would add o
   }
   CHECK(wrong == 0);
   CHECK(narrower == 0);
+}
+
+template <Epilogue kEpilogue, Tile kTile>
+void check_refused(int64_t Matmul::* stride) {
+  using K = Kernel<cutlass::bfloat16_t, kEpilogue, kTile, false>;
+  Matmul p = problem(false);
+  p.*stride = 9;
+  CHECK_THROWS_WITH_AS(
+      K::GemmKernel::to_underlying_arguments(K::arguments(p), nullptr),
+      doctest::Contains("could not be set up: cuTensorMapEncodeTiled failed with CUresult"), std::runtime_error);
+}
+
+TEST_CASE("a tensor map that cannot be encoded is an error") {  // without a driver none can be
+  check_refused<Epilogue::linear_z, Tile::large_128x256>(&Matmul::a_stride);
+  check_refused<Epilogue::input, Tile::small_128x128>(&Matmul::c_stride);
 }
 
 TEST_CASE("arguments: no bias is a zero bias") {

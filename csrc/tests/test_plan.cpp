@@ -2,6 +2,8 @@
 #include <doctest/doctest.h>
 
 #include <cstdint>
+#include <limits>
+#include <stdexcept>
 #include <string>
 #include <type_traits>
 #include <vector>
@@ -84,6 +86,60 @@ TEST_CASE("choose_tile counts waves") {
   }
 }
 
+TEST_CASE("choose_tile: sizes that end within the large tile, with an odd row of tiles in its cluster") {
+  struct Case {
+    int64_t m, n;
+    int multiprocessors, expected;
+    const char* why;
+  };
+  for (const Case& c : std::vector<Case>{
+           {4097, 2312, 132, kSmall, "340 large in 3 waves cost 6, 627 small in 5 cost 5.4"},
+           {4097, 2312, 114, kLarge, "340 large in 3 waves cost 6, 627 small in 6 cost 6.48"},
+           {4097, 2312, 78, kSmall, "340 large in 5 waves cost 10, 627 small in 9 cost 9.72"},
+           {769, 2312, 132, kLarge, "80 large in 1 wave, 133 small in 2"},
+           {300, 5640, 132, kLarge, "92 large in 1 wave, 135 small in 2"},
+           {300, 200, 132, kSmall, "4 large in 1 wave, 6 small in 1"},
+           {300, 200, 4, kLarge, "4 large in 1 wave, 6 small in 2"},
+           {300, 136, 4, kLarge, "4 large in 1 wave, 6 small in 2"},
+       }) {
+    CAPTURE(std::string(c.why));
+    const TileShape large = tile_shape(Tile::large_128x256);
+    CHECK(ceil_div(c.m, large.m) % large.cluster_m != 0);
+    CHECK(c.n % large.n != 0);
+    CHECK(chosen(c.m, c.n, c.multiprocessors) == c.expected);
+  }
+}
+
+TEST_CASE("choose_tile counts multiprocessors that a cluster can have") {
+  CHECK(chosen(1540, 200, 2) == kLarge);
+  CHECK(chosen(200, 33536, 132) == kLarge);  // 262 large in 2 waves, 524 small in 4
+  CHECK(chosen(200, 33536, 131) == kSmall);  // 262 large in 3 waves of 130
+  CHECK(chosen(1540, 200, 1) == kSmall);     // a cluster is two
+  CHECK(resident_blocks(132, Tile::large_128x256) == 132);
+  CHECK(resident_blocks(131, Tile::large_128x256) == 130);
+  CHECK(resident_blocks(131, Tile::small_128x128) == 131);
+}
+
+TEST_CASE("a margin leaves multiprocessors to others, and one to the grid") {
+  static_assert(grid_multiprocessors(132, 0) == 132);
+  static_assert(grid_multiprocessors(132, 16) == 116);
+  static_assert(grid_multiprocessors(132, 131) == 1);
+  static_assert(grid_multiprocessors(132, 132) == 1);
+  static_assert(grid_multiprocessors(132, std::numeric_limits<int>::max()) == 1);
+}
+
+TEST_CASE("sm_margin reads a number, or says what came") {
+  CHECK(sm_margin(nullptr) == 0);
+  CHECK(sm_margin("0") == 0);
+  CHECK(sm_margin("16") == 16);
+  for (const char* text : {"", "-1", "+1", " 1", "1 ", "1.5", "0x10", "sixteen", "99999999999"}) {
+    const std::string said =
+        "gain_ops: GAIN_OPS_SM_MARGIN='" + std::string(text) +
+        "', expected a number of multiprocessors to leave free, such as 16; set it so, or unset it";
+    CHECK_THROWS_WITH_AS(sm_margin(text), said.c_str(), std::runtime_error);
+  }
+}
+
 TEST_CASE("choose_tile is a function of its arguments alone") {
   std::vector<int> first;
   const auto every = [](auto visit) {
@@ -153,6 +209,9 @@ TEST_CASE("row_partials: every row in exactly one chunk") {
     const PartialLayout layout = row_partials(rows, 520);
     CHECK(layout.rows * rows_per_chunk(rows) >= rows);
     CHECK((layout.rows - 1) * rows_per_chunk(rows) < rows);
+    CHECK(norm_partials(rows, 520).rows * norm_rows_per_chunk(rows) >= rows);
+    CHECK((norm_partials(rows, 520).rows - 1) * norm_rows_per_chunk(rows) < rows);
+    CHECK(norm_partials(rows, 520).width == 520);
     CHECK(layout.width == 520);
     for (int64_t cols : {int64_t{1}, int64_t{8}, big + 8}) {
       CAPTURE(cols);
@@ -162,11 +221,25 @@ TEST_CASE("row_partials: every row in exactly one chunk") {
   }
 }
 
-TEST_CASE("rows_per_chunk is known from the rows: short up to 2048, long beyond, whole rounds of the warps") {
-  static_assert(rows_per_chunk(1) == 32 && rows_per_chunk(2048) == 32);
-  static_assert(rows_per_chunk(2049) == 128 && rows_per_chunk(int64_t{1} << 40) == 128);
-  static_assert(rows_per_chunk(1) % kWarps == 0 && rows_per_chunk(2049) % kWarps == 0);
+TEST_CASE("rows_per_chunk is known from the rows: short while they are few, long beyond, whole rounds of the warps") {
+  static_assert(rows_per_chunk(1) == 8 && rows_per_chunk(512) == 8);
+  static_assert(rows_per_chunk(513) == 16 && rows_per_chunk(2048) == 32 && rows_per_chunk(4096) == 64);
+  static_assert(rows_per_chunk(4097) == 128 && rows_per_chunk(int64_t{1} << 40) == 128);
+  static_assert(rows_per_chunk(1) % kWarps == 0);
+  static_assert(norm_rows_per_chunk(1) == 1 && norm_rows_per_chunk(256) == 1);
+  static_assert(norm_rows_per_chunk(257) == 2 && norm_rows_per_chunk(512) == 2 && norm_rows_per_chunk(4096) == 16);
+  static_assert(norm_rows_per_chunk(4097) == 32 && norm_rows_per_chunk(int64_t{1} << 40) == 32);
   static_assert(kRowThreads == kLanes * kWarps && kRowThreads <= 1024);
+}
+
+TEST_CASE("from 256 rows of 1280 columns on a pass has some 130 blocks, and a norm's partials are few") {
+  int64_t underfilled = 0, costly = 0;
+  for (int64_t rows = 256; rows <= 16384; ++rows) {
+    underfilled += row_partials(rows, 1280).rows * ceil_div(1280, 256) < 132 || norm_partials(rows, 1280).rows < 128;
+    costly += norm_partials(rows, 1280).rows > 256 && norm_rows_per_chunk(rows) < 32;
+  }
+  CHECK(underfilled == 0);
+  CHECK(costly == 0);
 }
 
 TEST_CASE("vector_width: 16 bytes of aligned rows that divide into them, otherwise one element") {

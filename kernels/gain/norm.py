@@ -48,7 +48,7 @@ def rms_norm_kernel(
     tl.store(y + row * N + cols, (tile * scale * factor).to(y.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "chunk"])
 def rms_norm_backward_kernel(
     dy,  # [T, N]
     x,  # [T, N]
@@ -63,23 +63,23 @@ def rms_norm_backward_kernel(
     stride_dn,
     stride_xt,
     stride_xn,
+    chunk,  # rows of a chunk
     UNIT: tl.constexpr,
-    CHUNK: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """A program takes CHUNK rows, one after the other."""
+    """A program takes a chunk of rows, one after the other."""
     N = multiple(N, UNIT)
     stride_dt = multiple(stride_dt, UNIT)
     stride_xt = multiple(stride_xt, UNIT)
-    chunk = tl.program_id(0)
+    place = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK_N)
     cols64 = cols.to(tl.int64)
     mask = cols < N
     w = tl.load(weight + cols, mask=mask, other=0.0).to(tl.float32)
     factor = w * load_gain(delta, cols, N)
     running = tl.zeros((BLOCK_N,), tl.float32)
-    for step in tl.range(0, CHUNK):
-        row = chunk.to(tl.int64) * CHUNK + step
+    for step in tl.range(0, chunk):
+        row = place * chunk + step
         inside = cols < tl.where(row < T, N, 0)
         scale = tl.load(r + tl.minimum(row, T - 1))
         d = tl.load(dy + row * stride_dt + cols64 * stride_dn, mask=inside, other=0.0).to(tl.float32)
@@ -88,7 +88,7 @@ def rms_norm_backward_kernel(
         v = d * factor
         mean = tl.sum(v * n, axis=0) / N
         tl.store(dx + row * N + cols, (scale * (v - n * mean)).to(dx.dtype.element_ty), mask=inside)
-    tl.store(partials + chunk.to(tl.int64) * N + cols, running * w, mask=mask)
+    tl.store(partials + place * N + cols, running * w, mask=mask)
 
 
 def rms_norm(x: Tensor, weight: Tensor, delta: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -144,8 +144,8 @@ def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, delta: Tensor, r: T
             n,
             *dy.stride(),
             *x.stride(),
+            chunk=chunk,
             UNIT=row_unit(x, dy.stride(0), x.stride(0)),
-            CHUNK=chunk,
             BLOCK_N=config.block_n,
             **options(config.num_warps),
         )

@@ -60,19 +60,19 @@ def rms_norm_backward_kernel(
     stride_dn,
     stride_xt,
     stride_xn,
+    chunk: tl.constexpr,
     UNIT: tl.constexpr,
-    CHUNK: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """A program takes CHUNK rows at once: their means first, then dx and the column sums, which no register outlives."""
+    """A program takes a chunk of rows at once: their means first, then dx and the column sums, which no register outlives."""
     N = multiple(N, UNIT)
     stride_dt = multiple(stride_dt, UNIT)
     stride_xt = multiple(stride_xt, UNIT)
-    chunk = tl.program_id(0).to(tl.int64)
-    rows = chunk * CHUNK + tl.arange(0, CHUNK)
+    place = tl.program_id(0).to(tl.int64)
+    rows = place * chunk + tl.arange(0, chunk)
     in_t = rows < T
     scale = tl.load(r + rows, mask=in_t, other=0.0)[:, None]
-    products = tl.zeros((CHUNK, BLOCK_N), tl.float32)
+    products = tl.zeros((chunk, BLOCK_N), tl.float32)
     for start in tl.range(0, N, BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N)
         mask = in_t[:, None] & (cols < N)[None, :]
@@ -90,4 +90,4 @@ def rms_norm_backward_kernel(
         v = d * (w * load_gain(delta, cols, N))[None, :]
         to = dx + rows[:, None] * N + cols[None, :]
         tl.store(to, (scale * (v - n * mean)).to(dx.dtype.element_ty), mask=mask)
-        tl.store(partials + chunk * N + cols, tl.sum(d * n, axis=0) * w, mask=cols < N)
+        tl.store(partials + place * N + cols, tl.sum(d * n, axis=0) * w, mask=cols < N)

@@ -16,6 +16,7 @@ import host_extension
 # A thread's registers when as many threads as the kernels ask for share a multiprocessor's 64 Ki.
 GEMM_REGISTERS = 168  # 3 warpgroups of 128; setmaxnreg moves them between producer and consumers
 ROW_REGISTERS = 128  # 2 blocks of 256
+NORM_BACKWARD_REGISTERS = 80  # 3 blocks of 256: a block reads one row at a time
 STATIC_SHARED = 48 * 1024
 # CUTLASS keeps the epilogue's loop state of a 128x128 reduction in addressable memory; nothing of it is a spill
 SMALL_REDUCTION_STACK = 640
@@ -97,6 +98,8 @@ def test_registers_and_static_shared_memory_fit() -> None:
     for kernel in _kernels():
         assert kernel.registers <= (GEMM_REGISTERS if _is_gemm(kernel) else ROW_REGISTERS), kernel
         assert kernel.shared <= STATIC_SHARED, kernel
+        if "norm_backward_rows" in kernel.name:
+            assert kernel.registers <= NORM_BACKWARD_REGISTERS, kernel
 
 
 @functools.cache
@@ -133,6 +136,33 @@ def test_the_row_kernels_move_16_bytes_at_once_and_keep_nothing_in_local_memory(
     assert not [name for name, text in code.items() if re.search(r"\b(LDL|STL)\b", text)]
 
 
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90a", "sm_100a"])
+def test_vectors_over_the_columns_and_column_sums_move_16_bytes_at_once(architecture: str) -> None:
+    """One element at a time, each of a warp's 8 loads of a vector takes 32 sectors."""
+    wide = {n: text for n, text in _sass(architecture).items() if "rows_kernel" in n and re.search(r"Li[48]E", n)}
+    assert len(wide) == 24
+    for name, text in wide.items():
+        # left are r of a norm's row, in either phase, and the gains of scale_rows
+        loads = len(re.findall(r"\bLDG\.E(?:\.CONSTANT)? ", text))
+        assert loads <= (4 if "scale_rows" in name else 2 if "norm" in name else 0), (name, loads)
+        if "norm_backward" in name:
+            # left are a row's sums: a store and 8 loads, and the store of what they add to
+            shared = len(re.findall(r"\b(?:LDS|STS) ", text))
+            assert shared <= 10, (name, shared)
+
+
+def test_a_launch_binds_the_devices_context() -> None:
+    """A new thread has none, and the driver's function that encodes a tensor map makes none."""
+    host_extension.compiled()
+    symbols = subprocess.run(
+        ["nm", "--undefined-only", build.object_folder() / "csrc_device.cpp.o"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert re.search(r"\bcudaSetDevice$", symbols, re.MULTILINE)
+
+
 def test_the_gemms_run_on_the_tensor_cores_and_move_tiles_by_tma() -> None:
     code = {name: text for name, text in _sass("sm_90a").items() if "cutlass" in name}
     assert len(code) == 32
@@ -165,7 +195,8 @@ def test_one_binary_for_many_versions_of_torch_and_python() -> None:
     names = [line.split()[-1].split("@")[0] for line in symbols.splitlines()]
     unstable = [name for name in names if re.match(r"_ZN?K?(2at|3c10|5torch|8caffe2)", name)]
     assert not unstable
-    assert {name for name in names if name.startswith("Py")} == {"PyModule_AddStringConstant", "PyModule_Create2"}
+    python = {name for name in names if name.startswith("Py")}
+    assert python == {"PyModule_AddIntConstant", "PyModule_AddStringConstant", "PyModule_Create2"}
     needed = subprocess.run(["readelf", "-d", _library()], capture_output=True, text=True, check=True).stdout
     libraries = set(re.findall(r"NEEDED.*\[(.+?)\.so", needed))
     assert libraries <= {"libtorch", "libtorch_cpu", "libstdc++", "libm", "libgcc_s", "libc", "ld-linux-x86-64"}

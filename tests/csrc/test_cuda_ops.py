@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import host_extension
-from parity import LAYOUTS, laid_out
+from parity import CALLS, DEVICE, LAYOUTS, compare, laid_out, run, tensors
 
 ARGUMENTS = {
     "scale": ("x", "delta_in", "bias_in"),
@@ -197,24 +197,138 @@ def test_float32_is_refused_by_the_fused_ops() -> None:
         _op("linear")(*(given[argument] for argument in ARGUMENTS["linear"]))
 
 
-def test_another_card_is_referred_to_triton() -> None:
-    code = (
-        "import host_extension, torch\n"
-        "host_extension.load()\n"
-        "x = torch.zeros(8, 16, dtype=torch.bfloat16)\n"
-        "try:\n"
-        "    torch.ops.gain_ops_host.linear(x, x, torch.zeros(8), None)\n"
-        "except RuntimeError as error:\n"
-        "    print(error)\n"
-    )
-    environment = os.environ | {
-        "GAIN_OPS_TEST_CAPABILITY": "80",
-        "PYTHONPATH": str(Path(host_extension.__file__).parent),
-    }
+def _in_a_new_process(code: str, **environment: str) -> str:
+    """What it prints. The library reads GAIN_OPS_SM_MARGIN once, and a thread has a context for good."""
     host_extension.parameters()
-    told = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
-    ).stdout
+    environment = os.environ | {"PYTHONPATH": str(Path(host_extension.__file__).parent)} | environment
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+_LINEAR_ON_THE_HOST = """
+import host_extension, torch
+host_extension.load()
+x = torch.zeros(8, 16, dtype=torch.bfloat16)
+try:
+    torch.ops.gain_ops_host.linear(x, x, torch.zeros(8), None)
+    print(*host_extension.last_gemm())
+except RuntimeError as error:
+    print(error)
+"""
+
+
+def test_another_card_is_referred_to_triton() -> None:
+    told = _in_a_new_process(_LINEAR_ON_THE_HOST, GAIN_OPS_TEST_CAPABILITY="80")
     assert re.search(
         r"compute capability 8.0 and the fused GEMM needs sm_90: the triton backend serves this card", told
     )
+
+
+@pytest.mark.parametrize(("margin", "multiprocessors"), [("0", 132), ("16", 116), ("200", 1)])
+def test_a_margin_leaves_multiprocessors_to_others(margin: str, multiprocessors: int) -> None:
+    assert _in_a_new_process(_LINEAR_ON_THE_HOST, GAIN_OPS_SM_MARGIN=margin) == f"128 {multiprocessors}\n"
+
+
+def test_a_margin_that_is_no_number_is_refused() -> None:
+    told = _in_a_new_process(_LINEAR_ON_THE_HOST, GAIN_OPS_SM_MARGIN="-1")
+    assert "GAIN_OPS_SM_MARGIN='-1', expected a number of multiprocessors to leave free, such as 16" in told
+
+
+# three rows of tiles, one more than a cluster has, and columns that end within either tile: one wave of the large tile
+# on 4 multiprocessors where the small one needs two
+_WITHIN_A_TILE = (300, 136, 200)
+_TILES = [pytest.param(4, 256, id="128x256"), pytest.param(132, 128, id="128x128")]
+
+
+@pytest.mark.parametrize("call", [name for name in CALLS if name.split()[0] in FUSED])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("multiprocessors", "columns"), _TILES)
+@pytest.mark.skipif(DEVICE == "cuda", reason="the tile follows the card's multiprocessors")
+def test_each_tile_where_the_operands_end_within_it(
+    call: str, dtype: torch.dtype, multiprocessors: int, columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GAIN_OPS_TEST_MULTIPROCESSORS", str(multiprocessors))
+    compare(host_extension.backend(), call, tensors(*_WITHIN_A_TILE, dtype))
+    assert host_extension.last_gemm() == (columns, multiprocessors)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("multiprocessors", "columns"), _TILES)
+def test_each_tile_of_the_card_where_the_operands_end_within_it(multiprocessors: int, columns: int) -> None:
+    """The margin leaves as many multiprocessors as make csrc/plan.cpp choose the tile."""
+    code = f"""
+import torch
+import host_extension
+from parity import CALLS, compare, tensors
+for dtype in (torch.bfloat16, torch.float16):
+    for call in CALLS:
+        if call.split()[0] in {FUSED}:
+            compare(host_extension.backend(), call, tensors(*{_WITHIN_A_TILE}, dtype))
+"""
+    host_extension.compiled()
+    margin = max(0, torch.cuda.get_device_properties(0).multi_processor_count - multiprocessors)
+    _in_a_new_process(code, GAIN_OPS_SM_MARGIN=str(margin))
+
+
+@pytest.mark.gpu
+def test_a_thread_whose_first_work_is_a_fused_gemm() -> None:
+    """It has no context yet, which TMA's descriptors need and torch's device guard does not make."""
+    code = """
+import threading
+import host_extension, torch
+host_extension.compiled()
+x, delta = torch.ones(8, 16, device="cuda", dtype=torch.bfloat16), torch.zeros(8, device="cuda")
+torch.ops.gain_ops_cuda.linear(x, x, delta, None)
+found = []
+thread = threading.Thread(target=lambda: found.append(torch.ops.gain_ops_cuda.linear(x, x, delta, None)))
+thread.start()
+thread.join()
+print(found[0].sum().item())
+"""
+    host_extension.compiled()
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the fused GEMMs need sm_90")
+    assert float(_in_a_new_process(code)) == 8 * 8 * 16
+
+
+_VECTORS = ("delta_out", "delta_in", "norm_weight", "bias", "bias_in")
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_vectors_may_start_anywhere(name: str, dtype: torch.dtype) -> None:
+    """A view that starts between two multiples of 16 bytes is read one element at a time, to the same sums but for rounding."""
+    if name in FUSED and dtype == torch.float32:
+        return
+    given = _tensors(dtype)
+    shifted = given | {n: torch.cat([given[n].new_full((1,), float("nan")), given[n]])[1:] for n in _VECTORS}
+    assert all(shifted[n].data_ptr() % 16 for n in _VECTORS)
+    results = [_op(name)(*(tensors[a] for a in ARGUMENTS[name])) for tensors in (shifted, given)]
+    ours, theirs = (r if isinstance(r, tuple) else (r,) for r in results)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_the_backend_keeps_the_wide_path_where_a_vector_starts_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = host_extension.backend()
+    if DEVICE == "cuda":
+        pytest.skip("a copy of the backend is watched")
+    given = tensors(5, 16, 24, torch.float16)
+    seen: list[int] = []
+
+    class Watched:
+        def __getattr__(self, name: str) -> Any:
+            def call(*arguments: Any) -> Any:
+                seen.extend(t.data_ptr() % 16 for t in arguments if isinstance(t, Tensor) and t.dim() == 1)
+                return getattr(torch.ops.gain_ops_host, name)(*arguments)
+
+            return call
+
+    monkeypatch.setattr(backend, "_ops", Watched())
+    for name in ("delta_out", "delta_in", "norm_weight", "bias"):
+        given[name] = torch.cat([given[name][:1], given[name]])[1:]
+    for call in CALLS:
+        run(backend, call, given)
+    assert seen
+    assert not any(seen)

@@ -22,7 +22,7 @@ TOKENS = sorted(
     | {1237 * i for i in range(1, 17)}
 )
 
-# by call: a GEMM has small tiles and large ones; rms_norm_backward has chunks of 4, 8 and 16 rows; partials are summed
+# by call: a GEMM has small tiles and large ones; partials are summed
 KERNELS = {
     "linear": 2,
     "linear_z": 2,
@@ -39,7 +39,7 @@ KERNELS = {
     "glu_backward, no up": 2,
     "glu_ddelta": 2,
     "rms_norm": 1,
-    "rms_norm_backward": 4,
+    "rms_norm_backward": 2,
 }
 
 
