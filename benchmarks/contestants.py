@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gain_ops import BackendUnavailable, GainLinear, dispatch
+from gain_ops import BackendUnavailable, GainLinear
+from gain_ops.ops import dispatch
 
 FROZEN = "frozen linear"  # the floor: every other figure is also given as a ratio to it
 RANK = 16

@@ -22,17 +22,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks.report import update_page
-from gain_ops.recipes.commands import app
-from gain_ops.recipes.domains import from_path
-from gain_ops.recipes.study import matched, metrics
-from gain_ops.recipes.study.metrics import Run, Spread, Values
-from gain_ops.recipes.study.pages import markdown
-from gain_ops.recipes.study.plot_parts import bar_ends, bars, grid, hide, looks, nats, percent_axis
-from gain_ops.recipes.study.records import Study, read
-from gain_ops.recipes.study.report import write_report
-from gain_ops.recipes.study.running import RESULTS
-from gain_ops.recipes.study.tables import NOTHING, Strong, Table, spread_text
-from gain_ops.recipes.study.toy import save_toy_model
+from gain_ops.commands.app import app
+from gain_ops.training.domains import from_path
+from gain_study.engine.records import Study, read
+from gain_study.engine.running import RESULTS
+from gain_study.engine.toy import save_toy_model
+from gain_study.report import matched, metrics
+from gain_study.report.metrics import Run, Spread, Values
+from gain_study.report.pages import markdown
+from gain_study.report.plot_parts import bar_ends, bars, grid, hide, looks, nats, percent_axis
+from gain_study.report.report import write_report
+from gain_study.report.tables import NOTHING, Strong, Table, spread_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -19,8 +19,9 @@ from benchmarks.contestants import Contestant, Scaled
 from benchmarks.results import ROOT
 from benchmarks.sites import Site
 from benchmarks.timing import first_line
-from gain_ops import ops, reference
-from gain_ops.modules import Gained
+from gain_ops import reference
+from gain_ops.layers.gained import Gained
+from gain_ops.ops import raw
 
 NOISE = 0.3
 
@@ -140,7 +141,7 @@ def failures(contestant: Contestant, site: Site, tokens: int, dtype: torch.dtype
 
 def op_failures(name: str, arguments: Sequence[Any], backends: Sequence[str]) -> dict[str, list[str]]:
     """What is wrong with the results of a raw op by each backend, in words; empty lists where nothing is."""
-    calls = {backend: functools.partial(getattr(ops, name), *arguments, backend) for backend in backends}
+    calls = {backend: functools.partial(getattr(raw, name), *arguments, backend) for backend in backends}
     return call_failures(name, getattr(reference, name), arguments, calls)
 
 

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gain_ops import gain_linear, ops, reference
+from gain_ops import gain_linear, reference
+from gain_ops.ops import raw
 
 ROUNDS, CALLS = 21, 300
 
@@ -41,7 +42,7 @@ class Bare(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, delta: Tensor) -> Tensor:
         """y of the output side."""
-        y, z = ops.linear_z(x, weight, delta, None, "eager")
+        y, z = raw.linear_z(x, weight, delta, None, "eager")
         ctx.save_for_backward(z, weight, delta)
         return y
 
@@ -49,7 +50,7 @@ class Bare(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, Tensor]:
         """dx and ddelta."""
         z, weight, delta = ctx.saved_tensors
-        dz, ddelta = ops.backward(dy, z, delta, "eager")
+        dz, ddelta = raw.backward(dy, z, delta, "eager")
         return dz @ weight, None, ddelta
 
 
@@ -62,7 +63,7 @@ def main() -> None:
     cases: dict[str, Callable[[], object]] = {
         "inference: F.linear": lambda: F.linear(x, weight),
         "inference: reference.linear": lambda: reference.linear(x, weight, delta, None),
-        "inference: raw op": lambda: ops.linear(x, weight, delta, None, "auto"),
+        "inference: raw op": lambda: raw.linear(x, weight, delta, None, "auto"),
         "inference: gain_linear": lambda: gain_linear(x, weight, delta),
         "fwd+bwd: F.linear * gain": lambda: torch.autograd.grad(F.linear(xg, weight) * gain, (xg, gain), dy),
         "fwd+bwd: bare Function over raw ops": lambda: torch.autograd.grad(Bare.apply(xg, weight, dg), (xg, dg), dy),

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gain_ops.recipes.meta_models import blocks
+from gain_ops.measure.meta_models import blocks
 
 
 class SwiGlu(torch.autograd.Function):

@@ -26,9 +26,9 @@ from benchmarks import models, results, sites, timing
 from benchmarks.contestants import Contestant, contestants
 from benchmarks.results import Row
 from benchmarks.sites import Architecture, Site
-from gain_ops.recipes.evaluation import next_token_loss
-from gain_ops.recipes.plan_peak import peak_bytes
-from gain_ops.saved_bytes import SavedBytes, SavedTensor, saved_bytes
+from gain_ops.measure.peak_bytes import peak_bytes
+from gain_ops.measure.perplexity import next_token_loss
+from gain_ops.measure.saved_bytes import SavedBytes, SavedTensor, saved_bytes
 
 TOKENS = 8192
 ANY_DEVICE = "any device (counted on meta)"

@@ -12,11 +12,11 @@ import gain_ops
 from benchmarks import liger_swiglu
 from benchmarks.contestants import RANK
 from benchmarks.sites import Architecture
-from gain_ops.architectures import preset_sites
-from gain_ops.recipes import meta_models
-from gain_ops.recipes.meta_models import blocks as blocks  # the benchmarks take all that is about a model from here
-from gain_ops.recipes.meta_models import checkpoint as checkpoint
-from gain_ops.recipes.meta_models import quiet as quiet
+from gain_ops.measure import meta_models
+from gain_ops.measure.meta_models import blocks as blocks  # the benchmarks take all that is about a model from here
+from gain_ops.measure.meta_models import checkpoint as checkpoint
+from gain_ops.measure.meta_models import quiet as quiet
+from gain_ops.models.sites import preset_sites
 
 FROZEN = "frozen"  # the floor: what every other figure is compared with
 FROZEN_LIGER = "frozen, with Liger's SwiGLU"  # and the floor of who keeps less than eager PyTorch

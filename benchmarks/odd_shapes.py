@@ -6,7 +6,7 @@ import torch
 
 from benchmarks.ops import ARGUMENTS, tensors
 from benchmarks.sites import Site
-from gain_ops import dispatch, ops
+from gain_ops.ops import dispatch, raw
 
 # the last two reach the large tiles that ship, with an odd count of tile rows and a last tile of 8 columns
 SHAPES = [(1, 8, 8), (5, 1, 1), (33, 29, 17), (129, 72, 264), (300, 520, 136), (2049, 64, 48)]
@@ -35,7 +35,7 @@ def call(backend: str, dtype: torch.dtype, device: torch.device, t: int, i: int,
         given["weight"] = given["weight"].t().contiguous().t()
         given["no bias"] = torch.randn(o, device=device).to(dtype)
     for name in dispatch.OPS:
-        getattr(ops, name)(*(given[argument] for argument in ARGUMENTS[name]), backend)
+        getattr(raw, name)(*(given[argument] for argument in ARGUMENTS[name]), backend)
     if backend == "triton":
         from gain_ops.kernels.fused_backward import backward_dx
 

@@ -1,4 +1,4 @@
-"""Raw ops: each function of gain_ops.ops by each backend, as times, as shares of the roofline, and over the plain product."""
+"""Raw ops: each function of gain_ops.ops.raw by each backend, as times, as shares of the roofline, and over the plain product."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -11,7 +11,8 @@ from benchmarks import gate, roofline, timing
 from benchmarks.layers import free_memory
 from benchmarks.results import Row, environment, site_row
 from benchmarks.sites import Site
-from gain_ops import BackendUnavailable, dispatch, ops
+from gain_ops import BackendUnavailable
+from gain_ops.ops import dispatch, raw
 
 BACKENDS = ("eager", "triton", "cuda")
 ARGUMENTS = {
@@ -98,7 +99,7 @@ def _cases(
         arguments = [given[argument] for argument in ARGUMENTS[name]]
         for backend, reason in obstacles(name, arguments, backends).items():
             if reason is None:
-                cases[name, backend] = partial(getattr(ops, name), *arguments, backend)
+                cases[name, backend] = partial(getattr(raw, name), *arguments, backend)
             else:
                 reasons[name, backend] = reason
     return cases, reasons

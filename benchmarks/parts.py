@@ -18,7 +18,7 @@ from benchmarks import blocks, ceilings, cublaslt, layers, memory, ops, proof, r
 from benchmarks.contestants import FROZEN
 from benchmarks.results import Row
 from benchmarks.sites import ARCHITECTURES, Site
-from gain_ops import extension
+from gain_ops.backends import extension
 
 DEVICE = torch.device("cuda")
 DTYPE = torch.bfloat16

@@ -16,7 +16,7 @@ from benchmarks.models import FROZEN as FROZEN_MODEL
 from benchmarks.models import FROZEN_LIGER
 from benchmarks.ops import OVER_PRODUCT
 from benchmarks.results import Row
-from gain_ops.recipes.report import size_text
+from gain_ops.utils.wording import size_text
 
 FLOORS = (FROZEN, FROZEN_MODEL, FROZEN_LIGER)  # what the others are compared with, so never called the best
 RATIO = " / frozen"

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from benchmarks.sites import Site
-from gain_ops.recipes.environment import describe_device
+from gain_ops.measure.environment import describe_device
 
 VERSION = 1  # of the columns; read() refuses another
 FUSED = ("triton", "cuda")  # our backends on a GPU

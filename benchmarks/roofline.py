@@ -160,7 +160,7 @@ def gained_layer(side: str, save: str, t: int, i: int, o: int, e: int) -> dict[s
 
 
 def op(name: str, t: int, i: int, o: int, e: int) -> Kernels:
-    """The kernels of a raw op of gain_ops.ops, or of a plain product, by its name; ``scale`` is of x [T, in].
+    """The kernels of a raw op of gain_ops.ops.raw, or of a plain product, by its name; ``scale`` is of x [T, in].
 
     Raises:
         KeyError: no such op.

@@ -19,8 +19,8 @@ from benchmarks.contestants import RANK
 from benchmarks.models import FROZEN, METHODS, Method
 from benchmarks.results import Row
 from benchmarks.sites import ARCHITECTURES, SMALL, Architecture
-from gain_ops import dispatch
-from gain_ops.recipes.evaluation import logits, next_token_loss
+from gain_ops.measure.perplexity import logits, next_token_loss
+from gain_ops.ops import dispatch
 
 SEED = 0
 ROUNDS = 5  # at most; fewer where the time is up

@@ -19,7 +19,7 @@ from benchmarks.contestants import FROZEN, Contestant, backend_obstacle, contest
 from benchmarks.results import Row, environment, site_row
 from benchmarks.sites import Site
 from gain_ops import GainLinear, reference
-from gain_ops import ops as raw_ops
+from gain_ops.ops import raw as raw_ops
 
 if TYPE_CHECKING:
     from gain_ops.kernels.config import GemmConfig

@@ -21,7 +21,7 @@ from trl import SFTConfig, SFTTrainer
 
 import gain_ops
 from gain_ops.integrations.trainer import GainCallback, GainTrainerMixin
-from gain_ops.recipes.models import bundled_model, load_model
+from gain_ops.training.loading import bundled_model, load_model
 
 MODULES = (
     "bisect",

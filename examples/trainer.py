@@ -14,8 +14,8 @@ from transformers import Trainer, TrainingArguments
 
 import gain_ops
 from gain_ops.integrations.trainer import GainCallback, GainTrainerMixin
-from gain_ops.recipes.domains import cut_windows, from_path, python_source, token_stream
-from gain_ops.recipes.models import bundled_model, load_model
+from gain_ops.training.domains import cut_windows, from_path, python_source, token_stream
+from gain_ops.training.loading import bundled_model, load_model
 
 
 class GainTrainer(GainTrainerMixin, Trainer):

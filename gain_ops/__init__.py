@@ -21,16 +21,18 @@ CUDA, no triton and no transformers.
 """
 
 from gain_ops._version import __version__
-from gain_ops.absorption import absorb
-from gain_ops.adapt import apply, remove
-from gain_ops.adapters import load_gains, save_gains, write_gains
-from gain_ops.combining import combine_gains
-from gain_ops.dispatch import BackendUnavailable
-from gain_ops.ffn import gain_activation, gain_geglu, gain_glu, gain_relu2, gain_rms_norm, gain_swiglu
-from gain_ops.functional import gain_linear, gain_scale
-from gain_ops.gain_sets import add_gains, set_gains
-from gain_ops.mlp import gain_mlp
-from gain_ops.modules import GainLinear
+from gain_ops.gainfiles.combining import combine_gains
+from gain_ops.gainfiles.file import write_gains
+from gain_ops.layers.linear import GainLinear
+from gain_ops.models.absorb import absorb
+from gain_ops.models.apply import apply, remove
+from gain_ops.models.files import load_gains, save_gains
+from gain_ops.models.sets import add_gains, set_gains
+from gain_ops.ops.dispatch import BackendUnavailable
+from gain_ops.ops.glu import gain_activation, gain_geglu, gain_glu, gain_relu2, gain_swiglu
+from gain_ops.ops.linear import gain_linear, gain_scale
+from gain_ops.ops.mlp import gain_mlp
+from gain_ops.ops.rms_norm import gain_rms_norm
 
 __all__ = [
     "BackendUnavailable",

@@ -42,6 +42,10 @@ ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu2")
 _WIDENED = 2**22
 
 
+SIDES = ("output", "input")
+"""Which features of a linear map a gain scales."""
+
+
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of products with the gain and of sums: fp64 for fp64, otherwise fp32."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -11,7 +11,8 @@ from types import ModuleType
 import pytest
 import torch
 
-from gain_ops import build, cuda, extension
+from gain_ops import build
+from gain_ops.backends import cuda, extension
 
 ROOT = Path(__file__).resolve().parent.parent
 HOST_SOURCES = ("host_device.cpp", "host_kernels.cpp", "host_module.cpp")
@@ -70,7 +71,7 @@ def _build() -> Path:
 
 @functools.cache
 def backend() -> ModuleType:
-    """gain_ops.cuda: on a GPU as it is, elsewhere a copy of it over torch.ops.gain_ops_host that takes CPU tensors."""
+    """gain_ops.backends.cuda: on a GPU as it is, elsewhere a copy of it over torch.ops.gain_ops_host that takes CPU tensors."""
     if torch.cuda.is_available():
         obstacle = extension.obstacle()
         if obstacle is not None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gain_ops.linears import is_plain_linear
+from gain_ops.layers.linears import is_plain_linear
 
 from plain import PlainGain
 

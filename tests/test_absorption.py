@@ -10,8 +10,10 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import gain_ops
-from gain_ops.adapt import gained_modules
-from gain_ops.modules import Gained, GainLinear, GainWrapper
+from gain_ops.layers.gained import Gained
+from gain_ops.layers.linear import GainLinear
+from gain_ops.layers.wrapper import GainWrapper
+from gain_ops.models.record import gained_modules
 
 from plain import PlainGain
 from rules import assert_no_worse_than_torch
@@ -149,7 +151,7 @@ def test_gains_too_near_to_one_for_the_weights_are_counted_and_change_nothing(dt
 
 
 def test_more_rows_than_one_chunk(monkeypatch):
-    monkeypatch.setattr("gain_ops.absorption._CHUNK", 20)
+    monkeypatch.setattr("gain_ops.models.absorb._CHUNK", 20)
     for side in ("output", "input"):
         model = nn.Sequential(nn.Linear(6, 11))
         weight = model[0].weight.detach().clone()

@@ -15,9 +15,12 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 import gain_ops
-from gain_ops.adapt import gained_modules
-from gain_ops.architectures import ARCHITECTURES
-from gain_ops.modules import Gained, GainLinear, GainWrapper, gain_layer
+from gain_ops.layers.gained import Gained
+from gain_ops.layers.linear import GainLinear
+from gain_ops.layers.make import gain_layer
+from gain_ops.layers.wrapper import GainWrapper
+from gain_ops.models.record import gained_modules
+from gain_ops.models.sites import ARCHITECTURES
 
 LAYERS = 2
 
@@ -567,7 +570,7 @@ def test_an_apply_that_fails_midway_changes_nothing(monkeypatch):
         made.append(gain_layer(module, **options))
         return made[0]
 
-    monkeypatch.setattr("gain_ops.adapt.gain_layer", second_fails)
+    monkeypatch.setattr("gain_ops.models.apply.gain_layer", second_fails)
     with pytest.raises(MemoryError):
         gain_ops.apply(model, "gain-ffn")
     assert made

@@ -13,9 +13,11 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import gain_ops
-from gain_ops.adapt import gained_modules
-from gain_ops.adapters import GainFileError, fingerprint, read_gains
-from gain_ops.modules import GainLinear, GainWrapper
+from gain_ops.gainfiles.file import GainFileError, read_gains
+from gain_ops.layers.linear import GainLinear
+from gain_ops.layers.wrapper import GainWrapper
+from gain_ops.models.files import fingerprint
+from gain_ops.models.record import gained_modules
 
 IDS = torch.arange(1, 9)[None]
 

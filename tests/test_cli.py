@@ -47,14 +47,16 @@ def test_a_missing_extra_gives_one_line_with_the_command_to_install_it(blocked, 
 
 def test_importing_the_package_loads_none_of_the_extras():
     heavy = "typer", "rich", "transformers", "matplotlib", "peft", "gguf"
-    done = _python(f"import sys, gain_ops, gain_ops.cli; print([name for name in {heavy!r} if name in sys.modules])")
+    done = _python(
+        f"import sys, gain_ops, gain_ops.commands.cli; print([name for name in {heavy!r} if name in sys.modules])"
+    )
     assert done.stdout == "[]\n", done.stderr
 
 
 def test_the_command_keeps_off_the_network_unless_told_otherwise():
     program = (
         "import sys; sys.argv = ['gain-ops', 'info']\n"
-        "from gain_ops.cli import main\n"
+        "from gain_ops.commands.cli import main\n"
         "try:\n    main()\n"
         "finally:\n    import huggingface_hub.constants as hub; print('offline', hub.HF_HUB_OFFLINE)"
     )
@@ -63,17 +65,17 @@ def test_the_command_keeps_off_the_network_unless_told_otherwise():
 
 
 def test_the_version():
-    done = _python("import sys; sys.argv = ['gain-ops', '--version']; from gain_ops.cli import main; main()")
+    done = _python("import sys; sys.argv = ['gain-ops', '--version']; from gain_ops.commands.cli import main; main()")
     assert (done.returncode, done.stdout) == (0, f"gain_ops {gain_ops.__version__}\n")
 
 
 def test_no_command_gives_the_help():
-    done = _python("import sys; sys.argv = ['gain-ops']; from gain_ops.cli import main; main()")
+    done = _python("import sys; sys.argv = ['gain-ops']; from gain_ops.commands.cli import main; main()")
     assert "inspect" in done.stdout + done.stderr
 
 
 def test_a_call_that_does_not_parse_ends_with_two_and_no_traceback():
-    done = _python("import sys; sys.argv = ['gain-ops', 'dance']; from gain_ops.cli import main; main()")
+    done = _python("import sys; sys.argv = ['gain-ops', 'dance']; from gain_ops.commands.cli import main; main()")
     assert done.returncode == 2
     assert "dance" in done.stderr
     assert "Traceback" not in done.stderr

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 
 from gain_ops import combine_gains, write_gains
-from gain_ops.adapters import GainFile, GainFileError, read_gains
+from gain_ops.gainfiles.file import GainFile, GainFileError, read_gains
 
 FLOATS = st.floats(-0.75, 3.0, width=32)
 # no denormals: a delta of 1e-40 has no full set of digits to keep

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import gain_ops
 from gain_ops import GainLinear, gain_activation, gain_glu, gain_linear, gain_mlp, gain_rms_norm, gain_scale
-from gain_ops.adapt import gained_modules
+from gain_ops.models.record import gained_modules
 
 from rules import assert_no_worse_than_torch
 

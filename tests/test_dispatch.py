@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from gain_ops import BackendUnavailable, dispatch, gain_linear, kernels, reference
+from gain_ops import BackendUnavailable, gain_linear, kernels, reference
+from gain_ops.ops import dispatch
 
 
 @pytest.fixture(autouse=True)

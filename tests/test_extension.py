@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from gain_ops import build, dispatch, extension
+from gain_ops import build
+from gain_ops.backends import extension
+from gain_ops.ops import dispatch
 
 import host_extension
 
@@ -133,7 +135,7 @@ def test_the_built_kernels_load_without_a_gpu() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks what a GPU without triton would get")
 def test_auto_takes_cuda_where_triton_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    from gain_ops import cuda
+    from gain_ops.backends import cuda
 
     monkeypatch.delenv("GAIN_OPS_BACKEND", raising=False)
     obstacles = {"triton": lambda *_: "triton is not installed", "cuda": lambda *_: None}

@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gain_ops.ffn import gain_activation, gain_geglu, gain_glu, gain_relu2, gain_rms_norm, gain_swiglu
-from gain_ops.mlp import gain_mlp
+from gain_ops.measure.saved_bytes import saved_bytes
+from gain_ops.ops.glu import gain_activation, gain_geglu, gain_glu, gain_relu2, gain_swiglu
+from gain_ops.ops.mlp import gain_mlp
+from gain_ops.ops.rms_norm import gain_rms_norm
 from gain_ops.reference import ACTIVATIONS
-from gain_ops.saved_bytes import saved_bytes
 
 from rules import assert_no_worse_than_torch
 
@@ -92,12 +93,12 @@ class TestGlu:
         assert saved.inputs == sum(t.nbytes for t in tensors[:-1])
 
     def test_only_what_is_wanted_is_computed(self, form: str, activation: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        from gain_ops import ops
+        from gain_ops.ops import raw
 
         tensors = [t.detach() for t in self.tensors(form)]
         tensors[-1].requires_grad_()
         whole = torch.autograd.grad(self.run(form, activation, tensors).sum(), tensors[-1])
-        monkeypatch.setattr(ops, "glu_backward", None)
+        monkeypatch.setattr(raw, "glu_backward", None)
         alone = torch.autograd.grad(self.run(form, activation, tensors).sum(), tensors[-1])
         assert torch.equal(whole[0], alone[0])
         with torch.no_grad():

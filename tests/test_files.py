@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from gain_ops.files import StagedFolder, copy_file, replace_file, stage_of, staged_folder
+from gain_ops.utils.files import StagedFolder, copy_file, replace_file, stage_of, staged_folder
 
 
 def test_a_file_is_replaced(tmp_path: Path):

@@ -5,7 +5,7 @@ import hashlib
 import pytest
 import torch
 
-from gain_ops.fingerprints import digest, step
+from gain_ops.gainfiles.fingerprints import digest, step
 
 
 @pytest.mark.parametrize(

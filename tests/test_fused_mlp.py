@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 import gain_ops
-from gain_ops.fused_mlp import FusedMlp, fuse, layout_of, unfuse
-from gain_ops.modules import gain_layer
-from gain_ops.saved_bytes import saved_bytes
+from gain_ops.layers.make import gain_layer
+from gain_ops.measure.saved_bytes import saved_bytes
+from gain_ops.models.ffn_layout import layout_of
+from gain_ops.models.fused_mlp import FusedMlp, fuse, unfuse
 
 from rules import assert_no_worse_than_torch
 

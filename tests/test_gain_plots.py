@@ -7,9 +7,9 @@ from itertools import pairwise
 import pytest
 import torch
 
-from gain_ops.adapters import GainFile
-from gain_ops.gain_plots import draw_gains, write_gain_plot
-from gain_ops.gain_statistics import gain_statistics
+from gain_ops.gainfiles.file import GainFile
+from gain_ops.models.plots import draw_gains, write_gain_plot
+from gain_ops.models.statistics import gain_statistics
 
 OUT, DOWN = "self_attn.o_proj", "mlp.down_proj"
 

@@ -10,10 +10,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import gain_ops
 from gain_ops import add_gains, set_gains
-from gain_ops.adapt import gained_modules
-from gain_ops.adapters import GainFileError, read_gains
-from gain_ops.gain_sets import active_gains, list_gains, using_gains
-from gain_ops.modules import Gained, GainLinear
+from gain_ops.gainfiles.file import GainFileError, read_gains
+from gain_ops.layers.gained import Gained
+from gain_ops.layers.linear import GainLinear
+from gain_ops.models.record import gained_modules
+from gain_ops.models.sets import active_gains, list_gains, using_gains
 
 IDS = torch.arange(1, 9)[None]
 

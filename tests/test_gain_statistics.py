@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import gain_ops
-from gain_ops.adapt import gained_modules
-from gain_ops.adapters import GainFile, read_gains
-from gain_ops.gain_statistics import DEAD_BELOW, QUANTILES, gain_statistics
+from gain_ops.gainfiles.file import GainFile, read_gains
+from gain_ops.models.record import gained_modules
+from gain_ops.models.statistics import DEAD_BELOW, QUANTILES, gain_statistics
 
 FLOATS = st.floats(-8, 8, width=32)
 

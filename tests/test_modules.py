@@ -10,8 +10,10 @@ from torch import nn
 from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
-from gain_ops.linears import is_plain_linear
-from gain_ops.modules import GainLinear, GainWrapper, gain_layer
+from gain_ops.layers.linear import GainLinear
+from gain_ops.layers.linears import is_plain_linear
+from gain_ops.layers.make import gain_layer
+from gain_ops.layers.wrapper import GainWrapper
 
 from plain import PlainGain
 from rules import assert_no_worse_than_torch
@@ -357,7 +359,7 @@ def test_what_is_not_a_plain_linear_is_wrapped(make):
         (lambda: GainLinear(4, 4), r"got GainLinear.*It has a gain already\."),
         (lambda: GainWrapper(nn.Linear(4, 4), 4, 4), r"It has a gain already\."),
         (lambda: nn.Conv1d(4, 4, 1), r"It is not a linear map\."),
-        (lambda: Conv1D(4, 4), r"Take gain_ops.integrations.transformers.GainConv1D.from_conv1d\(\)\."),
+        (lambda: Conv1D(4, 4), r"Take gain_ops.layers.conv1d.GainConv1D.from_conv1d\(\)\."),
     ],
 )
 def test_what_from_linear_says_of_others(make, message):

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from gain_ops import dispatch, ops, reference
+from gain_ops import reference
+from gain_ops.ops import dispatch, raw
 
 from parity import CALLS
 
@@ -38,7 +39,7 @@ ARGUMENTS = {name: arguments for name, arguments in CALLS.items() if name in dis
 
 def test_the_list_is_what_a_backend_offers() -> None:
     assert set(ARGUMENTS) == set(dispatch.OPS)
-    assert all(isinstance(getattr(ops, name), torch._ops.OpOverload) for name in ARGUMENTS)
+    assert all(isinstance(getattr(raw, name), torch._ops.OpOverload) for name in ARGUMENTS)
 
 
 @pytest.mark.parametrize("name", ARGUMENTS)
@@ -47,9 +48,9 @@ def test_the_list_is_what_a_backend_offers() -> None:
 def test_opcheck(name: str, dtype: torch.dtype, layout: str) -> None:
     tensors = _tensors(dtype, layout)
     arguments = [tensors[argument] for argument in ARGUMENTS[name]]
-    torch.library.opcheck(getattr(ops, name), (*arguments, "eager"))
+    torch.library.opcheck(getattr(raw, name), (*arguments, "eager"))
     if "bias" in ARGUMENTS[name]:
-        torch.library.opcheck(getattr(ops, name), (*arguments[:-1], None, "eager"))
+        torch.library.opcheck(getattr(raw, name), (*arguments[:-1], None, "eager"))
 
 
 @pytest.mark.parametrize("name", ARGUMENTS)
@@ -58,9 +59,9 @@ def test_opcheck(name: str, dtype: torch.dtype, layout: str) -> None:
 def test_fakes_have_the_strides_and_dtypes_of_the_real_thing(name: str, backend: str, layout: str) -> None:
     tensors = _tensors(torch.float16, layout)
     arguments = [tensors[argument] for argument in ARGUMENTS[name]]
-    real = getattr(ops, name)(*arguments, backend)
+    real = getattr(raw, name)(*arguments, backend)
     with FakeTensorMode() as mode:
-        fake = getattr(ops, name)(*(mode.from_tensor(t) if isinstance(t, Tensor) else t for t in arguments), backend)
+        fake = getattr(raw, name)(*(mode.from_tensor(t) if isinstance(t, Tensor) else t for t in arguments), backend)
     for r, f in zip(*(v if isinstance(v, tuple) else (v,) for v in (real, fake)), strict=True):
         assert (r.shape, r.stride(), r.dtype, r.device) == (f.shape, f.stride(), f.dtype, f.device)
 
@@ -69,7 +70,7 @@ def test_fakes_have_the_strides_and_dtypes_of_the_real_thing(name: str, backend:
 def test_there_is_a_kernel_for_every_device_and_none_of_autograd(key: str) -> None:
     """dispatch.py's eager backend serves devices that no kernel here was written for."""
     for name in ARGUMENTS:
-        overload = getattr(ops, name)
+        overload = getattr(raw, name)
         assert torch._C._dispatch_has_computed_kernel_for_dispatch_key(overload.name(), key)
         assert not torch._C._dispatch_has_kernel_for_dispatch_key(overload.name(), f"Autograd{key}")
 
@@ -79,5 +80,5 @@ def test_inputs_are_left_alone(name: str) -> None:
     tensors = _tensors(torch.float32, "contiguous")
     before = {key: value.clone() for key, value in tensors.items() if isinstance(value, Tensor)}
     for backend in ("eager", "triton"):
-        getattr(ops, name)(*(tensors[argument] for argument in ARGUMENTS[name]), backend)
+        getattr(raw, name)(*(tensors[argument] for argument in ARGUMENTS[name]), backend)
     assert all(torch.equal(tensors[key], value) for key, value in before.items())

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from benchmarks.memory import allocator_peak
 from gain_ops import reference
-from gain_ops.recipes.plan_peak import peak_bytes
+from gain_ops.measure.peak_bytes import peak_bytes
 
 from parity import run, tensors
 from rules import assert_no_worse_than_torch

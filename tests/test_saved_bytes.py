@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from gain_ops.saved_bytes import saved_bytes
+from gain_ops.measure.saved_bytes import saved_bytes
 
 FLOAT = 4
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from gain_ops.recipes.domains import from_path
+from gain_ops.training.domains import from_path
 
 SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "study_texts.py"
 

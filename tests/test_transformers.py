@@ -23,9 +23,11 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 import gain_ops
-from gain_ops.adapt import gained_modules
-from gain_ops.integrations.transformers import GainConv1D, forget_quantizer
-from gain_ops.modules import GainWrapper, gain_layer
+from gain_ops.layers.conv1d import GainConv1D
+from gain_ops.layers.make import gain_layer
+from gain_ops.layers.wrapper import GainWrapper
+from gain_ops.models.quantized import forget_quantizer
+from gain_ops.models.record import gained_modules
 
 from plain import PlainGain
 from rules import assert_no_worse_than_torch

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gain_ops import gain_linear, gain_scale
-from gain_ops.saved_bytes import saved_bytes
+from gain_ops.measure.saved_bytes import saved_bytes
 
 T, IN, OUT = 12, 40, 24
 LEAD = (3, 4)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from gain_ops.recipes.training import draw_batches, train
+from gain_ops.training.loop import draw_batches, train
 
 ENGLISH = (
     "The quick brown fox jumps over the lazy dog, and the dog does not mind. It was a bright cold day in April, and the "

@@ -24,7 +24,7 @@ from torch.distributed.fsdp import fully_shard
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import gain_ops
-from gain_ops.recipes.domains import cut_windows, from_path, token_stream
+from gain_ops.training.domains import cut_windows, from_path, token_stream
 
 ONLY_GAINS = StateDictOptions(ignore_frozen_params=True, strict=False)
 

@@ -1,1 +1,1 @@
-"""Absorbing gains into checkpoints on disk, file by file, without loading a model."""
+"""Gains folded into checkpoints on disk."""

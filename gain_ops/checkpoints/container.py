@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from gain_ops.adapters import GainFile
 from gain_ops.checkpoints.edits import CheckpointError, Edit
+from gain_ops.gainfiles.file import GainFile
 
 _SHOWN = 4
 
@@ -27,7 +27,7 @@ class Container(Protocol):
         """What has to be rewritten, in the gain file's order; ``Edit.layer`` is the gain file's name. Changes nothing.
 
         A gain goes into its layer's own weight where that can take it exactly; else, on the input side of the down
-        projection of a gated FFN, into the rows of the up projection (gain_ops.up_rows); else it is refused, or the layer's
+        projection of a gated FFN, into the rows of the up projection (gain_ops.models.up_rows); else it is refused, or the layer's
         weight is quantised anew if that was asked for.
 
         Args:

@@ -1,1 +1,1 @@
-"""Other libraries, each optional and each in one file; nothing here is imported by ``import gain_ops``."""
+"""Other libraries: PEFT, (IA)^3 files, the Trainer, DeepSpeed, FSDP2, tensor parallelism."""

@@ -11,8 +11,10 @@ import torch.distributed as dist
 from torch import nn
 
 from gain_ops._version import __version__
-from gain_ops.adapt import applied_record, gained_modules, refuse_base_active
-from gain_ops.adapters import GainFile, base_model_of, fingerprint, some_of, write_gains
+from gain_ops.gainfiles.file import GainFile, write_gains
+from gain_ops.models.files import base_model_of, fingerprint
+from gain_ops.models.record import applied_record, gained_modules, refuse_base_active
+from gain_ops.utils.wording import some_of
 
 __all__ = ["save_gains"]
 

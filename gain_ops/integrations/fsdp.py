@@ -15,8 +15,8 @@ from typing import Any
 
 from torch import nn
 
-from gain_ops.adapt import gained_modules
-from gain_ops.fused_mlp import fused_modules
+from gain_ops.models.fused_mlp import fused_modules
+from gain_ops.models.record import gained_modules
 
 __all__ = ["shard_gains"]
 

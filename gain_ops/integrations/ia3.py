@@ -25,19 +25,13 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from gain_ops._version import __version__
-from gain_ops.adapt import canonical_name
-from gain_ops.adapters import (
-    GainFile,
-    fingerprint,
-    named_linears,
-    read_gains,
-    refuse_misfit,
-    some_of,
-    write_gains,
-)
-from gain_ops.files import staged_folder
-from gain_ops.functional import SIDES
-from gain_ops.linears import sizes
+from gain_ops.gainfiles.file import GainFile, read_gains, write_gains
+from gain_ops.layers.linears import sizes
+from gain_ops.models.files import fingerprint, named_linears, refuse_misfit
+from gain_ops.models.record import canonical_name
+from gain_ops.reference import SIDES
+from gain_ops.utils.files import staged_folder
+from gain_ops.utils.wording import some_of
 
 __all__ = ["from_peft", "to_peft"]
 

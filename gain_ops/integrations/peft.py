@@ -13,11 +13,11 @@ from typing import Any, ClassVar, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from gain_ops.adapt import MEMORIES
-from gain_ops.architectures import names_attention_output
-from gain_ops.dispatch import check_name
-from gain_ops.functional import gain_linear, gain_scale
-from gain_ops.linears import is_conv1d, is_plain_conv1d, is_plain_linear
+from gain_ops.layers.linears import is_conv1d, is_plain_conv1d, is_plain_linear
+from gain_ops.models.apply import MEMORIES
+from gain_ops.models.sites import names_attention_output
+from gain_ops.ops.dispatch import check_name
+from gain_ops.ops.linear import gain_linear, gain_scale
 from gain_ops.reference import accumulation_dtype
 
 try:
@@ -77,7 +77,7 @@ def fuse(peft_model: nn.Module, *, memory: str = "fast", backend: str = "auto") 
         memory: "fast" keeps x @ W.T in layers that are not feedforward. "lean" keeps x at attention output projections,
             where scaled-dot-product attention keeps it anyway, for one more GEMM in the backward, and elsewhere the
             smaller of the two.
-        backend: "auto", or a backend by name; see gain_ops.dispatch.
+        backend: "auto", or a backend by name; see gain_ops.ops.dispatch.
 
     Returns:
         Fused: the layers that run on our ops, and those that go on as PEFT's: Conv2d, Conv3d, and classes and forwards

@@ -19,9 +19,11 @@ from torch.distributed.tensor import (
 )
 from torch.distributed.tensor.parallel import ParallelStyle
 
-from gain_ops.fused_mlp import FusedMlp, fused_modules
-from gain_ops.linears import is_sharded, refuse_fsdp
-from gain_ops.modules import Gained, GainWrapper
+from gain_ops.layers.gained import Gained
+from gain_ops.layers.linears import refuse_fsdp
+from gain_ops.layers.wrapper import GainWrapper
+from gain_ops.models.fused_mlp import FusedMlp, fused_modules
+from gain_ops.utils.dtensors import is_sharded
 
 
 def place_gains(model: nn.Module) -> None:

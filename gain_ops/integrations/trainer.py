@@ -24,12 +24,12 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerContr
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from gain_ops.adapt import gained_modules
-from gain_ops.adapters import load_gains, save_gains
-from gain_ops.gain_plots import write_gain_plot
-from gain_ops.gain_statistics import DEAD_BELOW, GainStatistics, gain_statistics
-from gain_ops.integrations.transformers import forget_quantizer
-from gain_ops.linears import is_sharded
+from gain_ops.models.files import load_gains, save_gains
+from gain_ops.models.plots import write_gain_plot
+from gain_ops.models.quantized import forget_quantizer
+from gain_ops.models.record import gained_modules
+from gain_ops.models.statistics import DEAD_BELOW, GainStatistics, gain_statistics
+from gain_ops.utils.dtensors import is_sharded
 
 __all__ = ["GAIN_FILE", "GAIN_PLOT", "GainCallback", "GainTrainerMixin", "gain_metrics"]
 
@@ -70,7 +70,7 @@ class GainCallback(TrainerCallback):
     Args:
         trainer: the trainer that it is added to; its model has gains.
         plot: whether to draw ``gains.png``.
-        dead_below: as in gain_ops.gain_statistics.gain_statistics().
+        dead_below: as in gain_ops.models.statistics.gain_statistics().
 
     Raises:
         ImportError: matplotlib is not installed, and plot is on.
@@ -162,7 +162,7 @@ class GainTrainerMixin(_Trainer):
     Raises:
         ValueError: building it, if the model has no gains, if a parameter is trained that is not a gain, or if
             transformers cannot train on this quantisation; resuming, if the checkpoint has no gain file.
-        gain_ops.adapters.GainFileError: resuming, if the gain file does not fit the model, or its frozen weights.
+        gain_ops.gainfiles.file.GainFileError: resuming, if the gain file does not fit the model, or its frozen weights.
 
     """
 

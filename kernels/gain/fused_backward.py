@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gain_ops.backends.operands import fuses
 from gain_ops.kernels import rows, tuning
 from gain_ops.kernels._common import (
     descriptor,
@@ -30,7 +31,6 @@ from gain_ops.kernels._common import (
 from gain_ops.kernels.config import GemmConfig
 from gain_ops.kernels.devices import architecture, on_device_of
 from gain_ops.kernels.partials import sum_partials
-from gain_ops.operands import fuses
 
 
 @triton.jit(do_not_specialize=["M"])

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gain_ops.backends.operands import fuses
 from gain_ops.kernels import rows, tuning
 from gain_ops.kernels._common import (
     GEMM_UNIT,
@@ -28,7 +29,6 @@ from gain_ops.kernels._common import (
 )
 from gain_ops.kernels.config import GemmConfig
 from gain_ops.kernels.devices import on_device_of
-from gain_ops.operands import fuses
 
 
 @triton.jit

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gain_ops import operands
+from gain_ops.backends import operands
 from gain_ops.kernels._common import load_gain, load_tile, multiple, options, row_unit
 from gain_ops.kernels.config import ROWS, RowsConfig, rows_chunk
 from gain_ops.kernels.devices import on_device_of

@@ -27,10 +27,10 @@ import triton
 from torch import Tensor
 from triton.runtime import JITFunction
 
-from gain_ops.files import replace_file
 from gain_ops.kernels import config as heuristics
 from gain_ops.kernels.config import GemmConfig
 from gain_ops.kernels.devices import architecture, multiprocessors
+from gain_ops.utils.files import replace_file
 
 FORMAT = 3
 SHIPPED = Path(__file__).resolve().parent / "tuned"

@@ -11,7 +11,7 @@ from benchmarks import memory, models
 from benchmarks.contestants import FROZEN, RANK, Contestant, Scaled, contestants
 from benchmarks.results import Row
 from benchmarks.sites import ARCHITECTURES, Architecture, Site
-from gain_ops.saved_bytes import SavedBytes, SavedTensor
+from gain_ops.measure.saved_bytes import SavedBytes, SavedTensor
 
 T, IN, OUT = 24, 80, 48
 SITE = Site("a site", IN, OUT)

@@ -10,7 +10,7 @@ from benchmarks import models
 from benchmarks.contestants import RANK
 from benchmarks.liger_swiglu import SwiGlu
 from benchmarks.sites import ARCHITECTURES, Architecture
-from gain_ops.recipes.evaluation import logits, next_token_loss
+from gain_ops.measure.perplexity import logits, next_token_loss
 
 TINY = {
     "llama": Architecture("Tiny", "llama", 64, 160, 2, 4, 2, 96),

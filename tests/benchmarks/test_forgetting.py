@@ -11,11 +11,11 @@ pytest.importorskip("typer")
 
 from benchmarks import forgetting
 from benchmarks.report import update_page
-from gain_ops.recipes import study_command
-from gain_ops.recipes.study import metrics, sentences
-from gain_ops.recipes.study.records import read
-from gain_ops.recipes.study.running import RESULTS
-from gain_ops.recipes.study.settings import Settings
+from gain_study import command
+from gain_study.engine.records import read
+from gain_study.engine.running import RESULTS
+from gain_study.engine.settings import Settings
+from gain_study.report import metrics, sentences
 
 RESULTS_FILES = sorted(forgetting.PUBLISHED.glob(f"*/{RESULTS}"))
 
@@ -51,7 +51,7 @@ def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, trained: object) -> C
             found.append(settings)
             raise _Asked
 
-        monkeypatch.setattr(study_command, "run_study", keep)
+        monkeypatch.setattr(command, "run_study", keep)
         with pytest.raises(_Asked):
             forgetting.run(name, tmp_path, more)
         return found[0]

@@ -12,7 +12,7 @@ import torch
 
 from benchmarks import gpu, odd_shapes, parts, proof, results
 from benchmarks.results import Row
-from gain_ops import dispatch, ops
+from gain_ops.ops import dispatch, raw
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -233,8 +233,8 @@ def test_only_what_is_not_green_is_proved_again(monkeypatch: pytest.MonkeyPatch)
 def test_what_the_sanitizers_watch_is_every_op(transposed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     called = []
     for name in dispatch.OPS:
-        op = getattr(ops, name)
-        monkeypatch.setattr(ops, name, lambda *of, name=name, op=op: called.append(name) or op(*of))
+        op = getattr(raw, name)
+        monkeypatch.setattr(raw, name, lambda *of, name=name, op=op: called.append(name) or op(*of))
     for t, i, o in odd_shapes.SHAPES[:3]:
         called.clear()
         odd_shapes.call("triton", torch.float32, DEVICE, t, i, o, transposed)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from benchmarks import ceilings, layers, ops, results, roofline
 from benchmarks.contestants import FROZEN, Contestant, Scaled, contestants
 from benchmarks.sites import Site
-from gain_ops import dispatch
+from gain_ops.ops import dispatch
 
 CPU = torch.device("cpu")
 SITE = Site("tiny", 16, 32)
@@ -140,7 +140,7 @@ def test_an_op_is_compared_with_the_product_of_its_own_operands() -> None:
 
 
 def test_an_op_that_is_wrong_gets_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gain_ops.ops.scale", lambda x, delta, backend: x)
+    monkeypatch.setattr("gain_ops.ops.raw.scale", lambda x, delta, backend: x)
     rows = list(ops.rows([SITE], [8], torch.float32, CPU, 0, names=["scale"], backends=["eager"]))
     (row,) = (row for row in rows if row.contestant == "scale")
     assert row.median is None

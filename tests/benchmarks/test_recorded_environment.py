@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import parts
-from gain_ops import extension
+from gain_ops.backends import extension
 
 
 @pytest.mark.parametrize(("ops", "fused"), [({"linear": None}, "with"), ({}, "without")])

@@ -12,7 +12,7 @@ from benchmarks import memory, models, steps
 from benchmarks.models import METHODS, Method
 from benchmarks.results import Row
 from benchmarks.sites import ARCHITECTURES, Architecture
-from gain_ops.modules import Gained
+from gain_ops.layers.gained import Gained
 
 TINY = Architecture("Tiny", "llama", 32, 64, 2, 2, 1, 64)
 SETTING = steps.Setting(TINY, 2, 64, 16, torch.float32, torch.device("cpu"), warm_up=1, timed=2)

@@ -7,7 +7,7 @@ import transformers
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
-from gain_ops.checkpoints.gguf_blocks import BLOCKS, decode
+from gain_ops.checkpoints.formats.gguf_blocks import BLOCKS, decode
 
 
 def tiny_llama(width=96, hidden=160):

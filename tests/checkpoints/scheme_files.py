@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gain_ops.checkpoints.edits import Layer, Rounding
-from gain_ops.checkpoints.headers import read_header
+from gain_ops.checkpoints.formats.headers import read_header
 from gain_ops.checkpoints.schemes import edits
 
 TINY = 256 * torch.finfo(torch.float32).smallest_normal  # a code times a scale that is rounded to fewer bits near zero

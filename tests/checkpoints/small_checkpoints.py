@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from gain_ops.adapters import GainFile, fingerprint, write_gains
+from gain_ops.gainfiles.file import GainFile, write_gains
+from gain_ops.models.files import fingerprint
 
 
 def save_folder(folder: Path, shards: Sequence[Mapping[str, Tensor]], config: Mapping[str, Any] | None = None) -> Path:

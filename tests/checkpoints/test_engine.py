@@ -16,13 +16,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import gain_ops
-from gain_ops.adapters import GainFileError
-from gain_ops.checkpoints import absorbing
-from gain_ops.checkpoints.absorbing import absorb, verify
+from gain_ops.checkpoints import absorb
+from gain_ops.checkpoints.absorb import absorb, verify
 from gain_ops.checkpoints.edits import CheckpointError, Edit, Region, Rounding
-from gain_ops.checkpoints.planning import open_checkpoint, plan
-from gain_ops.checkpoints.safetensors_folder import SafetensorsCheckpoint
-from gain_ops.files import copy_file, stage_of
+from gain_ops.checkpoints.formats.safetensors_folder import SafetensorsCheckpoint
+from gain_ops.checkpoints.plan import open_checkpoint, plan
+from gain_ops.gainfiles.file import GainFileError
+from gain_ops.utils.files import copy_file, stage_of
 
 from small_checkpoints import absorbed, contents, save_folder, save_gain_file
 
@@ -194,8 +194,8 @@ def _layouts(draw: st.DrawFn) -> tuple[list[dict[str, Tensor]], dict[str, Tensor
 def test_whatever_the_shards_only_gained_weights_change(
     tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, layout, at_once: int
 ):
-    monkeypatch.setattr(absorbing, "_ROWS_AT_ONCE", at_once)
-    monkeypatch.setattr(absorbing, "_COMPARED_AT_ONCE", at_once)
+    monkeypatch.setattr(absorb, "_ROWS_AT_ONCE", at_once)
+    monkeypatch.setattr(absorb, "_COMPARED_AT_ONCE", at_once)
     shards, deltas, side = layout
     folder = tmp_path_factory.mktemp("layout")
     base = save_folder(folder / "base", shards)
@@ -433,7 +433,7 @@ def test_after_an_interruption_other_inputs_start_anew(
         copied.append(source.name)
         copy_file(source, target, advance)
 
-    monkeypatch.setattr(absorbing, "copy_file", copy)
+    monkeypatch.setattr(absorb, "copy_file", copy)
     work = plan(base, gain, **options)
     absorb(work, out)
     assert len(copied) == (0 if what == "nothing" else len(work.files))
@@ -507,7 +507,7 @@ def test_verifying_finds_files_too_many_and_too_few(small: tuple[Path, Path], tm
 
 
 def test_what_does_not_verify_is_not_kept(small: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    rewrite = absorbing._rewrite
+    rewrite = absorb._rewrite
 
     def bad_disk(target: Path, edits: list[Edit], advance: Callable[[int], object]) -> dict[str, Rounding]:
         found = rewrite(target, edits, advance)
@@ -516,7 +516,7 @@ def test_what_does_not_verify_is_not_kept(small: tuple[Path, Path], tmp_path: Pa
             file.write(b"?")
         return found
 
-    monkeypatch.setattr(absorbing, "_rewrite", bad_disk)
+    monkeypatch.setattr(absorb, "_rewrite", bad_disk)
     work = plan(*small)
     before = sorted(tmp_path.iterdir())
     with pytest.raises(CheckpointError, match="The disk may be failing"):
@@ -651,7 +651,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path, base: str, message: st
 
 @pytest.mark.parametrize("base", ["a.gguf", "", "with config"])
 def test_a_gguf_file_is_opened_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base: str):
-    monkeypatch.setattr("gain_ops.checkpoints.gguf.open_gguf", lambda path: path)
+    monkeypatch.setattr("gain_ops.checkpoints.formats.gguf.open_gguf", lambda path: path)
     (tmp_path / "a.gguf").touch()
     if base == "with config":
         (tmp_path / "config.json").write_text("{}")
@@ -713,7 +713,7 @@ def test_two_gains_on_the_same_bytes_are_refused(small: tuple[Path, Path], monke
     ]
     for chosen, fits in (((edits[0], edits[1]), False), ((edits[0], edits[2]), True)):
         monkeypatch.setattr(
-            "gain_ops.checkpoints.planning.open_checkpoint", lambda path, chosen=chosen: _Container(base, *chosen)
+            "gain_ops.checkpoints.plan.open_checkpoint", lambda path, chosen=chosen: _Container(base, *chosen)
         )
         if fits:
             assert len(plan(base, gain).edits) == 2
@@ -729,7 +729,7 @@ def test_a_scheme_that_changes_the_number_of_bytes_is_a_bug_and_does_not_pass(
     edit = _bytewise(
         "model.layers.0.mlp.down_proj", base / "config.json", 0, lambda rows, start: (rows[:, :1], Rounding())
     )
-    monkeypatch.setattr("gain_ops.checkpoints.planning.open_checkpoint", lambda path: _Container(base, edit))
+    monkeypatch.setattr("gain_ops.checkpoints.plan.open_checkpoint", lambda path: _Container(base, edit))
     with pytest.raises(TypeError, match=r"rewritten to torch\.uint8 \(4, 1\)"):
         absorb(plan(base, gain), tmp_path / "out")
     assert not (tmp_path / "out").exists()

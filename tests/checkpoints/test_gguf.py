@@ -11,12 +11,13 @@ import pytest
 import torch
 
 import gain_ops
-from gain_ops.adapt import gained_modules
-from gain_ops.adapters import GainFile, read_gains, save_gains
 from gain_ops.checkpoints.edits import CheckpointError, Rounding
-from gain_ops.checkpoints.gguf import open_gguf
-from gain_ops.checkpoints.gguf_blocks import BLOCKS, decode
-from gain_ops.recipes.models import bundled_model
+from gain_ops.checkpoints.formats.gguf import open_gguf
+from gain_ops.checkpoints.formats.gguf_blocks import BLOCKS, decode
+from gain_ops.gainfiles.file import GainFile, read_gains
+from gain_ops.models.files import save_gains
+from gain_ops.models.record import gained_modules
+from gain_ops.training.loading import bundled_model
 
 from gguf_files import (
     finish,
@@ -303,7 +304,7 @@ def test_an_order_that_is_not_known_needs_a_fingerprint(tmp_path):
 
     linear = torch.nn.Linear(32, 32)
     linear.weight.data = torch.from_numpy(gguf.GGUFReader(path).tensors[0].data.astype(np.float32))
-    known = dataclasses.replace(gains, fingerprints={layer: gain_ops.adapters.fingerprint(linear)})
+    known = dataclasses.replace(gains, fingerprints={layer: gain_ops.models.files.fingerprint(linear)})
     (edit,) = open_gguf(path).edits(known, requantize=False, check_base=True)
     assert edit.tensor == "blk.0.attn_q.weight"
     with pytest.raises(CheckpointError, match="in another order"):
@@ -469,8 +470,8 @@ TEXT = torch.tensor(
 @pytest.fixture(scope="module")
 def smollm2(tmp_path_factory):
     """SmolLM2-135M's file, the file with gains absorbed, and on TEXT: the base's logits, and the model with the gains."""
-    from gain_ops.checkpoints.absorbing import absorb
-    from gain_ops.checkpoints.planning import plan
+    from gain_ops.checkpoints.absorb import absorb
+    from gain_ops.checkpoints.plan import plan
 
     folder = tmp_path_factory.mktemp("smollm2")
     base = bundled_model()

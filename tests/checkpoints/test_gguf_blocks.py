@@ -9,7 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gain_ops.checkpoints.edits import CheckpointError
-from gain_ops.checkpoints.gguf_blocks import BLOCKS, ScatteredScale, can_requantize, decode, requantize_rows, scale_rows
+from gain_ops.checkpoints.formats.gguf_blocks import (
+    BLOCKS,
+    ScatteredScale,
+    can_requantize,
+    decode,
+    requantize_rows,
+    scale_rows,
+)
 
 DECODED = sorted(BLOCKS.keys() - {"Q1_0"})
 REQUANTIZED = ["MXFP4", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "TQ1_0", "TQ2_0"]

@@ -14,16 +14,16 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import gain_ops
-from gain_ops.adapt import gained_modules
-from gain_ops.adapters import read_gains
-from gain_ops.checkpoints.absorbing import absorb
+from gain_ops.checkpoints.absorb import absorb
 from gain_ops.checkpoints.edits import CheckpointError
-from gain_ops.checkpoints.gguf import _GATED, _PACKED, open_gguf
-from gain_ops.checkpoints.gguf_blocks import BLOCKS, decode
-from gain_ops.checkpoints.planning import plan
-from gain_ops.checkpoints.safetensors_folder import SafetensorsCheckpoint
-from gain_ops.checkpoints.skeleton import skeleton
-from gain_ops.fused_mlp import layout_of
+from gain_ops.checkpoints.formats.gguf import _GATED, _PACKED, open_gguf
+from gain_ops.checkpoints.formats.gguf_blocks import BLOCKS, decode
+from gain_ops.checkpoints.formats.safetensors_folder import SafetensorsCheckpoint
+from gain_ops.checkpoints.formats.skeleton import skeleton
+from gain_ops.checkpoints.plan import plan
+from gain_ops.gainfiles.file import read_gains
+from gain_ops.models.ffn_layout import layout_of
+from gain_ops.models.record import gained_modules
 
 from gguf_files import llama_fields, load, tiny_gated, write_model, write_tensors
 from rules import assert_no_worse_than_torch

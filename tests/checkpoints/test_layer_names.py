@@ -3,7 +3,7 @@
 import pytest
 
 from gain_ops.checkpoints.edits import CheckpointError
-from gain_ops.checkpoints.names import find_layers
+from gain_ops.checkpoints.formats.names import find_layers
 
 O_PROJ = "layers.0.self_attn.o_proj"
 

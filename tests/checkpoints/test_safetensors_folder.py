@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from gain_ops.adapters import fingerprint, read_gains
-from gain_ops.checkpoints import sampling
 from gain_ops.checkpoints.edits import CheckpointError, Edit, Layer
-from gain_ops.checkpoints.headers import read_header
-from gain_ops.checkpoints.safetensors_folder import SafetensorsCheckpoint
+from gain_ops.checkpoints.formats import sampling
+from gain_ops.checkpoints.formats.headers import read_header
+from gain_ops.checkpoints.formats.safetensors_folder import SafetensorsCheckpoint
+from gain_ops.gainfiles.file import read_gains
+from gain_ops.models.files import fingerprint
 
 from small_checkpoints import fingerprint_of, save_folder, save_gain_file
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gain_ops.adapters import read_gains
-from gain_ops.checkpoints.absorbing import absorb
+from gain_ops.checkpoints.absorb import absorb
 from gain_ops.checkpoints.edits import CheckpointError
-from gain_ops.checkpoints.planning import plan
+from gain_ops.checkpoints.plan import plan
+from gain_ops.gainfiles.file import read_gains
 
 from rules import assert_no_worse_than_torch
 from small_checkpoints import save_gain_file

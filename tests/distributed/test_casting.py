@@ -6,7 +6,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from gain_ops.modules import GainLinear
+from gain_ops.layers.linear import GainLinear
 
 from small_training import mesh_of
 

@@ -7,7 +7,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
 import gain_ops
-from gain_ops.adapters import read_gains
+from gain_ops.gainfiles.file import read_gains
 
 from small_training import backward, batches, build, deltas, gradients, optimizer_of, train, whole
 from traffic import Traffic

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 import gain_ops
-from gain_ops.adapters import read_gains
+from gain_ops.gainfiles.file import read_gains
 
 from group import Group
 from rules import assert_no_worse_than_torch

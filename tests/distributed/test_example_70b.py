@@ -22,12 +22,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import gain_ops
-from gain_ops.adapt import gained_modules
-from gain_ops.adapters import read_gains
-from gain_ops.recipes.domains import from_path
-from gain_ops.recipes.plan_counts import METHODS
-from gain_ops.recipes.plan_models import read_config
-from gain_ops.recipes.planning import GIB, Job, rows
+from gain_ops.gainfiles.file import read_gains
+from gain_ops.models.record import gained_modules
+from gain_ops.planning.configs import read_config
+from gain_ops.planning.counts import METHODS
+from gain_ops.planning.strategies import GIB, Job, rows
+from gain_ops.training.domains import from_path
 
 from tiny_llama import ENGLISH, save_tiny_llama
 

@@ -14,12 +14,12 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 import gain_ops
-from gain_ops.adapt import gained_modules
-from gain_ops.adapters import GainFileError, read_gains
-from gain_ops.fingerprints import digest, sample
-from gain_ops.gain_sets import add_gains, set_gains
-from gain_ops.gain_statistics import gain_statistics
+from gain_ops.gainfiles.file import GainFileError, read_gains
+from gain_ops.gainfiles.fingerprints import digest, sample
 from gain_ops.integrations.fsdp import shard_gains
+from gain_ops.models.record import gained_modules
+from gain_ops.models.sets import add_gains, set_gains
+from gain_ops.models.statistics import gain_statistics
 
 from rules import assert_no_worse_than_torch
 from small_training import (
@@ -292,7 +292,7 @@ class _Coded(nn.Module):
 
 def _save_coded(path, sharded):
     torch.manual_seed(0)
-    model = nn.Sequential(gain_ops.modules.gain_layer(_Coded()))
+    model = nn.Sequential(gain_ops.layers.make.gain_layer(_Coded()))
     if sharded:
         fully_shard(model, mesh=mesh_of())
     gain_ops.save_gains(model, path)

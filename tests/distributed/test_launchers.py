@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gain_ops.adapters import read_gains
+from gain_ops.gainfiles.file import read_gains
 
 from tiny_llama import ENGLISH, save_tiny_llama
 

@@ -9,7 +9,7 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGP
 from transformers import LlamaForCausalLM
 
 import gain_ops
-from gain_ops.adapters import read_gains
+from gain_ops.gainfiles.file import read_gains
 
 from small_training import BATCH, batches, build, deltas, optimizer_of
 

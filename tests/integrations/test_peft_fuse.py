@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
-from gain_ops.saved_bytes import saved_bytes
+from gain_ops.measure.saved_bytes import saved_bytes
 
 from rules import assert_no_worse_than_torch
 

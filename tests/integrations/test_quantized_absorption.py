@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import gain_ops
-from gain_ops.integrations.quantized import foldable
-from gain_ops.modules import gain_layer, own_tensors
+from gain_ops.layers.linears import own_tensors
+from gain_ops.layers.make import gain_layer
+from gain_ops.models.quantized import foldable
 
 from quantized_bases import (
     CONFIGS,

@@ -11,9 +11,13 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import gain_ops
-from gain_ops.adapters import GainFileError, fingerprint
-from gain_ops.modules import GainLinear, GainWrapper, gain_layer, own_tensors
-from gain_ops.saved_bytes import saved_bytes
+from gain_ops.gainfiles.file import GainFileError
+from gain_ops.layers.linear import GainLinear
+from gain_ops.layers.linears import own_tensors
+from gain_ops.layers.make import gain_layer
+from gain_ops.layers.wrapper import GainWrapper
+from gain_ops.measure.saved_bytes import saved_bytes
+from gain_ops.models.files import fingerprint
 
 from quantized_bases import (
     CONFIGS,

@@ -20,11 +20,11 @@ from transformers import (
 )
 
 import gain_ops
-from gain_ops.adapt import gained_modules
-from gain_ops.adapters import GainFileError, read_gains
-from gain_ops.gain_statistics import gain_statistics
+from gain_ops.gainfiles.file import GainFileError, read_gains
 from gain_ops.integrations import trainer as integration
 from gain_ops.integrations.trainer import GAIN_FILE, GAIN_PLOT, GainCallback, GainTrainerMixin, gain_metrics
+from gain_ops.models.record import gained_modules
+from gain_ops.models.statistics import gain_statistics
 
 LEAN_BYTES = 64 * 1024  # optimizer, scheduler, random and trainer state of a few hundred gains
 

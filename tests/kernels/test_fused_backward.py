@@ -5,9 +5,9 @@ import torch
 from torch import Tensor
 
 from gain_ops import reference
+from gain_ops.backends.operands import fuses
 from gain_ops.kernels import fused_backward
 from gain_ops.kernels.config import GemmConfig
-from gain_ops.operands import fuses
 
 from parity import DEVICE, laid_out, tensors
 from rules import assert_no_worse_than_torch

@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gain_ops import kernels, reference
+from gain_ops.backends.operands import fuses
 from gain_ops.kernels import config, devices, fused_backward, linear_forward, matmul_reduce, rows
 from gain_ops.kernels.config import GemmConfig
-from gain_ops.operands import fuses
 
 from parity import DEVICE, compare, laid_out, tensors
 from rules import assert_no_worse_than_torch

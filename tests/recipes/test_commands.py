@@ -17,15 +17,16 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
 import gain_ops
-from gain_ops.checkpoints import absorbing
+from gain_ops.checkpoints import absorb
 from gain_ops.checkpoints.edits import CheckpointError
-from gain_ops.checkpoints.safetensors_folder import SafetensorsCheckpoint
-from gain_ops.files import stage_of
-from gain_ops.recipes import commands, console, domains
-from gain_ops.recipes.commands import app
-from gain_ops.recipes.evaluation import perplexity
-from gain_ops.recipes.models import load_model
-from gain_ops.recipes.training import Step
+from gain_ops.checkpoints.formats.safetensors_folder import SafetensorsCheckpoint
+from gain_ops.commands import app, console
+from gain_ops.commands.app import app
+from gain_ops.measure.perplexity import perplexity
+from gain_ops.training import domains
+from gain_ops.training.loading import load_model
+from gain_ops.training.loop import Step
+from gain_ops.utils.files import stage_of
 
 CPU = torch.device("cpu")
 SMALL = ["--batch-tokens", "128", "--sequence-length", "32", "--lr", "0.05"]
@@ -162,7 +163,7 @@ def test_an_earlier_result_is_replaced_if_asked_and_other_files_stay(
 def test_without_peft_the_report_says_so_by_name(
     tiny_model: Path, code_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("gain_ops.recipes.adaptation.lora_backward_bytes", lambda *arguments: None)
+    monkeypatch.setattr("gain_ops.training.adaptation.lora_backward_bytes", lambda *arguments: None)
     result = _adapt(tiny_model, code_folder, tmp_path / "out", "--steps", 1)
     assert result.exit_code == 0
     assert "the package peft is not installed" in result.output
@@ -195,13 +196,13 @@ class _Interrupt:
             for _ in range(signals if done.number == at_step else 0):
                 os.kill(os.getpid(), signal.SIGINT)
 
-        patch.setattr(commands._ConsoleWatcher, "phase", phase)
-        patch.setattr(commands._ConsoleWatcher, "step", step)
+        patch.setattr(app._ConsoleWatcher, "phase", phase)
+        patch.setattr(app._ConsoleWatcher, "step", step)
 
 
 def test_ctrl_c_ends_the_process_with_130_and_a_gain_file(tiny_model: Path, code_folder: Path, tmp_path: Path):
     out = tmp_path / "out"
-    program = "from gain_ops.cli import main; main()"
+    program = "from gain_ops.commands.cli import main; main()"
     call = ["adapt", "--model", tiny_model, "--data", code_folder, "--out", out, *SMALL, "--steps", 5000]
     command = [sys.executable, "-u", "-c", program, *map(str, call)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
@@ -318,7 +319,7 @@ def test_adapt_says_what_does_not_fit(tiny_model: Path, code_folder: Path, tmp_p
 def test_what_apply_refuses_is_said_before_anything_is_measured(
     tiny_model: Path, code_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, str]
 ):
-    monkeypatch.setattr("gain_ops.recipes.adaptation.perplexity", lambda *arguments: pytest.fail("measured"))
+    monkeypatch.setattr("gain_ops.training.adaptation.perplexity", lambda *arguments: pytest.fail("measured"))
     assert options[1] in _one_line(_adapt(tiny_model, code_folder, tmp_path / "out", *options))
 
 
@@ -343,7 +344,7 @@ def test_a_loss_that_stops_being_finite_is_said_without_a_traceback(
     def diverge(*arguments: object, **options: object) -> None:
         raise FloatingPointError("step 3: loss nan")
 
-    monkeypatch.setattr("gain_ops.recipes.adaptation.train", diverge)
+    monkeypatch.setattr("gain_ops.training.adaptation.train", diverge)
     assert _one_line(_adapt(tiny_model, code_folder, tmp_path / "out", "--steps", 4)) == "step 3: loss nan"
 
 
@@ -353,7 +354,7 @@ def test_a_bug_is_not_passed_off_as_the_users_error(
     def broken(*arguments: object, **options: object) -> None:
         raise TypeError("a bug")
 
-    monkeypatch.setattr("gain_ops.recipes.adaptation.train", broken)
+    monkeypatch.setattr("gain_ops.training.adaptation.train", broken)
     result = _adapt(tiny_model, code_folder, tmp_path / "out", "--steps", 4)
     assert isinstance(result.exception, TypeError)
 
@@ -505,7 +506,7 @@ def test_absorb_stopped_by_ctrl_c_says_what_is_kept_and_goes_on(
         ("verify", f"What is finished is in {stage_of(out)}: the same"),
     ):
         with monkeypatch.context() as patch:
-            patch.setattr(absorbing, step, stop)
+            patch.setattr(absorb, step, stop)
             result = _run(*call)
         assert result.exit_code == 130
         assert kept in result.output
@@ -539,7 +540,7 @@ def test_info_names_versions_devices_variables_and_backends(monkeypatch: pytest.
 
 
 def test_info_says_what_is_not_installed(monkeypatch: pytest.MonkeyPatch):
-    from gain_ops.recipes import environment
+    from gain_ops.measure import environment
 
     def version(package: str) -> str:
         if package == "peft":

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from gain_ops.recipes import domains
-from gain_ops.recipes.domains import cut_windows, from_path, split_domain, token_stream
+from gain_ops.training import domains
+from gain_ops.training.domains import cut_windows, from_path, split_domain, token_stream
 
 
 class Bytes:

@@ -2,8 +2,8 @@
 
 import pytest
 
-from gain_ops import extension
-from gain_ops.recipes import environment
+from gain_ops.backends import extension
+from gain_ops.measure import environment
 
 
 def test_the_variables_are_those_of_gain_ops_that_are_set(monkeypatch: pytest.MonkeyPatch) -> None:

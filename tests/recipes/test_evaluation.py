@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from gain_ops.recipes.evaluation import in_mode, largest_difference, next_token_loss, perplexity
+from gain_ops.measure.perplexity import in_mode, largest_difference, next_token_loss, perplexity
 
 
 class Bigram(nn.Module):

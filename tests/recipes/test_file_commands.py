@@ -8,10 +8,10 @@ import torch
 from typer.testing import CliRunner, Result
 
 import gain_ops
-from gain_ops.adapters import GainFile, read_gains
-from gain_ops.checkpoints.comparing import compare
-from gain_ops.recipes import console
-from gain_ops.recipes.commands import app
+from gain_ops.checkpoints.compare import compare
+from gain_ops.commands import console
+from gain_ops.commands.app import app
+from gain_ops.gainfiles.file import GainFile, read_gains
 
 
 def call(*arguments: object) -> Result:

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import gain_ops
-from gain_ops.recipes.memory import backward_bytes, lora_backward_bytes
-from gain_ops.recipes.models import load_model
+from gain_ops.measure.step_bytes import backward_bytes, lora_backward_bytes
+from gain_ops.training.loading import load_model
 
 IDS = torch.zeros(2, 16, dtype=torch.int64)
 TOKENS, WIDTH, FFN, FLOAT = 32, 64, 128, 4

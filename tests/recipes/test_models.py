@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from gain_ops.recipes import models
-from gain_ops.recipes.domains import cut_windows, python_source, token_stream
-from gain_ops.recipes.evaluation import perplexity
-from gain_ops.recipes.models import bundled_model, load_model, resolve_device, resolve_dtype
+from gain_ops.measure.perplexity import perplexity
+from gain_ops.training import loading
+from gain_ops.training.domains import cut_windows, python_source, token_stream
+from gain_ops.training.loading import bundled_model, load_model, resolve_device, resolve_dtype
 
 CPU = torch.device("cpu")
 
@@ -61,7 +61,7 @@ def test_a_missing_default_model_says_what_to_install(monkeypatch: pytest.Monkey
 def test_dtypes_and_devices_by_name(monkeypatch: pytest.MonkeyPatch):
     assert resolve_dtype("bfloat16") is torch.bfloat16
     assert resolve_device("cpu") == CPU
-    monkeypatch.setattr(models.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(loading.torch.cuda, "is_available", lambda: False)
     assert resolve_device("auto") == CPU
     for call, message in (
         (lambda: resolve_dtype("float8"), "'float8' is unknown: choose float32 or bfloat16"),

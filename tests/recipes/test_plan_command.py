@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from gain_ops.recipes import console
-from gain_ops.recipes.commands import app
-from gain_ops.recipes.plan_command import launch
-from gain_ops.recipes.planning import NODE, Row
+from gain_ops.commands import console
+from gain_ops.commands.app import app
+from gain_ops.commands.plan import launch
+from gain_ops.planning.strategies import NODE, Row
 
 
 def call(*arguments: object) -> Result:

@@ -8,22 +8,13 @@ import torch
 from torch import nn
 
 from benchmarks.memory import allocator_peak
-from gain_ops.recipes import meta_models, plan_models
-from gain_ops.recipes.evaluation import next_token_loss
-from gain_ops.recipes.plan_counts import METHODS, blocks_alike, count, count_pass
-from gain_ops.recipes.plan_models import read_config, split_config, split_weights, with_layers
-from gain_ops.recipes.plan_peak import peak_bytes
-from gain_ops.recipes.planning import (
-    GIB,
-    Job,
-    Row,
-    Sizes,
-    gathered_at_once,
-    recommend,
-    rows,
-    sizes_of,
-    strategies,
-)
+from gain_ops.measure import meta_models
+from gain_ops.measure.peak_bytes import peak_bytes
+from gain_ops.measure.perplexity import next_token_loss
+from gain_ops.planning import configs
+from gain_ops.planning.configs import read_config, split_config, split_weights, with_layers
+from gain_ops.planning.counts import METHODS, blocks_alike, count, count_pass
+from gain_ops.planning.strategies import GIB, Job, Row, Sizes, gathered_at_once, recommend, rows, sizes_of, strategies
 
 TOKENS, LENGTH, VOCABULARY = 128, 64, 96
 NAMES = [name for name, method in METHODS.items() if method.package is None or importlib.util.find_spec(method.package)]
@@ -259,7 +250,7 @@ class TestModels:
         [("llama-3-8b", 8_030_261_248), ("llama-3-70b", 70_553_706_496), ("llama-3.1-405b", 405_853_388_800)],
     )
     def test_the_bundled_have_their_published_parameters(self, name: str, published: int) -> None:
-        assert set(plan_models.BUNDLED) == {"llama-3-8b", "llama-3-70b", "llama-3.1-405b"}
+        assert set(configs.BUNDLED) == {"llama-3-8b", "llama-3-70b", "llama-3.1-405b"}
         model = meta_models.build(read_config(name))
         assert sum(parameter.numel() for parameter in model.parameters()) == published
         assert {parameter.device.type for parameter in model.parameters()} == {"meta"}

@@ -5,20 +5,19 @@ from pathlib import Path
 
 import pytest
 
-from gain_ops.recipes.report import (
+from gain_ops.training.report import (
     AbsorbFigures,
     BackwardBytes,
     DomainFigures,
     GainFigures,
     Report,
     TrainingFigures,
-    size_text,
-    time_text,
     to_markdown,
     write_json,
     write_plot,
     written_here,
 )
+from gain_ops.utils.wording import size_text, time_text
 
 
 def _report(**changes: object) -> Report:

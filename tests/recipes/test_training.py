@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from gain_ops.recipes.training import draw_batches, learning_rate, train
+from gain_ops.training.loop import draw_batches, learning_rate, train
 
 
 class Table(nn.Module):

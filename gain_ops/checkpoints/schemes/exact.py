@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from gain_ops.absorption import lost_gains
 from gain_ops.checkpoints.edits import CheckpointError, Edit, InexactError, Layer, Rounding, Stored
-from gain_ops.checkpoints.plain import DTYPES, rounding
+from gain_ops.checkpoints.schemes.plain import DTYPES, rounding
+from gain_ops.gainfiles.rounding import lost_gains
 
 OTHER_SIDE = "its scales go with outputs, and the gain with inputs"
 REMEDY = "Absorb into the unquantised checkpoint and quantise that"

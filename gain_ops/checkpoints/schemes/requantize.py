@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from gain_ops.checkpoints.edits import CheckpointError, Edit, Layer, Region, Rounding, Stored
-from gain_ops.checkpoints.plain import rounding
 from gain_ops.checkpoints.schemes.codes import Coding
+from gain_ops.checkpoints.schemes.plain import rounding
 from gain_ops.checkpoints.schemes.scales import Scales
 
 _CHUNK = 1 << 20  # codes worked on at a time: bounds the scratch at some 50 MB

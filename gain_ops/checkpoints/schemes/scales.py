@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from gain_ops.checkpoints.edits import CheckpointError, Stored
-from gain_ops.checkpoints.plain import DTYPES
+from gain_ops.checkpoints.schemes.plain import DTYPES
 
 _LARGEST_E4M3 = 448.0
 

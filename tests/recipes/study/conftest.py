@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from gain_ops.recipes.study.settings import Settings
+from gain_study.engine.settings import Settings
 
 from small_studies import small_settings, write_domains
 

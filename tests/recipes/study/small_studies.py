@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from gain_ops.recipes.study.running import Unit
-from gain_ops.recipes.study.settings import Settings
-from gain_ops.recipes.training import Step
+from gain_ops.training.loop import Step
+from gain_study.engine.running import Unit
+from gain_study.engine.settings import Settings
 
 LINES = {
     "fox": ("The quick brown fox jumps over the lazy dog.", "The dog does not mind, and sleeps.", "A fox is quick."),

@@ -4,7 +4,7 @@ import math
 import random
 from dataclasses import replace
 
-from gain_ops.recipes.study.records import Base, Curve, Header, Rate, Stage, Study
+from gain_study.engine.records import Base, Curve, Header, Rate, Stage, Study
 
 METHODS = {  # what a stage takes off its domain's loss, and what it adds to that of every other domain
     "gain-ffn": (0.30, -0.02),

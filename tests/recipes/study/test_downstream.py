@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from gain_ops.recipes.models import load_model
-from gain_ops.recipes.study import downstream
-from gain_ops.recipes.study.downstream import Item, Task, accuracy
+from gain_ops.training.loading import load_model
+from gain_study.engine import downstream
+from gain_study.engine.downstream import Item, Task, accuracy
 
 WORDS = [".", "a", "b", "c", "d", "e", "f"]
 

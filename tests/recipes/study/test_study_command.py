@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from gain_ops.recipes import console, study_command
-from gain_ops.recipes.commands import app
-from gain_ops.recipes.study import records
-from gain_ops.recipes.study.running import RESULTS
-from gain_ops.recipes.training import Step
+from gain_ops.commands import console
+from gain_ops.commands.app import app
+from gain_ops.training.loop import Step
+from gain_study import command
+from gain_study.engine import records
+from gain_study.engine.running import RESULTS
 
 SMALL = [
     *("--seeds", "0", "--orders", "1", "--methods", "gain,lora", "--rates", "gain=1e-2,3e-2", "--rates", "lora=2e-3"),
@@ -40,7 +41,7 @@ def _stop_at(patch: pytest.MonkeyPatch, step: int) -> None:
         if next(steps, None) is None:
             os.kill(os.getpid(), signal.SIGINT)
 
-    patch.setattr(study_command._ConsoleWatcher, "step", interrupt)
+    patch.setattr(command._ConsoleWatcher, "step", interrupt)
 
 
 def test_a_study_is_stopped_goes_on_and_ends_in_a_report(
@@ -81,7 +82,7 @@ def test_other_options_in_the_same_folder_are_refused(
 def test_the_toy_model_is_made_on_the_spot_and_kept(
     domain_folders: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    from gain_ops.recipes.study import running
+    from gain_study.engine import running
 
     made = []
 
@@ -104,7 +105,7 @@ def test_on_a_terminal_a_bar_shows_the_step_and_the_time_left(
     from rich.console import Console
 
     seen = Console(force_terminal=True, width=200, record=True, file=(tmp_path / "terminal").open("w"))
-    for module in (console, study_command):
+    for module in (console, command):
         monkeypatch.setattr(module, "STDOUT", seen)
     assert _study(tiny_model, domain_folders[:2], tmp_path / "out", "--methods", "gain").exit_code == 0
     text = seen.export_text()
@@ -138,4 +139,4 @@ def test_what_does_not_fit_is_said_in_a_line(
     ("seconds", "text"), [(29, "0 min"), (31, "1 min"), (3599, "1 h 00 min"), (5432, "1 h 31 min")]
 )
 def test_times_are_in_hours_and_minutes(seconds, text):
-    assert study_command._time_text(seconds) == text
+    assert command._time_text(seconds) == text

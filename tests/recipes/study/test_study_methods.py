@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from gain_ops.recipes.evaluation import logits
-from gain_ops.recipes.study.methods import METHODS, check_packages
+from gain_ops.measure.perplexity import logits
+from gain_study.engine.methods import METHODS, check_packages
 
 
 def _llama() -> nn.Module:

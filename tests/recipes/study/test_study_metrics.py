@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gain_ops.recipes.study import matched, metrics
-from gain_ops.recipes.study.records import Base, Curve
+from gain_study.engine.records import Base, Curve
+from gain_study.report import matched, metrics
 
 from synthetic_studies import STEPS, killed, make_study
 

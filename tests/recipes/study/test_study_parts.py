@@ -6,15 +6,15 @@ import pytest
 import torch
 from torch import nn
 
-from gain_ops.recipes.domains import split_domain
-from gain_ops.recipes.evaluation import perplexity
-from gain_ops.recipes.models import load_model
-from gain_ops.recipes.study import records
-from gain_ops.recipes.study.peak import Peak
-from gain_ops.recipes.study.records import Base, Curve, Header, Rate, Stage
-from gain_ops.recipes.study.toy import save_toy_model
-from gain_ops.recipes.study.weights import Base as BaseWeights
-from gain_ops.recipes.study.weights import State, load_state, put, save_state
+from gain_ops.measure.perplexity import perplexity
+from gain_ops.training.domains import split_domain
+from gain_ops.training.loading import load_model
+from gain_study.engine import records
+from gain_study.engine.peak import Peak
+from gain_study.engine.records import Base, Curve, Header, Rate, Stage
+from gain_study.engine.toy import save_toy_model
+from gain_study.engine.weights import Base as BaseWeights
+from gain_study.engine.weights import State, load_state, put, save_state
 
 from small_studies import LINES
 
@@ -108,7 +108,7 @@ def test_the_peak_is_that_since_the_beginning():
 
 
 def test_the_peak_is_that_of_the_process_where_it_cannot_begin_anew(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("gain_ops.recipes.study.peak._reset", lambda: False)
+    monkeypatch.setattr("gain_study.engine.peak._reset", lambda: False)
     peak = Peak(torch.device("cpu"))
     assert not peak.exact
     assert peak.bytes() > 50 << 20

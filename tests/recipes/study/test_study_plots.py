@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from gain_ops.recipes.study import plot_parts, plots
+from gain_study.report import plot_parts, plots
 
 from synthetic_studies import METHODS, killed, make_study
 

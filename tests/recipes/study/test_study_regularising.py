@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from gain_ops.recipes.study.ewc import Anchor, add_fisher
-from gain_ops.recipes.study.replay import mix_in
-from gain_ops.recipes.training import train
+from gain_ops.training.loop import train
+from gain_study.engine.ewc import Anchor, add_fisher
+from gain_study.engine.replay import mix_in
 
 
 class Table(nn.Module):

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from gain_ops.recipes.study import chosen_rates, metrics, pages, records, report, sentences, tables
-from gain_ops.recipes.study.plots import Plot
+from gain_study.engine import chosen_rates, records
+from gain_study.report import metrics, pages, report, sentences, tables
+from gain_study.report.plots import Plot
 
 from synthetic_studies import killed, make_study, renamed
 

@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 import torch
 
-from gain_ops.recipes.evaluation import perplexity
-from gain_ops.recipes.models import load_model
-from gain_ops.recipes.study import chosen_rates, downstream, records, running
-from gain_ops.recipes.study.methods import METHODS
-from gain_ops.recipes.study.records import Stage, Study
-from gain_ops.recipes.study.running import RESULTS, study
-from gain_ops.recipes.study.settings import Settings
-from gain_ops.recipes.study.texts import find_domains, tokenise
-from gain_ops.recipes.training import History, train
+from gain_ops.measure.perplexity import perplexity
+from gain_ops.training.loading import load_model
+from gain_ops.training.loop import History, train
+from gain_study.engine import chosen_rates, downstream, records, running
+from gain_study.engine.methods import METHODS
+from gain_study.engine.records import Stage, Study
+from gain_study.engine.running import RESULTS, study
+from gain_study.engine.settings import Settings
+from gain_study.engine.texts import find_domains, tokenise
 
 from small_studies import LINES, Watcher, small_settings, write_domains
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from gain_ops.recipes.domains import split_domain
-from gain_ops.recipes.study.methods import METHODS
-from gain_ops.recipes.study.settings import Settings
-from gain_ops.recipes.study.texts import draw_orders, find_domains, seed_of, tokenise
+from gain_ops.training.domains import split_domain
+from gain_study.engine.methods import METHODS
+from gain_study.engine.settings import Settings
+from gain_study.engine.texts import draw_orders, find_domains, seed_of, tokenise
 
 
 class Bytes:

@@ -1,0 +1,152 @@
+"""The C++/CUDA backend (csrc/): the functions of reference.py over ``torch.ops.gain_ops_cuda``.
+
+A GEMM's epilogue does the work where a fused kernel serves the operands: sm_90, bfloat16 or float16, rows that TMA can
+address. Elsewhere (other cards, float32, odd sizes) the vendor's GEMM runs, with tf32 only where torch allows it, and one
+hand-written pass follows: two passes over [T, out] more, which benchmarks/NOTES.md counts.
+"""
+
+import functools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gain_ops import reference
+from gain_ops.backends import operands
+
+_ops: Any = torch.ops.gain_ops_cuda
+
+_ACTIVATIONS = {name: number for number, name in enumerate(reference.ACTIVATIONS)}
+_NORM_COLUMNS = 24_000  # kNormColumns of csrc/norm.h: wider rows are left to plain torch
+
+
+def scale(x: Tensor, delta: Tensor) -> Tensor:
+    """``x * gain``: x [T, n], delta [n] -> [T, n]."""
+    return _scale_and_shift(x, delta, None)
+
+
+def scale_rows(x: Tensor, delta: Tensor) -> Tensor:
+    """``gain[:, None] * x``: x [n, k], delta [n] -> [n, k]."""
+    scaled: Tensor = _ops.scale_rows(x, _fp32(delta))
+    return scaled
+
+
+def linear(x: Tensor, weight: Tensor, delta: Tensor, bias: Tensor | None) -> Tensor:
+    """Lines (1), (2): -> y [T, out]."""
+    if not _fuses(x, weight):
+        return _scale_and_shift(F.linear(x, weight), delta, bias)
+    y: Tensor = _ops.linear(x, weight, _fp32(delta), _like(bias, x))
+    return y
+
+
+def linear_z(x: Tensor, weight: Tensor, delta: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Lines (1), (2), and z: -> y [T, out], z [T, out]."""
+    if not _fuses(x, weight):
+        z = F.linear(x, weight)
+        return _scale_and_shift(z, delta, bias), z
+    y, z = _ops.linear_z(x, weight, _fp32(delta), _like(bias, x))
+    return y, z
+
+
+def linear_input(x: Tensor, weight: Tensor, delta: Tensor, bias: Tensor | None) -> Tensor:
+    """Line (5): -> y [T, out]; the smaller operand is scaled on its way in."""
+    return operands.linear_input(x, weight, delta, bias, scale, scale_rows)
+
+
+def backward(dy: Tensor, z: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+    """Lines (3), (4) from a kept z, in one pass: -> dz [T, out], ddelta [out]."""
+    dz, sums = _ops.backward(dy, z, _fp32(delta))
+    return dz, sums
+
+
+def ddelta(dy: Tensor, z: Tensor) -> Tensor:
+    """Line (4) alone: -> [out]."""
+    sums: Tensor = _ops.ddelta(dy, z)
+    return sums
+
+
+def backward_recompute(dy: Tensor, x: Tensor, weight: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+    """Lines (1), (3), (4) from a kept x: -> dz [T, out], ddelta [out]."""
+    if not _fuses(x, weight, dy):
+        return backward(dy, F.linear(x, weight), delta)
+    dz, sums = _ops.backward_recompute(dy, x, weight, _fp32(delta))
+    return dz, sums
+
+
+def ddelta_recompute(dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """Lines (1), (4): -> [out]. Called where no dx is wanted, a first layer at most: z goes through memory."""
+    return ddelta(dy, F.linear(x, weight))
+
+
+def backward_input(dy: Tensor, x: Tensor, weight: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+    """Lines (6), (7): -> dx [T, in], ddelta [in]."""
+    if not _fuses(dy, weight.t(), x):
+        # the pass of lines (3), (4) with dy @ W and x in the places of dy and z
+        return backward(torch.mm(dy, weight), x, delta)
+    dx, sums = _ops.backward_input(dy, x, weight, _fp32(delta))
+    return dx, sums
+
+
+def glu(gate: Tensor, up: Tensor | None, delta: Tensor, activation: str) -> Tensor:
+    """Line (8): -> h [T, n]."""
+    h: Tensor = _ops.glu(gate, up, _fp32(delta), _ACTIVATIONS[activation])
+    return h
+
+
+def glu_backward(dh: Tensor, gate: Tensor, up: Tensor | None, delta: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """Lines (9), (10): -> dg and du side by side [T, 2n] (without up: dg [T, n]), ddelta [n]."""
+    dgate_up, sums = _ops.glu_backward(dh, gate, up, _fp32(delta), _ACTIVATIONS[activation])
+    return dgate_up, sums
+
+
+def glu_ddelta(dh: Tensor, gate: Tensor, up: Tensor | None, activation: str) -> Tensor:
+    """Line (10) alone: -> [n]."""
+    sums: Tensor = _ops.glu_ddelta(dh, gate, up, _ACTIVATIONS[activation])
+    return sums
+
+
+def rms_norm(x: Tensor, weight: Tensor, delta: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Line (11): -> y [T, n], r [T]."""
+    if not 0 < x.shape[1] <= _NORM_COLUMNS:
+        return reference.rms_norm(x, weight, delta, eps)
+    y, r = _ops.rms_norm(x, _fp32(weight), _fp32(delta), eps)
+    return y, r
+
+
+def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, delta: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+    """Lines (12), (13): -> dx [T, n], ddelta [n]."""
+    if not 0 < x.shape[1] <= _NORM_COLUMNS:
+        return reference.rms_norm_backward(dy, x, weight, delta, r)
+    dx, sums = _ops.rms_norm_backward(dy, x, _fp32(weight), _fp32(delta), r)
+    return dx, sums
+
+
+def _scale_and_shift(z: Tensor, delta: Tensor, bias: Tensor | None) -> Tensor:
+    y: Tensor = _ops.scale(z, _fp32(delta), _like(bias, z))
+    return y
+
+
+def _fuses(a: Tensor, weight: Tensor, *tiles: Tensor) -> bool:
+    """Whether a fused GEMM serves a [M, K], weight [N, K] and the [M, N] tiles that it reads, on this card."""
+    return _card_fuses(a.device.index) and operands.fuses(a, weight, *tiles)
+
+
+@functools.cache
+def _card_fuses(index: int | None) -> bool:
+    """Whether the fused GEMMs were built and this card runs them: sm_90 code does not run on any other."""
+    return hasattr(_ops, "linear") and torch.cuda.get_device_capability(index) == (9, 0)
+
+
+def _fp32(delta: Tensor) -> Tensor:
+    return _vector(delta, torch.float32)
+
+
+def _like(bias: Tensor | None, x: Tensor) -> Tensor | None:
+    return None if bias is None else _vector(bias, x.dtype)
+
+
+def _vector(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """Contiguous, from a multiple of 16 bytes on: where a view starts elsewhere, the passes move one element at a time."""
+    t = t.to(dtype).contiguous()
+    return t if t.data_ptr() % 16 == 0 else t.clone()

@@ -1,0 +1,138 @@
+"""Loads ``gain_ops._C``, the compiled csrc/, when the CUDA backend is first asked for; says why where it cannot."""
+
+import ctypes
+import functools
+import importlib
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gain_ops._version import __version__
+from gain_ops.backends import fakes
+
+# whose arguments are those of fakes.py but for the activation, a number here
+_SAME_AS_FAKES = (
+    "linear",
+    "linear_z",
+    "backward",
+    "ddelta",
+    "backward_recompute",
+    "backward_input",
+    "glu",
+    "glu_backward",
+    "glu_ddelta",
+    "rms_norm",
+    "rms_norm_backward",
+)
+_REMEDY = "python -m gain_ops.build"
+
+
+@functools.cache
+def obstacle() -> str | None:
+    """Why the CUDA kernels are not there, or None once they are loaded and ``torch.ops.gain_ops_cuda`` is filled."""
+    if importlib.util.find_spec("gain_ops._C") is None:
+        return _not_built()
+    try:
+        compiled = importlib.import_module("gain_ops._C")
+    except ImportError as error:
+        return f"the CUDA kernels are built and cannot be loaded: {error} (build them again: {_REMEDY})"
+    if compiled.version != __version__:
+        return f"the CUDA kernels are of gain_ops {compiled.version} and this is {__version__} (build them again: {_REMEDY})"
+    if too_old := _driver_obstacle(compiled.cuda, compiled.architectures):
+        return too_old
+    register_fakes("gain_ops_cuda")
+    return None
+
+
+def architectures() -> str | None:
+    """What the loaded kernels were built for, and whether the fused GEMMs are among them, or None.
+
+    Where they are not, the backend composes the vendor's GEMM and a pass.
+    """
+    if obstacle():
+        return None
+    fused = "with" if hasattr(torch.ops.gain_ops_cuda, "linear") else "without"
+    return f"{importlib.import_module('gain_ops._C').architectures}, {fused} the fused GEMMs"
+
+
+def _driver_obstacle(built_with: int, architectures: str) -> str | None:
+    """Why the driver cannot run what a toolkit built, or None; versions as CUDA counts them, 12080 for 12.8.
+
+    A driver serves every toolkit of its own major version, with a newer minor one as far as there is machine code: it cannot
+    translate PTX that is newer than itself. https://docs.nvidia.com/deploy/cuda-compatibility
+    """
+    driver = _driver_version()
+    if driver is None or built_with <= driver:
+        return None
+    major = built_with // 1000
+    if driver // 1000 < major:
+        needs, older = f"CUDA {major}.0", f"CUDA {driver // 1000}"
+    elif translated := [device for device in _devices() if not _has_machine_code(device, architectures)]:
+        capability = ".".join(map(str, translated[0]))
+        needs = (
+            f"CUDA {_shown(built_with)} for a device of compute capability {capability}, whose code it has to translate"
+        )
+        older = f"CUDA {_shown(driver)}"
+    else:
+        return None
+    return (
+        f"the CUDA kernels were built with CUDA {_shown(built_with)} and the driver serves CUDA {_shown(driver)}: "
+        f"they need a driver of at least {needs} (update it, or build them again with a toolkit of {older}: {_REMEDY})"
+    )
+
+
+def _driver_version() -> int | None:
+    """The newest CUDA that the driver serves, or None where there is none."""
+    version = ctypes.c_int()
+    try:
+        failed = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except OSError:
+        return None
+    return None if failed else version.value
+
+
+def _devices() -> list[tuple[int, int]]:
+    """The compute capability of every device that torch sees."""
+    return [torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())]
+
+
+def _has_machine_code(capability: tuple[int, int], architectures: str) -> bool:
+    """Whether a device runs some of it untranslated: code of its major version and no later minor, or its own of an "a"."""
+    for name in architectures.split(";"):
+        major, minor = divmod(int(name.rstrip("a")), 10)
+        if capability == (major, minor) or (
+            not name.endswith("a") and capability[0] == major and capability[1] > minor
+        ):
+            return True
+    return False
+
+
+def _shown(version: int) -> str:
+    return f"{version // 1000}.{version % 1000 // 10}"
+
+
+def _not_built() -> str:
+    from gain_ops import build
+
+    try:
+        build.parameters()
+    except build.CannotBuild as reason:
+        return f"the CUDA kernels are not built, and cannot be here: {reason}"
+    return f"the CUDA kernels are not built ({_REMEDY} builds them, in some minutes)"
+
+
+def register_fakes(namespace: str) -> None:
+    """Give the ops that csrc/ defined under ``torch.ops.<namespace>`` their fakes."""
+
+    def scale(x: Tensor, delta: Tensor, bias: Tensor | None) -> Tensor:
+        return fakes.scale(x, delta)
+
+    functions: dict[str, Callable[..., Any]] = {"scale": scale, "scale_rows": fakes.scale}
+    for name in _SAME_AS_FAKES:
+        functions[name] = getattr(fakes, name)
+    for name, function in functions.items():
+        if hasattr(getattr(torch.ops, namespace), name):
+            torch.library.register_fake(f"{namespace}::{name}", function)

@@ -1,0 +1,1 @@
+"""Containers of checkpoints: folders of safetensors, and GGUF."""

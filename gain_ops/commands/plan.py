@@ -1,0 +1,162 @@
+"""``gain-ops plan``: what a model's training takes on so many GPUs, what fits, and how to start it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from gain_ops.commands.console import STDOUT, clear_errors
+from gain_ops.planning.configs import BUNDLED, read_config
+from gain_ops.planning.counts import METHODS
+from gain_ops.planning.strategies import GIB, NODE, Job, Row, recommend, rows
+from gain_ops.training.loading import resolve_dtype
+from gain_ops.utils.files import replace_file
+from gain_ops.utils.wording import size_text
+
+__all__ = ["plan"]
+
+_FAMILIES = ("gain-ffn", "gain")
+
+
+def plan(
+    model: Annotated[
+        str, typer.Option(help=f"A config.json, the folder of a transformers model, or {', '.join(BUNDLED)}.")
+    ],
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs in all.")] = 1,
+    memory: Annotated[float, typer.Option(help="GiB of each GPU; one sold as 80 GB shows torch some 79.")] = 79.0,
+    tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens of a step on each GPU (of tensor parallelism: group).")
+    ] = 8192,
+    sequence_length: Annotated[
+        int | None, typer.Option(min=1, help="Tokens in a window. Default: the model's longest, at most --tokens.")
+    ] = None,
+    targets: Annotated[str, typer.Option(help="What is recommended: gain-ffn or gain.")] = _FAMILIES[0],
+    dtype: Annotated[str, typer.Option(help="Of the frozen weights: bfloat16 or float32.")] = "bfloat16",
+    reserve: Annotated[
+        float, typer.Option(help="GiB that stay free, for the CUDA context, workspaces and fragments; an assumption.")
+    ] = 2.0,
+    every: Annotated[bool, typer.Option("--all", help="Show each way with and without checkpointing.")] = False,
+    out: Annotated[Path | None, typer.Option("--json", help="Write every row to this file.")] = None,
+) -> None:
+    """Plan a training: bytes of each GPU under every strategy, what fits, and the simplest way that does.
+
+    Counted on the meta device, so a model of any size is planned on a laptop, without its weights.
+    """
+    with clear_errors():
+        if targets not in _FAMILIES:
+            raise ValueError(f"targets {targets!r} is unknown: choose {' or '.join(_FAMILIES)}")
+        if not 0 < memory < float("inf"):
+            raise ValueError(f"--memory is {memory:g}: GiB above 0 are needed")
+        if not 0 <= reserve < memory:
+            raise ValueError(f"--reserve is {reserve:g}: GiB from 0 to below --memory, {memory:g}, are needed")
+        config = read_config(model)
+        length = sequence_length or min(tokens, config.max_position_embeddings)
+        job = Job(config, gpus, round(memory * GIB), tokens, length, resolve_dtype(dtype), reserve=round(reserve * GIB))
+        with STDOUT.status("counting on the meta device"):
+            found = list(rows(job))
+        best = recommend(found, targets)
+        if out is not None:
+            replace_file(out, lambda path: path.write_text(_json(model, job, found, best), encoding="utf-8"))
+    _print_rows(found if every else _shown(found))
+    STDOUT.print(
+        f"of {memory:g} GiB, {reserve:g} are left free; GiB of a GPU; tokens: of all GPUs in a step; sent: by a GPU in a step",
+        soft_wrap=True,
+    )
+    for line in dict.fromkeys(f"{row.strategy}, {row.method}: {row.obstacle}" for row in found if row.obstacle):
+        STDOUT.print(f"[yellow]not counted:[/] {escape(line)}", soft_wrap=True)
+    _print_recommended(best, found, job)
+    if out is not None:
+        STDOUT.print(f"wrote {escape(str(out))}", soft_wrap=True)
+
+
+def launch(row: Row, gpus: int) -> list[str]:
+    """What starts such a training: lines of a script (docs/howto/distributed.md has the rest), and last what runs it."""
+    lines = [METHODS[row.method].line]
+    if row.checkpointed:
+        lines.append('model.gradient_checkpointing_enable({"use_reentrant": False})')
+    over_tensor, over_data = "mesh", ""  # FSDP2 alone takes all processes
+    if row.tensor > 1 and row.sharded > 1:
+        lines.append(f'mesh = init_device_mesh("cuda", ({row.sharded}, {row.tensor}), mesh_dim_names=("dp", "tp"))')
+        over_tensor, over_data = 'mesh["tp"]', ', mesh=mesh["dp"]'
+    elif row.tensor > 1:
+        lines.append(f'mesh = init_device_mesh("cuda", ({row.tensor},))')
+    if row.tensor > 1:
+        lines += [f"parallelize_module(model, {over_tensor}, styles)", "place_gains(model)"]
+    if row.sharded > 1:
+        lines.append("for block in model.model.layers:")
+        lines += [f"    fully_shard(block{over_data})", f"fully_shard(model{over_data})"]
+    elif row.tensor < gpus:
+        lines.append("model = DistributedDataParallel(model, gradient_as_bucket_view=True)")
+    if gpus == 1:
+        return [*lines, "python train.py"]
+    # as many on each machine, and no group of tensor parallelism on two
+    each = max(count for count in range(row.tensor, NODE + 1, row.tensor) if gpus % count == 0)
+    nodes = f"--nnodes {gpus // each} " if gpus > NODE else ""
+    return [*lines, f"torchrun {nodes}--nproc-per-node {each} train.py"]
+
+
+def _shown(found: list[Row]) -> list[Row]:
+    """Of each strategy and method one row: without checkpointing where that fits, with it elsewhere."""
+    kept: dict[tuple[str, str], Row] = {}
+    for row in found:  # without comes before with
+        known = kept.get((row.strategy, row.method))
+        if known is None or not known.fits:
+            kept[row.strategy, row.method] = row
+    return list(kept.values())
+
+
+def _print_rows(found: list[Row]) -> None:
+    table = Table()
+    table.add_column("how")
+    table.add_column("method")
+    for name in ("blocks", "weights", "gathered", "saved", "transient", "states", "peak", "left", "tokens", "sent"):
+        table.add_column(name, justify="left" if name == "blocks" else "right")
+    last = None
+    for row in found:
+        if row.obstacle is None:
+            if last not in (None, row.strategy):
+                table.add_section()
+            parts = (row.weights, row.gathered, row.saved, row.transient, row.states, row.total, row.headroom)
+            again = "run again" if row.checkpointed else "once"
+            figures = [*(f"{part / GIB:.1f}" for part in parts), f"{row.step_tokens:,}", size_text(row.sent)]
+            table.add_row(*map(escape, (row.strategy, row.method, again, *figures)), style=None if row.fits else "dim")
+            last = row.strategy
+    STDOUT.print(table)
+
+
+def _print_recommended(best: Row | None, found: list[Row], job: Job) -> None:
+    if best is None:
+        nearest = max((row for row in found if row.obstacle is None), key=lambda row: row.headroom)
+        STDOUT.print(
+            f"[yellow]nothing fits:[/] {escape(_name(nearest))} lacks {size_text(-nearest.headroom)} on each GPU: "
+            "take more GPUs, fewer tokens or a quantised base",
+            soft_wrap=True,
+        )
+        return
+    STDOUT.print(
+        f"[bold]{escape(_name(best))}[/]: {size_text(best.total)} of a GPU, {size_text(best.headroom)} to spare, "
+        f"{best.step_tokens:,} tokens a step",
+        soft_wrap=True,
+    )
+    for line in launch(best, job.gpus):
+        STDOUT.print(f"    {escape(line)}", soft_wrap=True)
+
+
+def _name(row: Row) -> str:
+    return f"{row.method}, {row.strategy}" + (", with activation checkpointing" if row.checkpointed else "")
+
+
+def _json(model: str, job: Job, found: list[Row], best: Row | None) -> str:
+    def told(row: Row) -> dict[str, Any]:
+        return asdict(row) | {"total": row.total, "fits": row.fits}
+
+    asked = {name: getattr(job, name) for name in ("gpus", "memory", "tokens", "length", "reserve")}
+    asked |= {"model": model, "dtype": str(job.dtype).removeprefix("torch.")}
+    chosen = None if best is None else told(best) | {"launch": launch(best, job.gpus)}
+    return json.dumps({"asked": asked, "rows": [told(row) for row in found], "recommended": chosen}, indent=2) + "\n"

@@ -1,0 +1,1 @@
+"""Gain files, without a model."""

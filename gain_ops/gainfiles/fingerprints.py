@@ -1,0 +1,85 @@
+"""The fingerprint of frozen weights: what a gain file knows its base by, from a module or from a file.
+
+::
+
+    blake2b(text + bytes, digest_size=16) in hex, over every tensor in turn
+    text  = "<name>:<shape>;"                 as in "weight:576,1536;"
+    bytes = every k-th value in row-major order, k = ceil(n / 4096), as little-endian bfloat16
+
+Values that are not floating are taken as they are stored.
+"""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor
+
+from gain_ops.utils.dtensors import is_sharded
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+
+SAMPLES = 4096
+
+
+def step(count: int) -> int:
+    """Every how manieth of ``count`` values is in the sample: ``ceil(count / 4096)``, at least 1."""
+    return max(1, -(-count // SAMPLES))
+
+
+def sample(tensor: Tensor) -> Tensor:
+    """Every ``step(n)``-th value in row-major order, 1-D: of n values at most 4096.
+
+    Of a DTensor these alone are gathered, 8 KB of a floating one, so every rank of its mesh must call it. Floating values
+    are then rounded to bfloat16, as digest() does anyway.
+    """
+    if is_sharded(tensor):
+        return _gathered_sample(cast("DTensor", tensor))
+    return tensor.detach().reshape(-1)[:: step(tensor.numel())]
+
+
+def digest(tensors: Iterable[tuple[str, Sequence[int], Tensor]]) -> str:
+    """32 hexadecimal digits of (name, shape, sample); the sample is every ``step(n)``-th value, 1-D, on any device."""
+    found = hashlib.blake2b(digest_size=16)
+    for name, shape, sample in tensors:
+        found.update(f"{name}:{','.join(map(str, shape))};".encode())
+        values = sample.to(torch.bfloat16) if sample.is_floating_point() else sample
+        found.update(values.contiguous().cpu().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def _gathered_sample(tensor: "DTensor") -> Tensor:
+    """Each rank puts the values that it has into zeros, and the sum of the bytes, over the ranks, is the sample."""
+    import torch.distributed as dist
+
+    positions = torch.arange(0, tensor.numel(), step(tensor.numel()))
+    indices = []
+    for dim, index in enumerate(torch.unravel_index(positions, tensor.shape)):
+        own = _own_indices(tensor, dim)
+        place = torch.full((tensor.shape[dim],), -1)  # where the local tensor has an index, if it has it
+        place[own] = torch.arange(own.numel())
+        indices.append(place[index])
+    here = torch.stack(indices).ge(0).all(0)
+    found = tensor.to_local().detach()[tuple(index[here] for index in indices)].cpu()
+    dtype = torch.bfloat16 if found.is_floating_point() else found.dtype
+    values = torch.zeros(positions.numel(), dtype=dtype)
+    values[here] = found.to(dtype)
+    mesh = tensor.device_mesh
+    raw = values.view(torch.uint8).to(mesh.device_type)
+    for mesh_dim, placement in enumerate(tensor.placements):
+        if not placement.is_replicate():
+            dist.all_reduce(raw, group=mesh.get_group(mesh_dim))
+    return raw.view(dtype)
+
+
+def _own_indices(tensor: "DTensor", dim: int) -> Tensor:
+    """Which indices of one dimension the local tensor has, in its order: what a range of them is sharded to."""
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    whole = torch.arange(tensor.shape[dim]).view([-1 if d == dim else 1 for d in range(tensor.dim())])
+    placements = [p if getattr(p, "dim", None) == dim else Replicate() for p in tensor.placements]
+    own = distribute_tensor(whole, tensor.device_mesh, placements, src_data_rank=None)  # None: nothing is sent
+    return own.to_local().flatten().cpu()

@@ -1,0 +1,129 @@
+"""What the layers with a gain share.
+
+::
+
+    output side:   y = gain * (x @ W.T) + b         gain [out_features]
+    input side:    y = (x * gain) @ W.T + b         gain [in_features]         gain = 1 + delta
+
+``delta`` is the only learned parameter: 1-D, contiguous, zeros at the start, float32 (float64 beside a float64 weight).
+It stays float32 when the model is cast to half precision, where small updates would be lost.
+"""
+
+from collections.abc import Callable
+from typing import Self, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from gain_ops.layers.linears import (
+    refuse_sharded,
+)
+from gain_ops.ops.dispatch import check_name
+from gain_ops.ops.linear import check_side_and_save
+
+_Linear = TypeVar("_Linear", bound=nn.Module)
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+)
+
+
+class Gained(nn.Module):
+    """What the layers with a gain share: ``delta``, ``gain``, ``side``, and the way back to the plain layer.
+
+    GainLinear, GainWrapper and gain_ops.layers.conv1d.GainConv1D; not built by itself.
+    """
+
+    delta: nn.Parameter
+    in_features: int
+    out_features: int
+    side: str
+    save: str
+    backend: str
+    _original: tuple[nn.Module, ...] = ()
+
+    @property
+    def gain(self) -> Tensor:
+        """``1 + delta``: [out_features] on the output side, [in_features] on the input side."""
+        return 1 + self.delta
+
+    @property
+    def features(self) -> int:
+        """The length of delta, from the layer's sizes and not from the parameter, which ZeRO-3 holds partitioned."""
+        return self.out_features if self.side == "output" else self.in_features
+
+    @property
+    def gained_dim(self) -> int:
+        """The dimension of the stored weight that the gain scales: 0, or 1 if that holds the gain's features."""
+        return 0 if self.side == "output" else 1
+
+    @property
+    def placed(self) -> bool:
+        """Whether gain_ops.apply or load_gains put the layer where it is, so that remove() knows what was there."""
+        return bool(self._original)
+
+    def plain(self) -> nn.Module:
+        """The layer without its gain, with the present parameters and mode: the very module replaced, if one was."""
+        raise NotImplementedError(f"{type(self).__name__} has no plain layer")
+
+    def stand_in_for(self, original: nn.Module) -> None:
+        """Remember the module replaced, for plain(), without its parameters.
+
+        They live here meanwhile: a second reference would keep a weight alive that a device move, fully_shard or
+        load_state_dict(assign=True) has replaced.
+        """
+        self._original = (original,)  # in a tuple, or nn.Module would register it as a child
+        for name in self._parameters.keys() & original._parameters.keys():
+            original._parameters[name] = None
+
+    def _new_delta(self, device: torch.device | None, dtype: torch.dtype) -> nn.Parameter:
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        return nn.Parameter(torch.zeros(self.features, dtype=wide, device=device))
+
+    def _take_over(self, linear: nn.Module) -> None:
+        """Share linear's weight and bias, now frozen, its hooks and its training mode."""
+        refuse_sharded(linear)
+        linear.requires_grad_(False)
+        weight = cast(nn.Parameter, linear.weight)
+        self._parameters.update(weight=weight, bias=linear._parameters["bias"])
+        self.delta = self._new_delta(weight.device, weight.dtype)
+        self.training = linear.training
+        share_hooks(linear, self)
+
+    def _give_back(self, linear: _Linear) -> _Linear:
+        """Hand the present parameters and the training mode to linear."""
+        for name in linear._parameters:
+            linear._parameters[name] = self._parameters[name]
+        linear.training = self.training
+        return linear
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        own = (self.delta, self.delta.grad)
+
+        def keep_wide(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            if result.dtype in (torch.bfloat16, torch.float16) and any(tensor is mine for mine in own):
+                return tensor.detach().to(result.device)
+            return result
+
+        super()._apply(keep_wide, recurse)
+        return self
+
+
+def check_options(side: str, save: str, backend: str) -> None:
+    """Raise ValueError for a side, save or backend that does not exist, or that do not go together."""
+    check_side_and_save(side, save)
+    check_name(backend)
+
+
+def share_hooks(source: nn.Module, target: nn.Module) -> None:
+    """Target runs source's hooks; the dictionaries are shared, so a handle removes its hook from both."""
+    for name in _HOOKS:
+        setattr(target, name, getattr(source, name))

@@ -1,0 +1,122 @@
+"""The layer around a linear map that is no plain nn.Linear: a quantised one, for instance."""
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from gain_ops.layers.gained import Gained, check_options
+from gain_ops.layers.linears import describe, own_tensors, quantises_activations, refuse_sharded
+from gain_ops.ops.linear import gain_scale
+from gain_ops.utils.dtensors import is_sharded
+
+
+class GainWrapper(Gained):
+    """A gain round a linear map that is not a plain nn.Linear: a quantised one, say, or one with a forward of its own.
+
+    ::
+
+        output side:   y = gain * (base(x) - b) + b  =  base(x) + delta * (base(x) - b)
+        input side:    y = base(x * gain)
+
+    with b = base.bias; without one y = gain * base(x). The form on the right is what is computed: it is exactly base(x)
+    at delta = 0.
+
+    Args:
+        base: the module, linear in x but for ``base.bias``. It is frozen, and keeps its hooks.
+        in_features: the last size of x.
+        out_features: the last size of base(x).
+        side: which features the gain scales, "output" or "input".
+        backend: "auto", "triton", "cuda" or "eager"; see gain_ops.ops.dispatch.
+
+    Shapes: x [..., in_features] -> y [..., out_features] in base's output dtype; delta [out_features] or [in_features].
+    Besides what base keeps, backward keeps one activation: base(x) - b on the output side, x on the input side. Round
+    bitsandbytes' 4-bit linear, which keeps nothing, that is all, where QLoRA keeps x, in float32 by PEFT's default, and
+    T x r. Round torchao's weight-only linears there is a copy of the unpacked weight, with a gain or without.
+
+    Raises:
+        ValueError: a side or backend that does not exist, or a base already sharded; in a forward on DTensors, a base with a
+            bias that gives a sum over ranks.
+        RuntimeError: in a forward that is to be differentiated, if base gives its input no gradient: activations that are
+            quantised too, or a 4-bit layer that bitsandbytes has repacked for inference on a CPU.
+
+    """
+
+    def __init__(
+        self, base: nn.Module, in_features: int, out_features: int, *, side: str = "output", backend: str = "auto"
+    ) -> None:
+        check_options(side, "auto", backend)
+        super().__init__()
+        refuse_sharded(base)
+        self.in_features, self.out_features = in_features, out_features
+        self.base = base.requires_grad_(False)
+        self.side, self.save, self.backend = side, "auto", backend
+        tensors = list(own_tensors(base).values())
+        device = tensors[0].device if tensors else None
+        dtype = next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.float32)
+        self.delta = self._new_delta(device, dtype)
+        self.training = base.training
+        # such a base cuts the gradient in every layer, so that x below needs none: x.requires_grad does not tell
+        self._for_inference = quantises_activations(base)
+
+    @property
+    def weight(self) -> Any:
+        """The base's weight, whatever it is: some models ask a projection for its dtype."""
+        return getattr(self.base, "weight", None)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base's bias, which the gain does not scale."""
+        bias = getattr(self.base, "bias", None)
+        return bias() if callable(bias) else bias  # a method in torch's own quantised layers
+
+    def forward(self, input: Tensor) -> Tensor:
+        """x [..., in_features] -> y [..., out_features]."""
+        if self.side == "input":
+            return self._through_base(gain_scale(input, self.delta, backend=self.backend))
+        y = self._through_base(input)
+        bias = self.bias
+        if bias is None:
+            return gain_scale(y, self.delta, backend=self.backend)
+        if is_sharded(y) and any(placement.is_partial() for placement in cast(Any, y).placements):
+            raise ValueError(
+                f"{type(self.base).__name__} gives a sum over ranks that is left open (Partial), and its bias is to be taken "
+                "out of it before the gain: let the base reduce its output"
+            )
+        # gain_scale multiplies by one plus what it gets: this is y + delta * (y - b).
+        return y + gain_scale(y - bias.to(y.dtype), self.delta - 1, backend=self.backend)
+
+    def _through_base(self, x: Tensor) -> Tensor:
+        y = cast(Tensor, self.base(x))
+        if torch.is_grad_enabled() and (x.requires_grad or (self._for_inference and self.delta.requires_grad)):
+            self._refuse_cut(y)
+        return y
+
+    def _refuse_cut(self, y: Tensor) -> None:
+        """Raise RuntimeError if base gave y without a gradient to its input: what lies below would train on a wrong one."""
+        state = getattr(self.weight, "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False):
+            why = (
+                "bitsandbytes has repacked its weight for inference on this CPU. Load the model anew and train before the "
+                "first evaluation, or before that set support_avx512bf16_for_cpu = False on every Linear4bit"
+            )
+        elif not y.requires_grad:
+            why = (
+                "it rounds its input, or is for inference otherwise. Train on a base of which only weights are quantised "
+                "(torchao's Int8WeightOnlyConfig, say), or evaluate under torch.no_grad()"
+            )
+        else:
+            return
+        raise RuntimeError(f"{describe(self.base)} gives its input no gradient: {why}.")
+
+    def plain(self) -> nn.Module:
+        """The base."""
+        return self.base
+
+    def stand_in_for(self, original: nn.Module) -> None:
+        """Remember that the wrapper stands where its base was; the base keeps its parameters."""
+        self._original = (original,)
+
+    def extra_repr(self) -> str:
+        """Sizes and side."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, side={self.side}"

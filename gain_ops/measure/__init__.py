@@ -1,0 +1,1 @@
+"""Bytes, perplexity and machines, measured."""

@@ -1,0 +1,1 @@
+"""Gains on a whole model: put on, saved, absorbed."""

@@ -1,0 +1,226 @@
+"""Put gains on a model, and take them off again: apply() and remove()."""
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+
+from torch import nn
+
+from gain_ops.layers.gained import Gained, check_options
+from gain_ops.layers.linears import is_kind, refuse_fsdp, refuse_sharded, sizes
+from gain_ops.layers.make import gain_layer
+from gain_ops.models.fused_mlp import fuse_all, unfuse
+from gain_ops.models.record import (
+    RECORD,
+    SETS,
+    Applied,
+    Record,
+    all_gained,
+    canonical_name,
+    record_holders,
+    refuse_gained,
+    refuse_part,
+)
+from gain_ops.models.sites import Site, pattern_sites, preset_sites, refuse_bypassed
+
+PRESETS = ("gain", "gain-ffn")
+MEMORIES = ("fast", "lean")
+
+# Adapted layers, and the wrapper that trains a copy of a whole module (modules_to_save).
+_PEFT_LAYERS = ("peft.BaseTunerLayer", "peft.AuxiliaryTrainingWrapper")
+
+_SHOWN = 4
+
+
+def apply(
+    model: nn.Module,
+    targets: str | Sequence[str] = "gain",
+    *,
+    side: str = "output",
+    memory: str = "fast",
+    backend: str = "auto",
+    fuse_mlp: bool = False,
+    mlp_chunk: int | None = None,
+) -> Applied:
+    r"""Put a gain on the chosen projections of a model, in place, and freeze everything else.
+
+    ::
+
+        side="output":  W_new = diag(gain) @ W            side="input":  W_new = W @ diag(gain)
+
+    Args:
+        model: any module. Its architecture is read from its transformers config, or else from names and shapes.
+        targets: "gain", the attention output projections; "gain-ffn", those and the FFN down projections; or a list of
+            regular expressions for the end of a module's name, matched by whole components: "o_proj" is every o_proj,
+            r"layers\.[0-3]\.self_attn\.o_proj" four of them, ".*" every linear module.
+        side: which features the gain scales, "output" or "input" (features of the linear map, for Conv1D as well).
+        memory: "fast" keeps z = x @ W.T for backward at output-side sites. "lean" keeps x at attention output
+            projections, where scaled-dot-product attention keeps it anyway, for one more GEMM in the backward, and
+            elsewhere the smaller of the two. The input side always keeps x.
+        backend: "auto", "triton", "cuda" or "eager"; see gain_ops.ops.dispatch.
+        fuse_mlp: run each FFN whose down projection gets a gain as gain_ops.gain_mlp: its hidden activation, with the gain in
+            it, is made again in the backward instead of kept, so that a gained FFN keeps less than a frozen one. With
+            memory="lean" the gate and up projections are computed again as well, and only the FFN's input is kept. For
+            side="input" and the FFNs of transformers that fused_mlp.py knows by what their forward says.
+        mlp_chunk: with fuse_mlp, tokens that an FFN works on at a time, to bound what it needs while it runs; None for all.
+
+    Returns:
+        Applied: the names, the side, the targets and the number of parameters now trained.
+
+    A module that several names reach gets one gain, under every name. nn.Linear becomes GainLinear and transformers'
+    Conv1D becomes GainConv1D, on the same Parameters; another linear map, say a quantised one, is wrapped.
+
+    Raises:
+        ValueError: nothing matched, or nothing matched one of the patterns; the model has gains already; it would
+            ignore a gain at a chosen module; a chosen module is PEFT's, with an adapter in it; "gain-ffn" on a mixture with
+            fused experts; an FFN that fuse_mlp cannot serve; or an unknown option.
+
+    Warns:
+        UserWarning: PEFT adapters were trained, and are frozen now as everything else is.
+
+    """
+    check_options(side, "auto", backend)
+    _check_memory(memory)
+    if mlp_chunk is not None and not fuse_mlp:
+        raise ValueError(f"mlp_chunk={mlp_chunk} needs fuse_mlp=True")
+    if mlp_chunk is not None and mlp_chunk < 1:
+        raise ValueError(f"mlp_chunk={mlp_chunk} is a number of tokens, at least 1")
+    if fuse_mlp and side != "input":
+        raise ValueError("fuse_mlp folds the gain into the FFN's activation, so it goes with side='input'")
+    refuse_gained(model)
+    if not isinstance(targets, str):
+        targets = tuple(targets)
+        sites = pattern_sites(model, targets)
+    elif targets in PRESETS:
+        sites = preset_sites(model, ffn=targets == "gain-ffn")
+    else:
+        raise ValueError(
+            f"targets={targets!r} is not one of {', '.join(map(repr, PRESETS))}; patterns go in a list: [{targets!r}]"
+        )
+    if not sites:
+        raise ValueError("targets is empty: give 'gain', 'gain-ffn' or at least one pattern")
+    applied = place(model, [(site, side) for site in sites], targets, memory, backend)
+    if fuse_mlp:
+        try:
+            fuse_all(model, recompute=memory == "lean", chunk=mlp_chunk)
+        except ValueError:
+            remove(model)
+            raise
+    return applied
+
+
+def remove(model: nn.Module) -> None:
+    """Take every gain off a model, in place, as if apply() had never been called; what the gains learned is dropped.
+
+    The original modules come back with their hooks and with the present weights and biases; state dict keys and every
+    requires_grad flag are as before. Works on a copy and on an unpickled model. A GainLinear that was built by hand
+    becomes an nn.Linear, still frozen. Named gain sets go too.
+
+    Raises:
+        ValueError: the model has no gains; they were applied to a larger model that this one is a part of; or the model
+            has been sharded since.
+
+    """
+    gained = all_gained(model)
+    if not gained:
+        raise ValueError(f"{type(model).__name__} has no gains to remove")
+    refuse_part(model, "remove")
+    refuse_fsdp(model, "remove gains")
+    unfuse(model)
+    _replace(model, {key: module.plain() for key, module in gained.items()})
+    for module in model.modules():
+        vars(module).pop(SETS, None)
+    for holder in record_holders(model):
+        record: Record = vars(holder).pop(RECORD)
+        _restore_flags(holder, record.requires_grad)
+
+
+def place(
+    model: nn.Module, sites: Iterable[tuple[Site, str]], targets: str | tuple[str, ...], memory: str, backend: str
+) -> Applied:
+    """Put gains on (site, side) pairs, in place: what apply() and load_gains() share. The sides must exist."""
+    first: dict[int, tuple[Site, str]] = {}
+    for site, side in sites:
+        first.setdefault(id(site.module), (site, side))  # two parts of a model may share a module
+    sites = list(first.values())
+    _check_memory(memory)
+    refuse_fsdp(model, "put gains on")
+    refuse_bypassed(model, (site for site, _ in sites))
+    for site, _ in sites:
+        refuse_sharded(site.module)
+        _refuse_adapted(site)
+    _warn_of_adapters(model)
+    flags = {canonical_name(name): p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
+    gains: dict[int, Gained] = {}
+    try:
+        for site, side in sites:
+            save = _save(site, side, memory)
+            gains[id(site.module)] = gain_layer(site.module, side=side, save=save, backend=backend)
+    except BaseException:
+        _restore_flags(model, flags)  # each layer is frozen as it gets its gain
+        raise
+    for site, _ in sites:
+        gains[id(site.module)].stand_in_for(site.module)
+    model.requires_grad_(False)  # before the gains are in it
+    _replace(model, gains)
+    sides = {side for _, side in sites}
+    applied = Applied(
+        names=tuple(canonical_name(site.name) for site, _ in sites),
+        side=sides.pop() if len(sides) == 1 else "mixed",
+        targets=targets,
+        trained=sum(gain.features for gain in gains.values()),
+    )
+    setattr(model, RECORD, Record(applied, flags))
+    return applied
+
+
+def _restore_flags(model: nn.Module, flags: Mapping[str, bool]) -> None:
+    """Give parameters the requires_grad flags that they had, by their canonical names."""
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        parameter.requires_grad_(flags.get(canonical_name(name), parameter.requires_grad))
+
+
+def _refuse_adapted(site: Site) -> None:
+    """Raise ValueError for a PEFT layer: a gain round it would scale the adapter too, and could not be absorbed."""
+    kind = type(site.module)
+    if any(is_kind(site.module, name) for name in _PEFT_LAYERS):
+        raise ValueError(
+            f"{site.name} is PEFT's {kind.__module__}.{kind.__qualname__}: merge it first (merge_and_unload()), or choose "
+            "other targets"
+        )
+
+
+def _warn_of_adapters(model: nn.Module) -> None:
+    """Warn if PEFT trains parameters of the model: from now on gains alone are trained."""
+    if not any(is_kind(module, name) for module in model.modules() for name in _PEFT_LAYERS):
+        return
+    trained = [canonical_name(name) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if trained:
+        more = f" and {len(trained) - _SHOWN} more" if len(trained) > _SHOWN else ""
+        warnings.warn(
+            f"gains alone are trained from now on, and no longer what PEFT trained: {', '.join(trained[:_SHOWN])}{more}. "
+            "To train both, call requires_grad_(True) on these parameters again.",
+            stacklevel=4,  # who called apply() or load_gains()
+        )
+
+
+def _save(site: Site, side: str, memory: str) -> str:
+    """What the site keeps for backward."""
+    if side == "input" or memory == "fast":
+        return "auto"
+    n_in, n_out = sizes(site.module) or (0, 0)
+    return "input" if site.attention or n_out > n_in else "output"
+
+
+def _check_memory(memory: str) -> None:
+    if memory not in MEMORIES:
+        raise ValueError(f"memory={memory!r} is not one of {', '.join(map(repr, MEMORIES))}")
+
+
+def _replace(model: nn.Module, replacements: Mapping[int, nn.Module]) -> None:
+    """Put replacements[id(child)] for every child that has one, under each of its names."""
+    for parent in list(model.modules()):
+        if isinstance(parent, Gained):
+            continue  # a wrapper's base is not a child to replace
+        for name, child in list(parent._modules.items()):  # named_children() skips a child's second name
+            if id(child) in replacements:
+                setattr(parent, name, replacements[id(child)])

@@ -1,0 +1,33 @@
+"""The tensors of a layer that take its gain when it is absorbed."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    pass
+
+
+@dataclass(frozen=True)
+class Carrier:
+    """A tensor of a layer that takes its gain: dimension ``dim`` runs over the gain's features."""
+
+    tensor: Tensor
+    dim: int
+
+
+@dataclass(frozen=True)
+class Foldable:
+    """The tensors of a layer to be multiplied by its gain.
+
+    ``prepare`` puts the layer into the state in which it computes from them, and does not change what it computes.
+    """
+
+    carriers: tuple[Carrier, ...]
+    prepare: Callable[[], None] | None = None
+
+
+class CannotFold(ValueError):
+    """Why a gain cannot be folded into the scales of a layer exactly, and what to do about it."""

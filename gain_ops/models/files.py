@@ -1,0 +1,269 @@
+"""Save what the gains of a model learned, and load it: the gain files of gainfiles/ for a model."""
+
+import os
+from pathlib import Path
+from types import MethodType
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor, nn
+
+from gain_ops._version import __version__
+from gain_ops.gainfiles.fingerprints import digest, sample
+from gain_ops.layers.gained import Gained, check_options
+from gain_ops.layers.linears import has_plain_weight, sizes
+from gain_ops.layers.wrapper import GainWrapper
+from gain_ops.models.apply import place
+from gain_ops.models.record import (
+    Applied,
+    applied_record,
+    canonical_name,
+    gained_modules,
+    refuse_base_active,
+    refuse_outside,
+)
+from gain_ops.models.sites import Site, linear_modules, names_attention_output
+from gain_ops.utils.dtensors import is_sharded
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
+
+
+from gain_ops.gainfiles.file import GainFile, GainFileError, read_gains, write_gains
+from gain_ops.layers.linears import own_tensors
+from gain_ops.utils.dtensors import copy_delta, whole
+from gain_ops.utils.wording import _SHOWN, some_of
+
+
+def save_gains(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write the gains of a model to a gain file (a few hundred kilobytes; the format is in this module's docstring).
+
+    The file is written beside ``path`` and moved into place, so an interrupted save leaves an old file whole. Deltas of
+    other dtypes are rounded to float32.
+
+    Under FSDP2 or tensor parallelism every rank must call it: the deltas are gathered, and of each frozen weight the 8 KB
+    that its fingerprint is taken of. The first rank of the mesh writes, and no rank returns before it has. Under DDP call
+    it on one rank.
+
+    Args:
+        model: a model with gains, by apply(), load_gains() or by hand.
+        path: the file to write; its folder is made.
+
+    Raises:
+        ValueError: the model has no gains, or a delta that is not finite, on the meta device or partitioned by ZeRO-3;
+            it has gains outside the module that apply() was called on; or it has named gain sets, and none of them is
+            active.
+        OSError: the file cannot be written; under FSDP2 or tensor parallelism on every rank.
+
+    """
+    layers = gained_modules(model)
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no gains to save: put them on with gain_ops.apply()")
+    refuse_outside(model, "save")
+    refuse_base_active(model, "save")
+    reshard(model)
+    applied = applied_record(model)
+    file = GainFile(
+        deltas={name: _saveable(name, layer) for name, layer in layers.items()},
+        sides={name: layer.side for name, layer in layers.items()},
+        fingerprints={name: fingerprint(layer) for name, layer in layers.items()},
+        targets=tuple(layers) if applied is None else applied.targets,
+        base_model=base_model_of(model),
+        package=__version__,
+    )
+    _write_once(file, path, _mesh(model))
+
+
+def load_gains(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    check_base: bool = True,
+    memory: str = "fast",
+    backend: str = "auto",
+) -> Applied | None:
+    """Load a gain file into a model: into the gains that it has, or else put them on first as apply() does.
+
+    The file is checked against the model before anything is changed: layers, sides, sizes, finite values, and that each
+    frozen weight is the one the gain was trained on. Under FSDP2 or tensor parallelism every rank must call it, and reads
+    the file; only the samples of the fingerprints are gathered.
+
+    Args:
+        model: with gains on the very layers of the file and on the same sides, or with none.
+        path: a file written by save_gains().
+        check_base: whether each layer's frozen weight must have the fingerprint in the file. False to use gains on
+            another rounding of the weights (quantised, or stored in float16), or knowingly on other weights.
+        memory: as in apply(), for a model without gains.
+        backend: as in apply(), for a model without gains.
+
+    Returns:
+        Applied as from apply(), or None for gains put on by hand.
+
+    Raises:
+        GainFileError: not a gain file, damaged, of a later version, not finite, or not fitting the model.
+        ValueError: options that do not exist; or the model has named gain sets, and none of them is active.
+        FileNotFoundError: no such file.
+
+    """
+    check_options("output", "auto", backend)
+    refuse_base_active(model, "load gains")
+    file = read_gains(path)
+    reshard(model)
+    gained = gained_modules(model)
+    found: dict[str, nn.Module] = dict(gained) if gained else named_linears(model)
+    refuse_misfit(file, found, exact=bool(gained), path=path)
+    if check_base:
+        refuse_other_base(file, found, model, path)
+    applied = applied_record(model)
+    if not gained:
+        sites = [(Site(n, found[n], names_attention_output(n)), file.sides[n]) for n in file.deltas]
+        applied = place(model, sites, file.targets, memory, backend)
+        gained = gained_modules(model)
+    with torch.no_grad():
+        for name, delta in file.deltas.items():
+            copy_delta(delta, gained[name].delta)
+    return applied
+
+
+def fingerprint(layer: nn.Module) -> str | None:
+    """A short hash of a layer's frozen weight, cheap to take and to take again without torch.
+
+    ::
+
+        blake2b(text + bytes, digest_size=16) in hex, over every tensor in turn
+        text  = "<name>:<shape>;"                 as in "weight:576,1536;"
+        bytes = every k-th value in row-major order, k = ceil(n / 4096), as little-endian bfloat16
+
+    A floating weight is sampled alone, rounded to bfloat16 (to nearest, ties to even), so that one checkpoint loaded in
+    float32 and in bfloat16 gives one fingerprint. Of a quantised layer its parameters and buffers are sampled, in order
+    of their names, or what use does not change of them (gain_ops.models.quantized.lasting_tensors); values that are
+    not floating are taken as they are stored. Of a DTensor the sample alone is gathered: every rank must call it.
+
+    Returns:
+        32 hexadecimal digits, or None where there is nothing to sample: no tensors, or tensors on the meta device.
+
+    """
+    base = layer.base if isinstance(layer, GainWrapper) else layer
+    if isinstance(base, Gained) or has_plain_weight(base):
+        tensors = {"weight": cast(Tensor, base.weight)}
+    else:
+        tensors = dict(sorted(raw_tensors(base).items()))
+    if not tensors or any(tensor.is_meta for tensor in tensors.values()):
+        return None
+    return digest((name, tensor.shape, sample(tensor)) for name, tensor in tensors.items())
+
+
+def reshard(model: nn.Module) -> None:
+    """After a forward, FSDP2 may still show the gathered parameters; what is written into those is lost."""
+    for module in model.modules():
+        if isinstance(reshard := getattr(module, "reshard", None), MethodType):
+            reshard()
+
+
+def _mesh(model: nn.Module) -> "DeviceMesh | None":
+    """The device mesh that a model's layers with a gain are sharded over, the largest of several, or None."""
+    parameters = (p for layer in gained_modules(model).values() for p in layer.parameters())
+    meshes = [cast("DTensor", p).device_mesh for p in parameters if is_sharded(p)]
+    return max(meshes, key=lambda mesh: mesh.size(), default=None)
+
+
+def _write_once(file: GainFile, path: str | os.PathLike[str], mesh: "DeviceMesh | None") -> None:
+    """write_gains() on the first rank of a mesh; the others wait for it, and raise if it failed."""
+    if mesh is None:
+        write_gains(file, path)
+        return
+    import torch.distributed as dist
+
+    error: Exception | None = None
+    coordinate = mesh.get_coordinate()
+    if coordinate is not None and not any(coordinate):
+        try:
+            write_gains(file, path)
+        except Exception as raised:  # for after the others know
+            error = raised
+    failures = torch.tensor([error is not None], dtype=torch.int32, device=mesh.device_type)
+    for dim in range(mesh.ndim):
+        dist.all_reduce(failures, group=mesh.get_group(dim))
+    if error is not None:
+        raise error
+    if failures.item():
+        raise OSError(f"{path} could not be written; the error of the mesh's first rank says why")
+
+
+def _saveable(name: str, layer: Gained) -> Tensor:
+    delta = whole(layer.delta.detach())
+    if delta.is_meta or delta.numel() != layer.features:
+        where = (
+            "on the meta device"
+            if delta.is_meta
+            else "partitioned: call gain_ops.integrations.deepspeed.save_gains() on every process"
+        )
+        raise ValueError(f"cannot save {name}: its delta is {where}")
+    if not delta.isfinite().all():
+        raise ValueError(f"cannot save {name}: its delta is not finite; the training has diverged")
+    return delta.to("cpu", torch.float32, copy=True)
+
+
+def base_model_of(model: nn.Module) -> str | None:
+    """The name of a transformers model's folder or repository, or None."""
+    paths = (getattr(getattr(module, "config", None), "_name_or_path", None) for module in model.modules())
+    return next((Path(path).name for path in paths if isinstance(path, str) and path), None)
+
+
+def named_linears(model: nn.Module) -> dict[str, nn.Module]:
+    """The linear maps of a model, with a gain or without, by the names that gain files use."""
+    return {canonical_name(name): module for name, module in linear_modules(model)}
+
+
+def refuse_misfit(file: GainFile, found: dict[str, nn.Module], *, exact: bool, path: object) -> None:
+    """Raise GainFileError unless names, sides and sizes fit; with ``exact`` the model may have no other gains."""
+    problems = []
+    missing = [name for name in file.deltas if name not in found]
+    if missing:
+        problems.append(f"layers of the file that the model does not have: {some_of(missing)}")
+    surplus = [name for name in found if name not in file.deltas] if exact else []
+    if surplus:
+        problems.append(f"gains of the model that the file does not have: {some_of(surplus)}")
+    for name in (name for name in file.deltas if name in found):
+        layer, side = found[name], file.sides[name]
+        if isinstance(layer, Gained) and layer.side != side:
+            problems.append(f"{name} has its gain on the {layer.side} side, in the file on the {side} side")
+            continue
+        if isinstance(layer, Gained) and layer.delta.numel() != layer.features:
+            problems.append(f"{name} has a partitioned delta: load inside deepspeed.zero.GatheredParameters")
+            continue
+        n_in, n_out = cast(tuple[int, int], sizes(layer))
+        features = n_out if side == "output" else n_in
+        if file.deltas[name].numel() != features:
+            problems.append(
+                f"{name} takes {features} gains on the {side} side, the file has {file.deltas[name].numel()}"
+            )
+    if problems:
+        shown = "; ".join(problems[:_SHOWN]) + (
+            f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+        )
+        raise GainFileError(f"{path} does not fit the model: {shown}")
+
+
+def refuse_other_base(file: GainFile, found: dict[str, nn.Module], model: nn.Module, path: object) -> None:
+    """Raise GainFileError unless every frozen weight is the one the gain was trained on."""
+    differing = [
+        name
+        for name, expected in file.fingerprints.items()
+        if expected is not None and fingerprint(found[name]) != expected
+    ]
+    if differing:
+        raise GainFileError(
+            f"{path} was trained on other weights (base model {file.base_model or 'unknown'}; this one is "
+            f"{base_model_of(model) or 'unknown'}): the frozen weights differ in {len(differing)} of {len(file.deltas)} "
+            f"layers, {some_of(differing)}. Load the base it was trained on, or pass check_base=False to use them anyway."
+        )
+
+
+def raw_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """What a linear map is frozen with, by name: its own tensors, or of a quantised layer those that use does not change."""
+    from gain_ops.models.quantized import lasting_tensors  # it builds on this module
+
+    lasting = lasting_tensors(module)
+    return own_tensors(module) if lasting is None else lasting

@@ -1,0 +1,197 @@
+"""A model's own FFN modules, run as gain_mlp: recognised by what their forward says, changed by their class alone.
+
+Modules, names, state dict and hooks of the FFN stay; its three (or two) projections are no longer called, their parameters
+are read. Undone by giving the class back.
+"""
+
+import functools
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gain_ops.layers.gained import Gained
+from gain_ops.layers.linears import is_conv1d, is_plain_linear
+from gain_ops.layers.wrapper import GainWrapper
+from gain_ops.models.ffn_layout import Layout, layout_of
+from gain_ops.models.sites import names_attention_output
+from gain_ops.ops.glu import gain_activation, gain_glu
+from gain_ops.ops.mlp import gain_mlp
+
+_ACTIVATIONS = {
+    "SiLU": "silu",
+    "SiLUActivation": "silu",
+    "GELUActivation": "gelu",
+    "NewGELUActivation": "gelu_tanh",
+    "GELUTanh": "gelu_tanh",
+    "PytorchGELUTanh": "gelu_tanh",
+    "FastGELUActivation": "gelu_tanh",
+    "ReLUSquaredActivation": "relu2",
+}
+
+
+class FusedMlp(nn.Module):
+    """Put before the class of an FFN by fuse(): its forward, with the gain of the down projection's input side.
+
+    fuse() refuses a down projection with hooks, as it is not called. Hooks that are put there afterwards do not run: they
+    cannot be refused as well, since DeepSpeed puts its own on every module.
+    """
+
+    _gain_layout: Layout
+    _gain_activation: str
+    _gain_recompute: bool
+    _gain_chunk: int | None
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """x [..., in] -> y [..., out]."""
+        layout = self._gain_layout
+        gate, down = self.get_submodule(layout.gate), cast(Gained, self.get_submodule(layout.down))
+        up = None if layout.up is None else self.get_submodule(layout.up)
+        if _is_readable(self):
+            y = gain_mlp(
+                hidden_states,
+                _weight(gate),
+                None if up is None else _weight(up),
+                _weight(down),
+                down.delta,
+                gate_bias=_bias(gate),
+                up_bias=None if up is None else _bias(up),
+                down_bias=_bias(down),
+                activation=self._gain_activation,
+                recompute=self._gain_recompute,
+                chunk=self._gain_chunk,
+                backend=down.backend,
+            )
+        else:
+            h = self._hidden(hidden_states, gate, up, down)
+            y = down.base(h) if isinstance(down, GainWrapper) else F.linear(h, _weight(down), _bias(down))
+        return y if layout.dropout is None else cast(Tensor, self.get_submodule(layout.dropout)(y))
+
+    def _hidden(self, x: Tensor, gate: nn.Module, up: nn.Module | None, down: Gained) -> Tensor:
+        """h, by calling the projections: for quantised ones, which have no weight that a matmul takes."""
+        if self._gain_layout.gated:
+            return gain_glu(
+                gate(x),
+                None if up is None else up(x),
+                down.delta,
+                activation=self._gain_activation,
+                backend=down.backend,
+            )
+        return gain_activation(gate(x), down.delta, activation=self._gain_activation, backend=down.backend)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """By the original class: the class made here has no name that pickle could find."""
+        return _rebuild, (type(self).__bases__[1],), self.__dict__
+
+
+def fuse(module: nn.Module, *, recompute: bool, chunk: int | None) -> None:
+    """Give an FFN, whose down projection has a gain on its input side, the class that runs it as gain_mlp.
+
+    Raises:
+        ValueError: not an FFN that is known, another activation, or with ``recompute`` or ``chunk`` projections that are
+            not plain linear layers.
+
+    """
+    layout = layout_of(module)
+    if layout is None:
+        raise ValueError(
+            f"fuse_mlp cannot serve {type(module).__name__}: its forward is none of those known (see gain_ops.models.fused_mlp). "
+            "Leave fuse_mlp off."
+        )
+    activation = _activation(module.get_submodule(layout.activation))
+    projections = [module.get_submodule(name) for name in (layout.gate, layout.up, layout.down) if name is not None]
+    if _hooked(projections[-1]):
+        raise ValueError(f"fuse_mlp does not call {layout.down}, which has hooks: remove them, or leave fuse_mlp off")
+    if (recompute or chunk is not None) and not _is_readable(module, layout):
+        kinds = ", ".join(sorted({type(getattr(p, "base", p)).__name__ for p in projections}))
+        raise ValueError(
+            f"memory='lean' and mlp_chunk with fuse_mlp need plain linear layers without hooks or gains of their own, and "
+            f"{type(module).__name__} has {kinds}: use memory='fast' and no mlp_chunk"
+        )
+    module._gain_layout, module._gain_activation = layout, activation  # type: ignore[assignment]
+    module._gain_recompute, module._gain_chunk = recompute, chunk  # type: ignore[assignment]
+    module.__class__ = _fused_class(cast(Any, type(module)))
+
+
+def fuse_all(model: nn.Module, *, recompute: bool, chunk: int | None) -> None:
+    """fuse() every module of a model that holds a down projection with a gain on its input side.
+
+    Raises:
+        ValueError: as fuse(); or there is none. What was fused before stays so: unfuse() undoes it.
+
+    """
+    found = [module for module in model.modules() if _is_gained_ffn(module)]
+    if not found:
+        raise ValueError(
+            "fuse_mlp found no FFN whose down projection has a gain: use targets='gain-ffn', or leave it off"
+        )
+    for module in found:
+        fuse(module, recompute=recompute, chunk=chunk)
+
+
+def unfuse(model: nn.Module) -> None:
+    """Give every fused FFN of a model its own class again."""
+    for module in list(fused_modules(model)):
+        module.__class__ = type(module).__bases__[1]
+        for name in ("_gain_layout", "_gain_activation", "_gain_recompute", "_gain_chunk"):
+            delattr(module, name)
+
+
+def fused_modules(model: nn.Module) -> Iterator[FusedMlp]:
+    """The FFNs of a model that run as gain_mlp."""
+    return (module for module in model.modules() if isinstance(module, FusedMlp))
+
+
+def _is_gained_ffn(module: nn.Module) -> bool:
+    """Whether it holds a gained projection and is not attention: by its layout, or else for fuse() to refuse by name."""
+    layout = layout_of(module)
+    if layout is not None:
+        return isinstance(getattr(module, layout.down, None), Gained)
+    names = [name for name, child in module.named_children() if isinstance(child, Gained)]
+    return any(not names_attention_output(f"{type(module).__name__}.{name}") for name in names)
+
+
+def _is_readable(module: nn.Module, layout: Layout | None = None) -> bool:
+    """Whether gain_mlp may read the weights of an FFN's projections instead of calling them."""
+    layout = layout or cast(FusedMlp, module)._gain_layout
+    first = [module.get_submodule(name) for name in (layout.gate, layout.up) if name is not None]
+    down = module.get_submodule(layout.down)
+    plain = all((is_plain_linear(p) or is_conv1d(p)) and not _hooked(p) for p in first)
+    return plain and isinstance(down, Gained) and not isinstance(down, GainWrapper)
+
+
+def _hooked(module: nn.Module) -> bool:
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(module, kind) for kind in kinds)
+
+
+def _weight(module: nn.Module) -> Tensor:
+    """[out, in]; transformers' Conv1D stores the transpose."""
+    weight = cast(Tensor, module.weight)
+    return weight.T if hasattr(module, "nf") else weight
+
+
+def _bias(module: nn.Module) -> Tensor | None:
+    return cast("Tensor | None", module.bias)
+
+
+def _activation(module: nn.Module) -> str:
+    name = type(module).__name__
+    if isinstance(module, nn.GELU):
+        return "gelu_tanh" if module.approximate == "tanh" else "gelu"
+    if name not in _ACTIVATIONS:
+        raise ValueError(
+            f"fuse_mlp does not know the activation {name}: {', '.join(_ACTIVATIONS)}. Leave fuse_mlp off."
+        )
+    return _ACTIVATIONS[name]
+
+
+@functools.cache
+def _fused_class(kind: Any) -> type[nn.Module]:
+    return type(f"Gain{kind.__name__}", (FusedMlp, kind), {"__module__": __name__})
+
+
+def _rebuild(kind: type[nn.Module]) -> nn.Module:
+    fused = _fused_class(cast(Any, kind))
+    return fused.__new__(fused)

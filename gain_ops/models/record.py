@@ -1,0 +1,153 @@
+"""What a model remembers of its gains, and what it is refused for."""
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from gain_ops.layers.gained import Gained
+
+# Components that torch.compile, activation checkpointing and FSDP1 put into module names.
+_WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
+
+RECORD = "_gain_ops_record"
+SETS = "_gain_ops_sets"
+
+
+@dataclass(frozen=True)
+class Applied:
+    """What apply() did.
+
+    Attributes:
+        names: the modules that got a gain, in the model's order.
+        side: "output", "input", or "mixed" when a gain file holds both.
+        targets: as given: "gain", "gain-ffn", or the patterns.
+        trained: how many parameters are now trained, all of them gains.
+
+    """
+
+    names: tuple[str, ...]
+    side: str
+    targets: str | tuple[str, ...]
+    trained: int
+
+    def __repr__(self) -> str:
+        targets = self.targets if isinstance(self.targets, str) else ", ".join(self.targets)
+        layers = f"{len(self.names)} layer" + ("s" if len(self.names) != 1 else "")
+        return f"Applied({layers}, {self.side} side, targets {targets}: {self.trained:,} trained parameters)"
+
+
+@dataclass
+class Record:
+    """Kept on the model, so that it goes along with a copy or a pickle."""
+
+    applied: Applied
+    requires_grad: dict[str, bool]
+
+
+@dataclass
+class GainSets:
+    """The named gain sets of a model, see gain_ops.models.sets; kept on it, so that they go along with a copy or a pickle.
+
+    Attributes:
+        deltas: by set and layer; a layer that a set lacks has delta 0 in it. Those of the active set are behind: the
+            model has its values.
+        active: the set that the model computes with, or None for the base.
+
+    """
+
+    deltas: dict[str, dict[str, Tensor]]
+    active: str | None
+
+
+def gained_modules(model: nn.Module) -> dict[str, Gained]:
+    """The layers with a gain by name, in the model's order, a shared one under its first name.
+
+    Names are those that apply() gave: relative to the model it was called on, if that is now inside another (DDP, say),
+    and without the components that torch.compile, activation checkpointing and FSDP1 add.
+    """
+    return {canonical_name(name): module for name, module in _root(model).named_modules() if isinstance(module, Gained)}
+
+
+def record_holder(model: nn.Module) -> nn.Module | None:
+    """The module that apply() was called on, if there is exactly one such in the model."""
+    return _holder(model, RECORD)
+
+
+def kept_sets(model: nn.Module) -> GainSets | None:
+    """The named gain sets of a model, or None for a model without."""
+    holder = _holder(model, SETS)
+    return vars(holder)[SETS] if holder is not None else None
+
+
+def keep_sets(model: nn.Module, sets: GainSets) -> None:
+    """Keep named gain sets on a model, where the names of its layers start."""
+    setattr(_root(model), SETS, sets)
+
+
+def refuse_base_active(model: nn.Module, action: str) -> None:
+    """Raise ValueError if the model has named gain sets and the base is active: its deltas are no set's."""
+    sets = kept_sets(model)
+    if sets is not None and sets.active is None:
+        raise ValueError(
+            f"cannot {action} while the base is active: choose one of the gain sets {', '.join(sets.deltas)} with "
+            "gain_ops.set_gains()"
+        )
+
+
+def refuse_part(model: nn.Module, action: str) -> None:
+    """Raise ValueError if gains of the model were applied to a larger model: what was there before is known there."""
+    if any(module.placed for module in all_gained(model).values()) and not record_holders(model):
+        raise ValueError(f"the gains were applied to a larger model: call {action}() on that one")
+
+
+def refuse_outside(model: nn.Module, action: str) -> None:
+    """Raise ValueError if the model has gains that gained_modules() does not name."""
+    root = _root(model)
+    outside = all_gained(model).keys() - all_gained(root).keys()
+    if outside:
+        name = next(canonical_name(name) for name, module in model.named_modules() if id(module) in outside)
+        raise ValueError(
+            f"cannot {action} while {name} has a gain outside the module that apply() was called on, a "
+            f"{type(root).__name__}: {action} that module by itself first"
+        )
+
+
+def applied_record(model: nn.Module) -> Applied | None:
+    """What apply() returned for this model, or None for gains put on by hand."""
+    holder = record_holder(model)
+    record: Record | None = vars(holder)[RECORD] if holder is not None else None
+    return record.applied if record is not None else None
+
+
+def canonical_name(name: str) -> str:
+    """A module's name without the components that torch.compile, activation checkpointing and FSDP1 put in."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def refuse_gained(model: nn.Module) -> None:
+    """Raise ValueError if the model has a gain somewhere."""
+    count = sum(isinstance(module, Gained) for module in model.modules())
+    if count:
+        raise ValueError(
+            f"{type(model).__name__} already has gains on {count} layers: gain_ops.absorb() them into the weights or "
+            "gain_ops.remove() them first"
+        )
+
+
+def _root(model: nn.Module) -> nn.Module:
+    """The module that layers are named from: where apply() was called, or sets of gains put on by hand are kept."""
+    return record_holder(model) or _holder(model, SETS) or model
+
+
+def all_gained(model: nn.Module) -> dict[int, Gained]:
+    """Every layer with a gain, whether named from _root() or not, by id."""
+    return {id(module): module for module in model.modules() if isinstance(module, Gained)}
+
+
+def record_holders(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if RECORD in vars(module)]
+
+
+def _holder(model: nn.Module, attribute: str) -> nn.Module | None:
+    holders = [module for module in model.modules() if attribute in vars(module)]
+    return holders[0] if len(holders) == 1 else None

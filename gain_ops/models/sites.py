@@ -1,0 +1,237 @@
+"""Where the gains go: the attention output projections (GAIN) and the FFN down projections (GAIN-FFN), by architecture.
+
+A model is recognised by the ``model_type`` of its own transformers config, or of the config of a part of it (the
+language model inside a multimodal one); the table below then says what the projections are called. Any other model is
+read by name and shape, see ``_by_name_and_shape``. Names are matched at their end and by whole components:
+"self_attn.o_proj" fits "model.layers.3.self_attn.o_proj".
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import cast
+
+from torch import nn
+
+from gain_ops.layers.linears import sizes
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What the two kinds of projection are called: regular expressions for the end of a module's name."""
+
+    attention: str
+    down: str
+
+
+@dataclass(frozen=True)
+class Site:
+    """A linear module that gets a gain."""
+
+    name: str
+    module: nn.Module
+    attention: bool  # an attention output projection, whose input is alive for backward anyway
+
+
+_LLAMA = Architecture(r"self_attn\.o_proj", r"mlp\.down_proj")
+_SHARED_EXPERTS = Architecture(r"self_attn\.o_proj", r"mlp\.(shared_experts?\.)?down_proj")
+_FAIRSEQ = Architecture(r"self_attn\.out_proj", r"fc2")
+_GPT2 = Architecture(r"attn\.c_proj", r"mlp\.c_proj")
+_GPTJ = Architecture(r"attn\.out_proj", r"mlp\.fc_out")
+_BLOOM = Architecture(r"self_attention\.dense", r"mlp\.dense_4h_to_h")
+
+# The mixtures among them fuse their experts: "gain" serves their attention, "gain-ffn" refuses them.
+_LLAMA_TYPES = """
+    apertus arcee cohere cohere2 cohere2_moe cwm diffllama ernie4_5 exaone4 flex_olmo gemma gemma2 gemma3_text
+    gemma4_text glm glm4 gpt_oss granite granitemoe helium hunyuan_v1_dense llama minicpm3 minimax_m2 ministral
+    ministral3 mistral mixtral nemotron olmo olmo2 olmo3 olmoe phi3 phimoe qwen2 qwen2_5_vl_text qwen2_vl_text
+    qwen3 qwen3_moe qwen3_vl_text seed_oss smollm3 stablelm vaultgemma
+"""
+_SHARED_EXPERTS_TYPES = "deepseek_v2 deepseek_v3 ernie4_5_moe glm4_moe qwen2_moe"
+
+ARCHITECTURES: dict[str, Architecture] = {
+    **dict.fromkeys(_LLAMA_TYPES.split(), _LLAMA),
+    **dict.fromkeys(_SHARED_EXPERTS_TYPES.split(), _SHARED_EXPERTS),
+    **dict.fromkeys(("biogpt", "opt", "xglm"), _FAIRSEQ),
+    **dict.fromkeys(("gpt2", "gpt_bigcode", "openai-gpt"), _GPT2),
+    **dict.fromkeys(("codegen", "gptj"), _GPTJ),
+    **dict.fromkeys(("bloom", "falcon"), _BLOOM),
+    "gpt_neo": Architecture(r"attn\.attention\.out_proj", r"mlp\.c_proj"),
+    "gpt_neox": Architecture(r"attention\.dense", r"mlp\.dense_4h_to_h"),
+    "mllama_text_model": Architecture(r"(self|cross)_attn\.o_proj", r"mlp\.down_proj"),
+    "mpt": Architecture(r"attn\.out_proj", r"ffn\.down_proj"),
+    "persimmon": Architecture(r"self_attn\.dense", r"mlp\.dense_4h_to_h"),
+    "phi": Architecture(r"self_attn\.dense", r"mlp\.fc2"),
+    "starcoder2": Architecture(r"self_attn\.o_proj", r"mlp\.c_proj"),
+}
+
+_ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
+_ATTENTION_LEAF = re.compile(r"c_proj|dense|o|o_proj|out_lin|out_proj|proj|to_out|wo")
+_DOWN_LEAF = re.compile(r"c_proj|dense|dense_4h_to_h|down_proj|fc2|fc_out|lin2|linear2|proj_down|w2|wo")
+
+
+def preset_sites(model: nn.Module, *, ffn: bool) -> list[Site]:
+    """The attention output projections of a model and, with ``ffn``, its FFN down projections, in the model's order.
+
+    Raises:
+        ValueError: one of the kinds was not found, or with ``ffn`` the experts are fused into 3-D parameters.
+
+    """
+    if ffn:
+        _refuse_fused_experts(model)
+    parts = _known_parts(model)
+    sites = _by_table(parts) if parts else _by_name_and_shape(model)
+    for kind, attention in (("attention output", True), ("FFN down", False)):
+        if (attention or ffn) and not any(site.attention == attention for site in sites):
+            model_types = ", ".join(sorted({model_type for _, _, model_type in parts}))
+            how = f"model_type {model_types}" if parts else "no architecture known here, so searched by name and shape"
+            raise ValueError(
+                f"no {kind} projection found in {type(model).__name__} ({how}). Name them instead, as in "
+                f"targets=['o_proj', 'down_proj']. {candidates(model)}"
+            )
+    return [site for site in sites if site.attention or ffn]
+
+
+def pattern_sites(model: nn.Module, patterns: Iterable[str]) -> list[Site]:
+    """The linear modules whose name ends in a match of a regular expression, by whole components, in the model's order.
+
+    Raises:
+        ValueError: a pattern that is no regular expression, or one that matches no linear module.
+
+    """
+    modules = linear_modules(model)
+    matched: set[str] = set()
+    for pattern in patterns:
+        found = {name for name, _ in modules if _ends_in(pattern, name)}
+        if not found:
+            raise ValueError(f"the target {pattern!r} matches no linear module. {candidates(model)}")
+        matched |= found
+    return [Site(name, module, names_attention_output(name)) for name, module in modules if name in matched]
+
+
+def refuse_bypassed(model: nn.Module, sites: Iterable[Site]) -> None:
+    """Raise ValueError for a site whose weight the model reads without calling the module: a gain would do nothing."""
+    parents = {id(child): parent for parent in model.modules() for child in parent.children()}
+    for site in sites:
+        parent = parents[id(site.module)]
+        leaf = site.name.rpartition(".")[2]
+        config = getattr(model, "config", None)
+        if isinstance(parent, nn.MultiheadAttention):
+            why = "torch.nn.MultiheadAttention uses the weight of its out_proj without calling it"
+        elif isinstance(parent, nn.TransformerEncoderLayer):
+            why = (
+                "torch.nn.TransformerEncoderLayer has a fast path for inference that uses the weight without calling it"
+            )
+        elif leaf == "out_proj" and re.search("mamba|bamba", type(parent).__name__, re.IGNORECASE):
+            why = "the fused Mamba kernels use the weight of out_proj without calling it"
+        elif getattr(config, "slow_but_exact", False) and getattr(config, "pretraining_tp", 1) > 1:
+            why = "with config.slow_but_exact Bloom uses slices of the weight without calling it; set it to False"
+        else:
+            continue
+        raise ValueError(f"a gain on {site.name} would be ignored: {why}. Leave it out of the targets.")
+
+
+def linear_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """(name, module) of every linear map below the root, by its first name; not those inside another linear map."""
+    found: list[tuple[str, nn.Module]] = []
+    for name, module in model.named_modules():
+        inside = bool(found) and name.startswith(f"{found[-1][0]}.")
+        if name and not inside and sizes(module) is not None:
+            found.append((name, module))
+    return found
+
+
+def candidates(model: nn.Module) -> str:
+    """A sentence naming some of the linear modules there are, one of each kind, for an error message."""
+    kinds = {re.sub(r"\d+", "*", name): name for name, _ in reversed(linear_modules(model))}
+    names = ", ".join(map(repr, list(kinds.values())[::-1][:12]))
+    if sizes(model) is not None:
+        return "The model is itself the linear map: use gain_ops.GainLinear.from_linear()."
+    return f"Linear modules here: {names}." if names else "The model has no linear modules."
+
+
+def _known_parts(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
+    """(name, module, model_type) of the outermost modules whose config names an architecture of the table."""
+    parts: list[tuple[str, nn.Module, str]] = []
+    for name, module in model.named_modules():
+        model_type = getattr(getattr(module, "config", None), "model_type", None)
+        inside = any(not outer or name.startswith(f"{outer}.") for outer, _, _ in parts)
+        if model_type in ARCHITECTURES and not inside:
+            parts.append((name, module, cast(str, model_type)))
+    return parts
+
+
+def _by_table(parts: Iterable[tuple[str, nn.Module, str]]) -> list[Site]:
+    sites = []
+    for prefix, part, model_type in parts:
+        architecture = ARCHITECTURES[model_type]
+        for name, module in linear_modules(part):
+            attention = _ends_in(architecture.attention, name)
+            if attention or _ends_in(architecture.down, name):
+                sites.append(Site(f"{prefix}.{name}" if prefix else name, module, attention))
+    return sites
+
+
+def _by_name_and_shape(model: nn.Module) -> list[Site]:
+    """Sites of a model that the table does not know.
+
+    Attention output: the last component of the name is an _ATTENTION_LEAF, and one before it contains "attn" or
+    "attention". FFN down: the last is a _DOWN_LEAF, none before it contains those, and in_features > out_features.
+    Both: out_features is the width of the residual stream, which is ``config.hidden_size`` if there is one, else the
+    width of the largest embedding, else the commonest out_features of what the names gave.
+    """
+    named = [
+        Site(name, module, names_attention_output(name))
+        for name, module in linear_modules(model)
+        if names_attention_output(name) or _names_ffn_down(name)
+    ]
+    width = _width(model, named)
+    return [site for site in named if _fits(site, width)]
+
+
+def _fits(site: Site, width: int) -> bool:
+    n_in, n_out = cast(tuple[int, int], sizes(site.module))
+    return n_out == width and (site.attention or n_in > n_out)
+
+
+def _width(model: nn.Module, named: list[Site]) -> int:
+    hidden_size = getattr(getattr(model, "config", None), "hidden_size", None)
+    if isinstance(hidden_size, int):
+        return hidden_size
+    embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    if embeddings:
+        return max(embeddings, key=lambda module: module.num_embeddings).embedding_dim
+    outputs = Counter(cast(tuple[int, int], sizes(site.module))[1] for site in named)
+    return outputs.most_common(1)[0][0] if outputs else 0
+
+
+def names_attention_output(name: str) -> bool:
+    """Whether a module's name, by itself, says attention output projection."""
+    *path, leaf = name.split(".")
+    return _ATTENTION_LEAF.fullmatch(leaf) is not None and any(map(_ATTENTION.search, path))
+
+
+def _names_ffn_down(name: str) -> bool:
+    *path, leaf = name.split(".")
+    return _DOWN_LEAF.fullmatch(leaf) is not None and not any(map(_ATTENTION.search, path))
+
+
+def _ends_in(pattern: str, name: str) -> bool:
+    try:
+        return re.search(rf"(?:^|\.)(?:{pattern})$", name) is not None
+    except re.error as error:
+        raise ValueError(f"the target {pattern!r} is not a regular expression: {error}") from error
+
+
+def _refuse_fused_experts(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if not re.search("expert|moe", f"{name} {type(module).__name__}", re.IGNORECASE):
+            continue
+        for parameter_name, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() >= 3:
+                raise ValueError(
+                    f"targets='gain-ffn' cannot serve {type(model).__name__}: its FFN experts are fused into 3-D "
+                    f"parameters ({name}.{parameter_name}, shape {tuple(parameter.shape)}), not linear modules. Use "
+                    "targets='gain' for the attention output projections alone, or patterns that name its dense layers."
+                )

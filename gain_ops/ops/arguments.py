@@ -1,0 +1,51 @@
+"""What every public function does to its arguments before autograd: check, flatten, ask whether a transform is active."""
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from gain_ops.utils.dtensors import is_sharded
+
+
+def flatten(x: Tensor) -> Tensor:
+    """[..., n] -> [T, n], before autograd, so that one compiled graph serves every rank."""
+    if x.dim() == 2:
+        return x
+    return x.unsqueeze(0) if x.dim() == 1 else x.flatten(0, -2)
+
+
+def unflatten(y: Tensor, like: Tensor) -> Tensor:
+    """[T, m] -> [..., m], the leading sizes those of ``like``."""
+    return y if like.dim() == 2 else y.view(*like.shape[:-1], y.shape[-1])
+
+
+def transformed() -> bool:
+    """Whether a torch.func transform or forward-mode is active: plain torch supports them all, a Function needs rules."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def check_features(x: Tensor, features: int, delta: Tensor, meaning: str) -> None:
+    """Raise ValueError unless delta is [features] on x's device; ``meaning`` says which features."""
+    if delta.dim() != 1 or delta.shape[0] != features:
+        raise ValueError(f"delta must be [{features}] ({meaning}), got shape {tuple(delta.shape)}")
+    check_device(x, delta, "delta")
+
+
+def check_device(x: Tensor, other: Tensor, name: str) -> None:
+    """Raise ValueError unless both are on one device."""
+    if other.device != x.device:
+        raise ValueError(f"x is on {x.device} and {name} is on {other.device}: move them to one device")
+
+
+def check_floating(**tensors: Tensor) -> None:
+    """Raise TypeError for a dtype that no backend computes in."""
+    for name, tensor in tensors.items():
+        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {tensor.dtype}")
+
+
+def any_sharded(*tensors: Tensor | None) -> bool:
+    """Whether one of them is a DTensor."""
+    return any(tensor is not None and is_sharded(tensor) for tensor in tensors)

@@ -1,0 +1,57 @@
+"""What every autograd Function here shares: autocast, the casts, what is remembered."""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gain_ops import reference
+
+Gradients = tuple[Tensor | None, ...]
+
+
+# asked once: torch.compile cannot trace the question in torch 2.10
+_AUTOCAST_TYPES = tuple(name for name in ("cpu", "cuda", "xpu", "mps", "hpu") if torch.amp.is_autocast_available(name))
+
+
+def autocast_enabled(device_type: str) -> bool:
+    """Whether autocast is on for a device type; never for one that has none, such as meta."""
+    return device_type in _AUTOCAST_TYPES and torch.is_autocast_enabled(device_type)
+
+
+def outside_autocast(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:
+    """Run a backward with autocast off: a backward called under autocast would round fp32 GEMMs otherwise."""
+
+    @wraps(backward)
+    def run(ctx: Any, *grads: Tensor | None) -> Gradients:
+        if autocast_enabled(ctx.device_type):
+            with torch.autocast(ctx.device_type, enabled=False):
+                return backward(ctx, *grads)
+        return backward(ctx, *grads)
+
+    return run
+
+
+def differentiable() -> bool:
+    """Whether this backward is itself being recorded (create_graph=True); a traced backward never is."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def cast_to(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return tensor if dtype is None else tensor.to(dtype)
+
+
+def bias_gradient(ctx: Any, dy: Tensor) -> Tensor | None:
+    if not ctx.needs_input_grad[3]:
+        return None
+    return dy.sum(0, dtype=reference.accumulation_dtype(dy.dtype)).to(ctx.bias_dtype)
+
+
+def remember(ctx: Any, x: Tensor, delta: Tensor, bias: Tensor | None, backend: str) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.device_type = x.device.type
+    ctx.delta_dtype = delta.dtype
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.backend = backend

@@ -1,0 +1,198 @@
+"""The gain in an FFN's activation: the public functions, and the autograd Function of both."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from gain_ops import reference
+from gain_ops.ops import raw
+from gain_ops.ops.arguments import (
+    any_sharded,
+    check_device,
+    check_features,
+    check_floating,
+    flatten,
+    transformed,
+    unflatten,
+)
+from gain_ops.ops.autograd import Gradients, differentiable, outside_autocast
+
+
+def gain_glu(
+    gate: Tensor, up: Tensor | None, delta: Tensor, *, activation: str = "silu", backend: str = "auto"
+) -> Tensor:
+    r"""A gated FFN's activation with a gain on each hidden neuron, ``gain = 1 + delta``, in one pass.
+
+    ::
+
+        h      = act(gate) * up * gain
+        dgate  = dh * gain * up * act'(gate)        dup = dh * gain * act(gate)
+        ddelta = sum over tokens of dh * act(gate) * up
+
+    It is the input side of the down projection: ``(h0 * gain) @ W.T`` is the linear map of ``W @ diag(gain)`` applied to
+    h0 = act(gate) * up, so absorbing the gain there, or into the rows of the up projection, removes it.
+
+    Args:
+        gate: [..., n], any strides; float64, float32, bfloat16 or float16. Or packed [..., 2n], gate then up, with up=None.
+        up: [..., n] in gate's dtype, or None where gate is packed.
+        delta: [n], any floating dtype.
+        activation: "silu" (SwiGLU), "gelu" or "gelu_tanh" (GEGLU), "relu2".
+        backend: as in gain_linear.
+
+    Returns:
+        h [..., n] in gate's dtype, computed in float32 (float64 for float64) and rounded once. Autocast changes nothing.
+
+    Kept for backward: gate and up as they are (packed: the packed tensor), which the projections have just made; h is not
+    kept, nor act(gate), and nothing at all where no gradient is wanted. Gradients of gate and up are two halves of one
+    tensor; of a packed gate_up that tensor itself.
+
+    Raises:
+        ValueError: shapes or devices that do not fit, or an activation or backend that does not exist.
+        TypeError: dtypes that do not fit.
+        BackendUnavailable: a backend asked for by name that cannot run here.
+
+    Source: GAIN-FFN, arXiv 2604.04516; SwiGLU and GEGLU, arXiv 2002.05202.
+
+    """
+    _check_activation(activation)
+    if up is None:
+        if gate.dim() == 0 or gate.shape[-1] % 2:
+            raise ValueError(f"without up, gate must be packed [..., 2n], gate then up; got shape {tuple(gate.shape)}")
+    else:
+        _check_like(gate, up)
+    return _activated(gate, up, delta, activation, up is None, backend)
+
+
+def gain_swiglu(gate: Tensor, up: Tensor | None, delta: Tensor, *, backend: str = "auto") -> Tensor:
+    """``h = silu(gate) * up * (1 + delta)``: gain_glu with ``activation="silu"``."""
+    return gain_glu(gate, up, delta, activation="silu", backend=backend)
+
+
+def gain_geglu(
+    gate: Tensor, up: Tensor | None, delta: Tensor, *, approximate: str = "none", backend: str = "auto"
+) -> Tensor:
+    """``h = gelu(gate) * up * (1 + delta)``: gain_glu with "gelu", or "gelu_tanh" for ``approximate="tanh"``."""
+    if approximate not in ("none", "tanh"):
+        raise ValueError(f"approximate={approximate!r} is not one of 'none', 'tanh'")
+    activation = "gelu_tanh" if approximate == "tanh" else "gelu"
+    return gain_glu(gate, up, delta, activation=activation, backend=backend)
+
+
+def gain_activation(x: Tensor, delta: Tensor, *, activation: str, backend: str = "auto") -> Tensor:
+    """An FFN's activation with a gain on each hidden neuron, ``gain = 1 + delta``, in one pass: GPT-2's and others'.
+
+    ::
+
+        h = act(x) * gain        dx = dh * gain * act'(x)        ddelta = sum over tokens of dh * act(x)
+
+    Args:
+        x: [..., n], any strides; float64, float32, bfloat16 or float16. It is what backward keeps.
+        delta: [n], any floating dtype.
+        activation: "silu", "gelu", "gelu_tanh" (GPT-2's) or "relu2".
+        backend: as in gain_linear.
+
+    Returns:
+        h [..., n] in x's dtype, computed in float32 (float64 for float64) and rounded once. Autocast changes nothing.
+
+    Raises: as gain_glu.
+
+    Source: GAIN-FFN, arXiv 2604.04516.
+
+    """
+    _check_activation(activation)
+    return _activated(x, None, delta, activation, False, backend)
+
+
+def gain_relu2(x: Tensor, delta: Tensor, *, backend: str = "auto") -> Tensor:
+    """``h = relu(x)^2 * (1 + delta)``: gain_activation with ``activation="relu2"``."""
+    return gain_activation(x, delta, activation="relu2", backend=backend)
+
+
+def _activated(gate: Tensor, up: Tensor | None, delta: Tensor, activation: str, packed: bool, backend: str) -> Tensor:
+    check_floating(gate=gate, delta=delta)
+    width = gate.shape[-1] if gate.dim() else 0
+    check_features(gate, width // 2 if packed else width, delta, "the hidden neurons")
+    if any_sharded(gate, up, delta):
+        from gain_ops.ops import sharding
+
+        function = partial(_activated, activation=activation, packed=packed, backend=backend)
+        operands = {"gate": gate, "up": up, "delta": delta}
+        return sharding.on_shards("glu_packed" if packed else "glu", function, operands, delta.shape[0])
+    if transformed():
+        g, u = gate.chunk(2, -1) if packed else (gate, up)
+        return reference.composite_glu(g, u, delta, activation)
+    flat, flat_up = flatten(gate), None if up is None else flatten(up)
+    wants_grad = gate.requires_grad or delta.requires_grad or (up is not None and up.requires_grad)
+    if torch.is_grad_enabled() and wants_grad:
+        h = Glu.apply(flat, flat_up, delta, activation, packed, backend)
+    else:
+        h = raw.glu(*halves(flat, flat_up, packed), delta, activation, backend)
+    return unflatten(h, gate)
+
+
+def _check_activation(activation: str) -> None:
+    if activation not in reference.ACTIVATIONS:
+        raise ValueError(f"activation={activation!r} is not one of {', '.join(map(repr, reference.ACTIVATIONS))}")
+
+
+def _check_like(gate: Tensor, up: Tensor) -> None:
+    if up.shape != gate.shape:
+        raise ValueError(f"up must have gate's shape {tuple(gate.shape)}, got {tuple(up.shape)}")
+    if up.dtype != gate.dtype:
+        raise TypeError(f"up must have gate's dtype {gate.dtype}, got {up.dtype}")
+    check_device(gate, up, "up")
+
+
+class Glu(Function):
+    """``h = act(gate) * up * gain``; with ``packed`` gate and up are the two halves of the first argument's rows."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, gate: Tensor, up: Tensor | None, delta: Tensor, activation: str, packed: bool, backend: str
+    ) -> Tensor:
+        """gate [T, n] and up [T, n] or None, or packed [T, 2n] and None; delta [n] -> h [T, n]."""
+        ctx.set_materialize_grads(False)
+        ctx.device_type, ctx.delta_dtype = gate.device.type, delta.dtype
+        ctx.activation, ctx.packed, ctx.backend = activation, packed, backend
+        ctx.save_for_backward(gate, up, delta)
+        h: Tensor = raw.glu(*halves(gate, up, packed), delta, activation, backend)
+        return h
+
+    @staticmethod
+    @outside_autocast
+    def backward(ctx: Any, dh: Tensor | None) -> Gradients:
+        """dh [T, n] -> dgate, dup, ddelta."""
+        if dh is None:
+            return (None,) * 6
+        gate, up, delta = ctx.saved_tensors
+        g, u = halves(gate, up, ctx.packed)
+        needs_gate, needs_up, needs_delta = ctx.needs_input_grad[:3]
+        if differentiable():
+            parts, ddelta = reference.composite_glu_backward(dh, g, u, delta, ctx.activation)
+            dgate_up = torch.cat(parts, 1) if len(parts) == 2 else parts[0]
+        elif needs_gate or needs_up:
+            dgate_up, ddelta = raw.glu_backward(dh, g, u, delta, ctx.activation, ctx.backend)
+        else:
+            dgate_up, ddelta = None, raw.glu_ddelta(dh, g, u, ctx.activation, ctx.backend)
+        dgate, dup = (None, None) if dgate_up is None else halves(dgate_up, None, up is not None)
+        if ctx.packed:
+            dgate, dup = dgate_up, None
+        return (
+            dgate if needs_gate else None,
+            dup if needs_up else None,
+            ddelta.to(ctx.delta_dtype) if needs_delta else None,
+            None,
+            None,
+            None,
+        )
+
+
+def halves(gate: Tensor, up: Tensor | None, packed: bool) -> tuple[Tensor, Tensor | None]:
+    """gate and up as they are, or as views of the packed tensor."""
+    if not packed:
+        return gate, up
+    n = gate.shape[1] // 2
+    return gate[:, :n], gate[:, n:]

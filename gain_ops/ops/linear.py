@@ -1,0 +1,399 @@
+"""A linear map with a gain: the public functions, and three autograd Functions, one a way of saving.
+
+    KeepOutput   output side   saves z [T, out]   one more activation, the frozen linear's two GEMMs
+    KeepInput    output side   saves x [T, in]    no new byte where another op already holds x, a third GEMM
+                 input side    saves x [T, in]    the same two GEMMs
+    Scale        no GEMM       saves x [T, n]     around a linear map that is not ours
+
+Each also saves an alias of W (the caller's own tensor: never a copy, under autocast neither) and delta. A gradient that nobody
+needs is not computed and nothing is saved for it: only delta -> no dx GEMM and no W; only x -> no activation at all.
+
+``compute_dtype`` is autocast's dtype or None: W is cast inside, forward and backward, so that no cast copy outlives the call.
+Double backward recomputes with reference.py's differentiable lines; KeepOutput returns z as a second output for that reason:
+a saved output carries the graph back to x.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from gain_ops import reference
+from gain_ops.ops import raw
+from gain_ops.ops.arguments import (
+    any_sharded,
+    check_device,
+    check_features,
+    check_floating,
+    flatten,
+    transformed,
+    unflatten,
+)
+from gain_ops.ops.autograd import (
+    Gradients,
+    autocast_enabled,
+    bias_gradient,
+    cast_to,
+    differentiable,
+    outside_autocast,
+    remember,
+)
+from gain_ops.reference import SIDES
+
+SAVES = ("auto", "output", "input")
+
+
+def gain_linear(
+    x: Tensor,
+    weight: Tensor,
+    delta: Tensor,
+    bias: Tensor | None = None,
+    *,
+    side: str = "output",
+    save: str = "auto",
+    backend: str = "auto",
+) -> Tensor:
+    r"""A linear map whose frozen weight is scaled by a learned diagonal, with ``gain = 1 + delta``.
+
+    ::
+
+        side="output":   y = gain * (x @ W.T) + b        the same as the linear map of diag(gain) @ W
+        side="input":    y = (x * gain) @ W.T + b        the same as the linear map of W @ diag(gain)
+
+        dx     = (dy * gain) @ W              or  gain * (dy @ W)
+        ddelta = sum over tokens of dy * z    or  sum over tokens of (dy @ W) * x,      z = x @ W.T
+
+    The gain scales the weight and not the bias. dW is never formed, and no gradient that nobody needs is computed.
+
+    Args:
+        x: [..., in_features], any strides; float64, float32, bfloat16 or float16.
+        weight: [out_features, in_features], x's dtype, any strides (a transposed view is not copied). Frozen: it must not
+            require a gradient.
+        delta: [out_features] on the output side, [in_features] on the input side; gain minus one, zeros at the start. Any
+            floating dtype; keep it float32, where steps near zero are not lost.
+        bias: [out_features] or None; any floating dtype.
+        side: which features the gain scales, "output" or "input".
+        save: what an output-side gain keeps for backward. "output": z [..., out_features], fast. "input": x, and one more
+            GEMM recomputes z in the backward, which adds no byte where x is alive anyway. "auto": "output". The input side
+            always keeps x ("auto" or "input"). Nothing that is activation-sized is kept unless delta needs a gradient.
+        backend: "auto", or "triton" | "cuda" | "eager" by name (see gain_ops.ops.dispatch). With "auto", GAIN_OPS_BACKEND decides.
+
+    Returns:
+        y [..., out_features] in x's dtype (in autocast's dtype under autocast). The products with the gain run in float32
+        (float64 for float64); the kernels round once, the eager backend rounds z first as plain torch does. With delta = 0
+        and no bias the bits are those of torch.nn.functional.linear wherever that runs the same GEMM.
+
+    Under autocast x, weight and the input side's bias go to autocast's dtype and delta stays as it is; the cast weight is
+    not kept for backward. torch.func transforms, forward-mode and double backward work through plain torch, unfused.
+
+    DTensors are computed shard by shard where their placements fit together, with y a DTensor, and nothing is gathered: see
+    gain_ops.ops.sharding. Row-parallel, y is a sum over the ranks that is left open, each of its terms scaled already.
+
+    Raises:
+        ValueError: shapes, devices, placements, ``side``, ``save`` or ``backend`` that do not fit, or a weight that requires
+            a gradient.
+        TypeError: dtypes that do not fit.
+        BackendUnavailable: a backend asked for by name that cannot run here.
+
+    Source: GAIN, arXiv 2604.04516.
+
+    """
+    _check(x, weight, delta, bias, side, save)
+    if any_sharded(x, weight, delta, bias):
+        from gain_ops.ops import sharding
+
+        function = partial(gain_linear, side=side, save=save, backend=backend)
+        rule = "linear" if side == "output" else "linear_input"
+        operands = {"x": x, "weight": weight, "delta": delta, "bias": bias}
+        return sharding.on_shards(rule, function, operands, weight.shape[0])
+    device_type = x.device.type
+    if transformed():
+        return reference.composite(x, weight, delta, bias, side)
+    if autocast_enabled(device_type) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device_type)
+        with torch.autocast(device_type, enabled=False):
+            return _apply(
+                x.to(dtype), weight, delta, bias, None if weight.dtype == dtype else dtype, side, save, backend
+            )
+    if weight.dtype != x.dtype:
+        raise TypeError(
+            f"x is {x.dtype} and weight is {weight.dtype}: they must agree outside autocast. Cast one, or use torch.autocast."
+        )
+    return _apply(x, weight, delta, bias, None, side, save, backend)
+
+
+def gain_scale(x: Tensor, delta: Tensor, *, backend: str = "auto") -> Tensor:
+    """``y = x * (1 + delta)`` over the last dimension, with one fused pass for both gradients.
+
+    ::
+
+        dx = dy * (1 + delta)        ddelta = sum over tokens of dy * x
+
+    The gain round a linear map that is not ours (a quantised one, say): scale its output, or its input.
+
+    Args:
+        x: [..., n], any strides; float64, float32, bfloat16 or float16. It is kept for backward when delta needs a gradient.
+        delta: [n], any floating dtype.
+        backend: as in gain_linear.
+
+    Returns:
+        y [..., n] in x's dtype, from a float32 product (float64 for float64), rounded once. Autocast changes nothing.
+
+    Raises:
+        ValueError: shapes or devices that do not fit, or an unknown backend.
+        TypeError: a dtype that is not floating.
+        BackendUnavailable: a backend asked for by name that cannot run here.
+
+    """
+    check_floating(x=x, delta=delta)
+    check_features(x, x.shape[-1] if x.dim() else 0, delta, "x.shape[-1]")
+    if any_sharded(x, delta):
+        from gain_ops.ops import sharding
+
+        return sharding.on_shards("scale", partial(gain_scale, backend=backend), {"x": x, "delta": delta}, x.shape[-1])
+    if transformed():
+        return reference.composite_scale(x, delta)
+    flat = flatten(x)
+    if torch.is_grad_enabled() and (x.requires_grad or delta.requires_grad):
+        y = Scale.apply(flat, delta, backend)
+    else:
+        y = raw.scale(flat, delta, backend)
+    return unflatten(y, x)
+
+
+def check_side_and_save(side: str, save: str) -> None:
+    """Raise ValueError for a side or save that does not exist, or that do not go together."""
+    if side not in SIDES:
+        raise ValueError(f"side={side!r} is not one of {', '.join(map(repr, SIDES))}")
+    if save not in SAVES:
+        raise ValueError(f"save={save!r} is not one of {', '.join(map(repr, SAVES))}")
+    if side == "input" and save == "output":
+        raise ValueError("save='output' has no use on the input side, which keeps x: use save='auto' or 'input'")
+
+
+def _apply(
+    x: Tensor,
+    weight: Tensor,
+    delta: Tensor,
+    bias: Tensor | None,
+    compute_dtype: torch.dtype | None,
+    side: str,
+    save: str,
+    backend: str,
+) -> Tensor:
+    flat = flatten(x)
+    wants_grad = x.requires_grad or delta.requires_grad or (bias is not None and bias.requires_grad)
+    if not (wants_grad and torch.is_grad_enabled()):
+        op = raw.linear if side == "output" else raw.linear_input
+        y = op(flat, weight if compute_dtype is None else weight.to(compute_dtype), delta, bias, backend)
+    elif side == "output" and save != "input" and delta.requires_grad:
+        y, _ = KeepOutput.apply(flat, weight, delta, bias, compute_dtype, backend)
+    else:
+        y = KeepInput.apply(flat, weight, delta, bias, compute_dtype, side, backend)
+    return unflatten(y, x)
+
+
+def _check(x: Tensor, weight: Tensor, delta: Tensor, bias: Tensor | None, side: str, save: str) -> None:
+    check_side_and_save(side, save)
+    if weight.dim() != 2:
+        raise ValueError(f"weight must be [out_features, in_features], got shape {tuple(weight.shape)}")
+    if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"x must be [..., in_features={weight.shape[1]}] for weight {tuple(weight.shape)}, got shape {tuple(x.shape)}"
+        )
+    if weight.requires_grad:
+        raise ValueError(
+            "weight requires a gradient, but a gained weight is frozen and dW is never formed. "
+            "Call weight.requires_grad_(False) (gain_ops.apply does), or train the full weight with torch.nn.functional.linear."
+        )
+    if side == "output":
+        check_features(x, weight.shape[0], delta, "out_features on the output side")
+    else:
+        check_features(x, weight.shape[1], delta, "in_features on the input side")
+    if bias is None:
+        check_floating(x=x, weight=weight, delta=delta)
+    else:
+        check_floating(x=x, weight=weight, delta=delta, bias=bias)
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"bias must be [out_features={weight.shape[0]}] or None, got shape {tuple(bias.shape)}")
+        check_device(x, bias, "bias")
+    check_device(x, weight, "weight")
+
+
+class KeepOutput(Function):
+    """``y = gain * (x @ W.T) + b`` that keeps z. Returns (y, z); z is for autograd's own use."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        delta: Tensor,
+        bias: Tensor | None,
+        compute_dtype: torch.dtype | None,
+        backend: str,
+    ) -> tuple[Tensor, Tensor]:
+        """x [T, in], weight [out, in], delta [out], bias [out] -> y [T, out], z [T, out]. delta needs a gradient."""
+        remember(ctx, x, delta, bias, backend)
+        ctx.compute_dtype = compute_dtype
+        y, z = raw.linear_z(x, cast_to(weight, compute_dtype), delta, bias, backend)
+        needs_x = ctx.needs_input_grad[0]
+        ctx.save_for_backward(z, weight if needs_x else None, delta if needs_x else None)
+        return y, z
+
+    @staticmethod
+    @outside_autocast
+    def backward(ctx: Any, dy: Tensor | None, dz_kept: Tensor | None) -> Gradients:
+        """dy [T, out] -> dx, None, ddelta, dbias. dz_kept comes only from a double backward."""
+        z, weight, delta = ctx.saved_tensors
+        weight = None if weight is None else cast_to(weight, ctx.compute_dtype)
+        if dz_kept is not None or differentiable():
+            return _keep_output_composite(ctx, dy, dz_kept, z, weight, delta)
+        if dy is None:
+            return (None,) * 6
+        dy = dy.to(z.dtype)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dz, ddelta = raw.backward(dy, z, delta, ctx.backend)
+            dx = dz @ weight
+        else:
+            ddelta = raw.ddelta(dy, z, ctx.backend)
+        return dx, None, ddelta.to(ctx.delta_dtype), bias_gradient(ctx, dy), None, None
+
+
+def _keep_output_composite(
+    ctx: Any, dy: Tensor | None, dz_kept: Tensor | None, z: Tensor, weight: Tensor | None, delta: Tensor | None
+) -> Gradients:
+    dx = ddelta = dbias = None
+    dz = dz_kept
+    if dy is not None:
+        ddelta = reference.ddelta(dy, z).to(ctx.delta_dtype)
+        dbias = bias_gradient(ctx, dy)
+        if delta is not None:
+            scaled = reference.composite_scale(dy, delta)
+            dz = scaled if dz is None else dz + scaled
+    if weight is not None and dz is not None:
+        dx = dz @ weight
+    return dx, None, ddelta, dbias, None, None
+
+
+class KeepInput(Function):
+    """Either side, keeping x: ``y = gain * (x @ W.T) + b`` or ``y = (x * gain) @ W.T + b``.
+
+    The output side computes z again in its backward's epilogue; the input side makes both gradients from dy @ W and x.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        delta: Tensor,
+        bias: Tensor | None,
+        compute_dtype: torch.dtype | None,
+        side: str,
+        backend: str,
+    ) -> Tensor:
+        """x [T, in], weight [out, in], delta [out] or [in], bias [out] -> y [T, out]."""
+        remember(ctx, x, delta, bias, backend)
+        ctx.compute_dtype = compute_dtype
+        ctx.side = side
+        needs_x, _, needs_delta, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(
+            x if needs_delta else None,
+            weight if needs_x or needs_delta else None,
+            delta if needs_x else None,
+        )
+        op = raw.linear if side == "output" else raw.linear_input
+        y: Tensor = op(x, cast_to(weight, compute_dtype), delta, bias, backend)
+        return y
+
+    @staticmethod
+    @outside_autocast
+    def backward(ctx: Any, dy: Tensor | None) -> Gradients:
+        """dy [T, out] -> dx, None, ddelta, dbias."""
+        if dy is None:
+            return (None,) * 7
+        x, weight, delta = ctx.saved_tensors
+        dx = ddelta = None
+        if weight is not None:
+            weight = cast_to(weight, ctx.compute_dtype)
+            dy = dy.to(weight.dtype)
+            gradients = _output_side_gradients if ctx.side == "output" else _input_side_gradients
+            dx, ddelta = gradients(dy, x, weight, delta, ctx.backend)
+            ddelta = None if ddelta is None else ddelta.to(ctx.delta_dtype)
+        return dx, None, ddelta, bias_gradient(ctx, dy), None, None, None
+
+
+def _output_side_gradients(
+    dy: Tensor, x: Tensor | None, weight: Tensor, delta: Tensor | None, backend: str
+) -> tuple[Tensor | None, Tensor | None]:
+    """(dx, ddelta) of the output side; x is None when ddelta is not wanted, delta is None when dx is not."""
+    if differentiable():
+        return (
+            None if delta is None else reference.composite_scale(dy, delta) @ weight,
+            None if x is None else reference.ddelta_recompute(dy, x, weight),
+        )
+    if x is None:
+        # (dy * gain) @ W is the input side's forward on the transposed weight
+        return raw.linear_input(dy, weight.t(), delta, None, backend), None
+    if delta is None:
+        return None, raw.ddelta_recompute(dy, x, weight, backend)
+    dz, ddelta = raw.backward_recompute(dy, x, weight, delta, backend)
+    return dz @ weight, ddelta
+
+
+def _input_side_gradients(
+    dy: Tensor, x: Tensor | None, weight: Tensor, delta: Tensor | None, backend: str
+) -> tuple[Tensor | None, Tensor | None]:
+    """(dx, ddelta) of the input side; x is None when ddelta is not wanted, delta is None when dx is not."""
+    if differentiable():
+        dxs = dy @ weight
+        return (
+            None if delta is None else reference.composite_scale(dxs, delta),
+            None if x is None else reference.ddelta(dxs, x),
+        )
+    if x is None:
+        # gain * (dy @ W) is the output side's forward on the transposed weight
+        return raw.linear(dy, weight.t(), delta, None, backend), None
+    if delta is None:
+        return None, raw.ddelta_recompute(x, dy, weight.t(), backend)
+    dx, ddelta = raw.backward_input(dy, x, weight, delta, backend)
+    return dx, ddelta
+
+
+class Scale(Function):
+    """``y = x * gain`` over the last dimension; keeps x only when delta needs a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, delta: Tensor, backend: str) -> Tensor:
+        """x [T, n], delta [n] -> y [T, n]."""
+        remember(ctx, x, delta, None, backend)
+        needs_x, needs_delta, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if needs_delta else None, delta if needs_x else None)
+        y: Tensor = raw.scale(x, delta, backend)
+        return y
+
+    @staticmethod
+    @outside_autocast
+    def backward(ctx: Any, dy: Tensor | None) -> Gradients:
+        """dy [T, n] -> dx, ddelta."""
+        if dy is None:
+            return (None,) * 3
+        x, delta = ctx.saved_tensors
+        needs_x, needs_delta, _ = ctx.needs_input_grad
+        dx = ddelta = None
+        if differentiable():
+            if needs_x:
+                dx = reference.composite_scale(dy, delta)
+            if needs_delta:
+                ddelta = reference.ddelta(dy, x)
+        elif needs_x and needs_delta:
+            dx, ddelta = raw.backward(dy, x, delta, ctx.backend)
+        elif needs_delta:
+            ddelta = raw.ddelta(dy, x, ctx.backend)
+        elif needs_x:
+            dx = raw.scale(dy, delta, ctx.backend)
+        return dx, None if ddelta is None else ddelta.to(ctx.delta_dtype), None

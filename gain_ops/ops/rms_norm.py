@@ -1,0 +1,110 @@
+"""The gain in an RMSNorm: the public function and its autograd Function."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from gain_ops import reference
+from gain_ops.ops import raw
+from gain_ops.ops.arguments import (
+    any_sharded,
+    check_device,
+    check_features,
+    check_floating,
+    flatten,
+    transformed,
+    unflatten,
+)
+from gain_ops.ops.autograd import Gradients, differentiable, outside_autocast
+
+
+def gain_rms_norm(x: Tensor, weight: Tensor, delta: Tensor, eps: float = 1e-6, *, backend: str = "auto") -> Tensor:
+    r"""An RMSNorm with a gain on each feature that it hands on, ``gain = 1 + delta``, in one pass.
+
+    ::
+
+        r      = 1 / sqrt(mean(x^2) + eps)           n = r * x
+        y      = n * weight * gain
+        dx     = r * (v - n * mean(v * n)),          v = dy * weight * gain
+        ddelta = sum over tokens of dy * n * weight
+
+    It is one gain for the input side of every projection that reads y: of q, k and v, or of gate and up. It is absorbed by
+    ``weight <- weight * gain``.
+
+    Args:
+        x: [..., n], any strides; float64, float32, bfloat16 or float16.
+        weight: [n], any floating dtype, frozen. For a norm that multiplies by one plus its weight (Gemma) give 1 + weight.
+        delta: [n], any floating dtype.
+        eps: added to the mean square.
+        backend: as in gain_linear.
+
+    Returns:
+        y [..., n] in x's dtype, computed in float32 (float64 for float64) and rounded once. Autocast changes nothing.
+
+    Kept for backward: x, and r, one number a token.
+
+    Raises:
+        ValueError: shapes or devices that do not fit, a weight that requires a gradient, or an unknown backend.
+        TypeError: a dtype that is not floating.
+        BackendUnavailable: a backend asked for by name that cannot run here.
+
+    Source: RMSNorm, arXiv 1910.07467; GAIN, arXiv 2604.04516.
+
+    """
+    check_floating(x=x, weight=weight, delta=delta)
+    n = x.shape[-1] if x.dim() else 0
+    if weight.shape != (n,):
+        raise ValueError(f"weight must be [{n}] (x.shape[-1]), got shape {tuple(weight.shape)}")
+    check_device(x, weight, "weight")
+    check_features(x, n, delta, "x.shape[-1]")
+    if weight.requires_grad:
+        raise ValueError(
+            "weight requires a gradient, but the norm of a gained layer is frozen: call weight.requires_grad_(False) "
+            "(gain_ops.apply does), or train it with torch.nn.functional.rms_norm"
+        )
+    if any_sharded(x, weight, delta):
+        from gain_ops.ops import sharding
+
+        function = partial(gain_rms_norm, eps=eps, backend=backend)
+        return sharding.on_shards("rms_norm", function, {"x": x, "weight": weight, "delta": delta}, n)
+    if transformed():
+        return reference.composite_rms_norm(x, weight, delta, eps)
+    flat = flatten(x)
+    if torch.is_grad_enabled() and (x.requires_grad or delta.requires_grad):
+        y = RmsNorm.apply(flat, weight, delta, eps, backend)
+    else:
+        y = raw.rms_norm(flat, weight, delta, eps, backend)[0]
+    return unflatten(y, x)
+
+
+class RmsNorm(Function):
+    """``y = r * x * weight * gain`` that keeps x and r."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, delta: Tensor, eps: float, backend: str) -> Tensor:
+        """x [T, n], weight [n], delta [n] -> y [T, n]."""
+        ctx.set_materialize_grads(False)
+        ctx.device_type, ctx.delta_dtype, ctx.eps, ctx.backend = x.device.type, delta.dtype, eps, backend
+        y: Tensor
+        y, r = raw.rms_norm(x, weight, delta, eps, backend)
+        ctx.save_for_backward(x, weight, delta, r)
+        return y
+
+    @staticmethod
+    @outside_autocast
+    def backward(ctx: Any, dy: Tensor | None) -> Gradients:
+        """dy [T, n] -> dx, None, ddelta."""
+        if dy is None:
+            return (None,) * 5
+        x, weight, delta, r = ctx.saved_tensors
+        if differentiable():
+            # r is x's too: it is made again, so that the graph reaches x through it
+            r = torch.rsqrt(x.to(r.dtype).square().mean(1) + ctx.eps)
+            dx, ddelta = reference.rms_norm_backward(dy, x, weight, delta, r)
+        else:
+            dx, ddelta = raw.rms_norm_backward(dy, x, weight, delta, r, ctx.backend)
+        needs_x, _, needs_delta = ctx.needs_input_grad[:3]
+        return dx if needs_x else None, None, ddelta.to(ctx.delta_dtype) if needs_delta else None, None, None

@@ -1,0 +1,310 @@
+"""The ops on DTensors: which placements go in, and which come out. Nothing is ever moved to make them fit.
+
+An op on DTensors is the same op on every rank's own shards, where the placements fit together; the table below says when
+they do, one row a way of sharding over one dimension of a mesh. Placements that no row takes raise: torch's own propagation
+would gather the operands to the nearest it knows.
+
+    tokens        activations sharded over tokens (batch or sequence), parameters replicated
+    column        the weight's rows sharded: x replicated, y sharded over features, no sum open
+    row           the weight's columns sharded: x sharded over features, y a sum over the ranks that is left open (Partial)
+
+A row-parallel gain on the output side scales each rank's term of the sum, before the reduction: ``gain * sum_r(x_r @ W_r.T)``
+is ``sum_r(gain * (x_r @ W_r.T))``. So the op moves nothing, the gain stays in the GEMM's epilogue, and each term is rounded
+as often as without a gain (twice in the eager backend, unless gain = 1), where scaling after the reduction would round once
+more. The gradient is a sum over ranks as well: ``sum_t dy * z`` is linear in z, whatever part of z a rank holds.
+
+Importing this module registers the raw ops' rules (torch.library.register_torch_dispatch); the public functions import it
+when the first DTensor comes.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+
+from gain_ops.backends import fakes
+from gain_ops.ops import dispatch
+
+# The operands and what comes out, then the rows. A letter is a placement on one dimension of the mesh:
+#   R  replicated        T  some of the tokens        F  some of an activation's features, its last dimension
+#   P  a term of a sum   0  some rows of a weight, or entries of delta or a bias        1  some columns of a weight
+#   -  for an operand that must be None; one that is None fits everywhere
+_RULES: dict[str, tuple[str, ...]] = {
+    "scale": ("x delta -> y", "R R -> R", "T R -> T", "F 0 -> F", "P R -> P"),
+    "linear": ("x weight delta bias -> y", "R R R R -> R", "T R R R -> T", "R 0 0 0 -> F", "F 1 R P -> P"),
+    "linear_z": ("x weight delta bias -> y z", "R R R R -> R R", "T R R R -> T T", "R 0 0 0 -> F F", "F 1 R P -> P P"),
+    "linear_input": ("x weight delta bias -> y", "R R R R -> R", "T R R R -> T", "R 0 R 0 -> F", "F 1 0 P -> P"),
+    "backward": ("dy z delta -> dz ddelta", "R R R -> R R", "T T R -> T P", "F F 0 -> F 0", "R P R -> R P"),
+    "ddelta": ("dy z -> ddelta", "R R -> R", "T T -> P", "F F -> 0", "R P -> P"),
+    "backward_recompute": (
+        "dy x weight delta -> dz ddelta",
+        "R R R R -> R R",
+        "T T R R -> T P",
+        "F R 0 0 -> F 0",
+        "R F 1 R -> R P",
+    ),
+    "ddelta_recompute": ("dy x weight -> ddelta", "R R R -> R", "T T R -> P", "F R 0 -> 0", "R F 1 -> P"),
+    "backward_input": (
+        "dy x weight delta -> dx ddelta",
+        "R R R R -> R R",
+        "T T R R -> T P",
+        "F R 0 R -> P P",
+        "R F 1 0 -> F 0",
+    ),
+    "glu": ("gate up delta -> h", "R R R -> R", "T T R -> T", "F F 0 -> F"),
+    # with up the two gradients lie side by side on each rank, which is no sharding of the [T, 2n] result
+    "glu_backward": (
+        "dh gate up delta -> dgate_up ddelta",
+        "R R R R -> R R",
+        "T T T R -> T P",
+        "F F - 0 -> F 0",
+    ),
+    "glu_ddelta": ("dh gate up -> ddelta", "R R R -> R", "T T T -> P", "F F F -> 0"),
+    "rms_norm": ("x weight delta -> y r", "R R R -> R R", "T R R -> T T"),
+    "rms_norm_backward": ("dy x weight delta r -> dx ddelta", "R R R R R -> R R", "T T R R T -> T P"),
+    # the public functions that are no raw op; a packed gate has gate and up in one dimension, which no shard of it keeps
+    "glu_packed": ("gate up delta -> h", "R - R -> R", "T - R -> T"),
+    "mlp": (
+        "x gate_weight up_weight down_weight delta gate_bias up_bias down_bias -> y",
+        "R R R R R R R R -> R",
+        "T R R R R R R R -> T",
+        "R 0 0 1 0 0 0 P -> P",
+    ),
+    "mlp_packed": (
+        "x gate_weight up_weight down_weight delta gate_bias up_bias down_bias -> y",
+        "R R - R R R - R -> R",
+        "T R - R R R - R -> T",
+    ),
+}
+
+_WORDS = {"R": "Replicate", "T": "Shard(tokens)", "F": "Shard(-1)", "P": "Partial", "0": "Shard(0)", "1": "Shard(1)"}
+_ACTIVATIONS = {"x", "dy", "z", "dh", "gate", "up"}
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One row of a rule: a letter for each operand by name, and for each result."""
+
+    operands: dict[str, str]
+    results: tuple[str, ...]
+
+    @property
+    def shards(self) -> bool:
+        """Whether ranks do different work."""
+        return any(letter not in "R-" for letter in self.operands.values())
+
+
+def on_shards(
+    rule: str, function: Callable[..., Tensor], operands: Mapping[str, Tensor | None], features: int
+) -> Tensor:
+    """``function(**operands)`` on every rank's own shards, differentiable: what the public functions do with DTensors.
+
+    Args:
+        rule: the name of the rule in the table.
+        function: the public function itself, with its options bound. It gets plain tensors.
+        operands: the tensors by their names in the rule, the first an activation [..., n].
+        features: the last size of the result.
+
+    Returns:
+        A DTensor [..., features]. In backward the gradient of a parameter arrives in the parameter's own placements: its sum
+        over ranks, where they hold terms of it, is all that is communicated. An activation's gradient may be Partial.
+
+    Raises:
+        ValueError: operands that are not all DTensors on one mesh, or placements that no row takes.
+        RuntimeError: in a double backward.
+
+    """
+    layout = _Layout(rule, operands)
+    y = function(**layout.local(operands))
+    if y.requires_grad and not torch.compiler.is_compiling():
+        y.register_hook(_refuse_double_backward)
+    activation = next(iter(operands.values()))
+    assert activation is not None
+    return layout.distributed(0, y, (*activation.shape[:-1], features))
+
+
+class _Layout:
+    """The row that operands fit on each dimension of their mesh."""
+
+    def __init__(self, rule: str, operands: Mapping[str, Tensor | None]) -> None:
+        sharded = _all_sharded(rule, {name: tensor for name, tensor in operands.items() if tensor is not None})
+        self.mesh = next(iter(sharded.values())).device_mesh
+        self.rows: list[_Row] = []
+        self.token_dims: list[int] = []
+        for i in range(self.mesh.ndim):
+            letters = {name: _letter(name, tensor, i) for name, tensor in sharded.items()}
+            token_dims = {
+                _sharded_dim(sharded[name].placements[i]) for name in sharded if letters[name] == "T" and name != "r"
+            }
+            row = next((row for row in _TABLE[rule] if _fits(row, letters)), None)
+            if row is None or len(token_dims) > 1:
+                raise ValueError(_refusal(rule, self.mesh, i, sharded))
+            self.rows.append(row)
+            self.token_dims.append((token_dims.pop() if token_dims else None) or 0)
+
+    def local(self, operands: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
+        """Every operand's shard, through which gradients flow back."""
+        return {
+            name: None if tensor is None else self._local(name, cast(DTensor, tensor))
+            for name, tensor in operands.items()
+        }
+
+    def distributed(self, index: int, local: Tensor, shape: Sequence[int]) -> DTensor:
+        """The result of that index in the rule, of that global shape, from this rank's part of it."""
+        placements: list[Placement] = []
+        for row, token_dim in zip(self.rows, self.token_dims, strict=True):
+            letter = row.results[index]
+            if letter == "R":
+                placements.append(Replicate())
+            elif letter == "P":
+                placements.append(Partial())
+            else:
+                placements.append(Shard({"T": token_dim, "F": len(shape) - 1, "0": 0}[letter]))
+        if self._even(placements, shape):  # from_local finds the shape by itself, which torch.compile asks of it
+            return DTensor.from_local(local, self.mesh, placements, run_check=False)
+        stride = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(local, self.mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
+
+    def _local(self, name: str, tensor: DTensor) -> Tensor:
+        gradients: list[Placement] = []
+        elsewhere = False
+        for i, (row, placement) in enumerate(zip(self.rows, tensor.placements, strict=True)):
+            partial = placement.is_replicate() and row.shards
+            gradients.append(Partial() if partial else Replicate() if placement.is_partial() else placement)
+            # a replicated bias belongs to one term of a sum
+            elsewhere |= partial and row.operands[name] == "P" and self.mesh.get_local_rank(i) != 0
+        if not tensor.requires_grad:
+            with torch.no_grad():  # no node in the graph
+                local = tensor.to_local()
+        else:
+            if name not in _ACTIVATIONS and any(placement.is_partial() for placement in gradients):
+                tensor = tensor.redistribute(placements=tensor.placements)  # moves nothing but the gradient
+            local = tensor.to_local(grad_placements=gradients)
+        return local * 0 if elsewhere else local
+
+    def _even(self, placements: Sequence[Placement], shape: Sequence[int]) -> bool:
+        parts = [1] * len(shape)
+        for i, placement in enumerate(placements):
+            if isinstance(placement, Shard):
+                parts[placement.dim] *= self.mesh.size(i)
+        return all(size % count == 0 for size, count in zip(shape, parts, strict=True))
+
+
+def _letter(name: str, tensor: DTensor, i: int) -> str:
+    """The table's letter for an operand's placement on dimension i of the mesh."""
+    placement = tensor.placements[i]
+    if placement == Replicate():
+        return "R"
+    if placement == Partial():
+        return "P"
+    dim = _sharded_dim(placement)
+    if dim is None:
+        return "?"
+    if name == "r":
+        return "T"
+    if name in _ACTIVATIONS:
+        return "F" if dim == tensor.dim() - 1 else "T"
+    return str(dim)
+
+
+def _sharded_dim(placement: Placement) -> int | None:
+    """d of a Shard(d); None for all else, a strided shard too, which interleaves."""
+    if not placement.is_shard():
+        return None
+    dim: int = cast(Any, placement).dim
+    return dim if placement == Shard(dim) else None
+
+
+def _fits(row: _Row, letters: Mapping[str, str]) -> bool:
+    for name, wanted in row.operands.items():
+        letter = letters.get(name)
+        replicated_bias = wanted == "P" and letter == "R" and name.endswith("bias")
+        if letter is not None and letter != wanted and not replicated_bias:
+            return False
+    return True
+
+
+def _parsed(header: str, *rows: str) -> tuple[_Row, ...]:
+    names = header.split(" -> ")[0].split()
+    sides = ([side.split() for side in row.split(" -> ")] for row in rows)
+    return tuple(_Row(dict(zip(names, operands, strict=True)), tuple(results)) for operands, results in sides)
+
+
+def _all_sharded(rule: str, operands: Mapping[str, Tensor]) -> dict[str, DTensor]:
+    """The operands, if all are DTensors on one mesh."""
+    sharded = {name: tensor for name, tensor in operands.items() if isinstance(tensor, DTensor)}
+    plain = [name for name in operands if name not in sharded]
+    if plain:
+        raise ValueError(
+            f"gain_ops {rule}: {', '.join(sharded)} came as DTensor and {', '.join(plain)} as a plain tensor. All "
+            "must be DTensors: an activation becomes one by DTensor.from_local, and a model's deltas go with their weights by "
+            "gain_ops.integrations.tensor_parallel.place_gains(model)."
+        )
+    meshes = {tensor.device_mesh for tensor in sharded.values()}
+    if len(meshes) > 1:
+        raise ValueError(f"gain_ops {rule}: the operands are on different meshes: {', '.join(map(str, meshes))}")
+    return sharded
+
+
+def _refusal(rule: str, mesh: DeviceMesh, i: int, operands: Mapping[str, DTensor]) -> str:
+    came = ", ".join(f"{name} {_said(tensor.placements[i])}" for name, tensor in operands.items())
+    taken = []
+    for row in _TABLE[rule]:
+        if all(letter != "-" or name not in operands for name, letter in row.operands.items()):
+            words = (f"{name} {_WORDS[letter]}" for name, letter in row.operands.items() if name in operands)
+            taken.append("  " + ", ".join(words))
+    where = mesh.mesh_dim_names[i] if mesh.mesh_dim_names else str(i)
+    return "\n".join(
+        [
+            f"gain_ops {rule}: on dimension {where} of the mesh came {came}. It takes one of these, with all tokens "
+            "sharded over one dimension:",
+            *taken,
+            "Nothing is gathered to make others fit: redistribute() what is out of place. A delta goes with its weight by "
+            "gain_ops.integrations.tensor_parallel.place_gains(model).",
+        ]
+    )
+
+
+def _said(placement: Placement) -> str:
+    if placement == Replicate():
+        return "Replicate"
+    if placement == Partial():
+        return "Partial"
+    dim = _sharded_dim(placement)
+    return repr(placement) if dim is None else f"Shard({dim})"
+
+
+def _refuse_double_backward(dy: Tensor) -> None:
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "create_graph=True reached a gain on DTensors, and torch's way from a DTensor to its shard cannot be "
+            "differentiated twice: take second derivatives in one process"
+        )
+
+
+def _dispatch(_: type, op: Any, types: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A raw op that got a DTensor, without gradients, as raw ops are."""
+    rule = op._schema.name.removeprefix("gain_ops::")
+    given = dict(zip((argument.name for argument in op._schema.arguments), args, strict=False)) | kwargs
+    operands = {name: given[name] for name in _TABLE[rule][0].operands}
+    layout = _Layout(rule, operands)
+    results = op(**given | layout.local(operands))
+    del given["backend"]
+    shapes = getattr(fakes, rule)(**{name: _meta(value) for name, value in given.items()})
+    if isinstance(results, Tensor):
+        return layout.distributed(0, results, shapes.shape)
+    return tuple(layout.distributed(i, t, like.shape) for i, (t, like) in enumerate(zip(results, shapes, strict=True)))
+
+
+def _meta(value: Any) -> Any:
+    return torch.empty(value.shape, dtype=value.dtype, device="meta") if isinstance(value, Tensor) else value
+
+
+_TABLE = {rule: _parsed(*lines) for rule, lines in _RULES.items()}
+
+for _name in dispatch.OPS:
+    torch.library.register_torch_dispatch(f"gain_ops::{_name}", DTensor, _dispatch)

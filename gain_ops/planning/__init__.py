@@ -1,0 +1,1 @@
+"""What a run would need, counted without running it."""

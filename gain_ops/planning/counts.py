@@ -1,0 +1,175 @@
+"""What training a model takes, counted on the meta device: weights, what is kept for backward, the peak of a pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import astuple, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import gain_ops
+from gain_ops.measure import meta_models
+from gain_ops.measure.peak_bytes import peak_bytes
+from gain_ops.measure.perplexity import next_token_loss
+from gain_ops.measure.saved_bytes import saved_bytes
+from gain_ops.measure.step_bytes import LORA_RANK
+from gain_ops.models.sites import preset_sites
+from gain_ops.planning.configs import with_layers
+
+__all__ = ["METHODS", "Counts", "Method", "blocks_alike", "count", "count_pass"]
+
+_FEW = 2  # layers: the counts of so many and of one more give those of all
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to adapt a model: its name, what puts it on, the line of a script that does, and the package it needs, if any.
+
+    fused says whether an FFN runs as one function.
+    """
+
+    name: str
+    put: Callable[[nn.Module], object]
+    line: str
+    package: str | None = None
+    fused: bool = False
+
+
+def _gain(name: str, targets: str, **options: Any) -> Method:
+    arguments = "".join(f", {key}={value!r}" for key, value in options.items())
+    line = f'gain_ops.apply(model, "{targets}"{arguments})'.replace("'", '"')
+    fused = "fuse_mlp" in options
+    return Method(name, lambda model: gain_ops.apply(model, targets, **options), line, fused=fused)
+
+
+def _lora(name: str, *, fp32: bool) -> Method:
+    def put(model: nn.Module) -> None:
+        import peft
+
+        config = peft.LoraConfig(r=LORA_RANK, target_modules=[site.name for site in preset_sites(model, ffn=True)])
+        with meta_models.quiet():
+            peft.get_peft_model(model, config, autocast_adapter_dtype=fp32)
+
+    line = f"model = peft.get_peft_model(model, peft.LoraConfig(r={LORA_RANK}, target_modules=...))"
+    return Method(name, put, line, "peft")
+
+
+METHODS = {
+    method.name: method
+    for method in (
+        _gain("gain", "gain"),
+        _gain("gain, lean", "gain", memory="lean"),
+        _gain("gain-ffn", "gain-ffn"),
+        _gain("gain-ffn, lean", "gain-ffn", memory="lean"),
+        _gain("gain-ffn, fused", "gain-ffn", side="input", fuse_mlp=True),
+        _gain("gain-ffn, fused, lean", "gain-ffn", side="input", fuse_mlp=True, memory="lean"),
+        _lora(f"LoRA r={LORA_RANK}", fp32=True),
+        _lora(f"LoRA r={LORA_RANK}, adapters in the model's dtype", fp32=False),
+        Method("full fine-tuning", lambda model: model.requires_grad_(True), "model.requires_grad_(True)"),
+    )
+}
+"""By name, the simplest of ours first; LoRA sits on the layers of gain-ffn."""
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Bytes of one model under one method.
+
+    Attributes:
+        frozen: weights that are not trained.
+        trained: weights that are; a gradient takes as much, and AdamW's moments twice that.
+        added: what the method put on the model, trained or not.
+        saved: kept for backward by a forward pass, parameters apart.
+        peak: the most that is alive of what a forward and a backward make, the gradients of parameters apart.
+
+    """
+
+    frozen: int
+    trained: int
+    added: int
+    saved: int
+    peak: int
+
+
+def blocks_alike(model: nn.Module) -> bool:
+    """Whether every block has the same parameters, by name and shape."""
+    kinds = {tuple((name, p.shape) for name, p in block.named_parameters()) for block in meta_models.blocks(model)}
+    return len(kinds) == 1
+
+
+def count(
+    config: Any,
+    method: Method,
+    tokens: int,
+    length: int,
+    dtype: torch.dtype,
+    *,
+    checkpointed: bool,
+    alike: bool,
+    eager: bool = False,
+) -> Counts:
+    """Count one method on the model of a config.
+
+    ::
+
+        counts(L) = counts(2) + (L - 2) * (counts(3) - counts(2))      where all L blocks are alike
+
+    which is exact: a block more keeps what every block keeps, and the peak, without gradients, is reached before the first
+    block is done with.
+
+    Args:
+        config: of transformers.
+        method: one of METHODS.
+        tokens: of a pass.
+        length: of a window, at most.
+        dtype: of the frozen weights.
+        checkpointed: whether every block keeps its input alone and is run again.
+        alike: blocks_alike() of the model; one whose blocks differ is counted whole.
+        eager: as in peak_bytes.
+
+    Raises:
+        ValueError: gain_ops cannot serve the model with this method, or tokens are no whole number of windows.
+        ImportError: the method's package is missing.
+
+    """
+    ids = meta_models.random_ids(tokens, length, config.vocab_size)
+
+    def of(layers: int) -> Counts:
+        model = meta_models.build(with_layers(config, layers), dtype=dtype)
+        before = _weights(model)
+        method.put(model)
+        if checkpointed:
+            meta_models.checkpoint(model)
+        return replace(count_pass(model, ids, eager=eager), added=_weights(model) - before)
+
+    layers = config.num_hidden_layers
+    if not alike or layers <= _FEW + 1:
+        return of(layers)
+    few, more = astuple(of(_FEW)), astuple(of(_FEW + 1))
+    return Counts(*(a + (layers - _FEW) * (b - a) for a, b in zip(few, more, strict=True)))
+
+
+def count_pass(model: nn.Module, ids: Tensor, *, eager: bool = False) -> Counts:
+    """Count a model as it is, on its next-token loss over ids int64 [windows, tokens]; no gradient stays on it, added is 0."""
+    parameters = list(model.parameters())
+    drops = [p.register_post_accumulate_grad_hook(_drop) for p in parameters if p.requires_grad]
+    try:
+        apart = [*parameters, *model.buffers(), ids]
+        peak = peak_bytes(lambda: next_token_loss(model, ids).backward(), exclude=apart, eager=eager)
+    finally:
+        for drop in drops:
+            drop.remove()
+    saved = saved_bytes(lambda: next_token_loss(model, ids), exclude=model, inputs=[ids]).new
+    trained = sum(parameter.nbytes for parameter in parameters if parameter.requires_grad)
+    return Counts(_weights(model) - trained, trained, 0, saved, peak)
+
+
+def _weights(model: nn.Module) -> int:
+    return sum(parameter.nbytes for parameter in model.parameters())
+
+
+def _drop(parameter: Tensor) -> None:
+    """A gradient leaves as soon as it is there: where it is kept is the strategy's."""
+    parameter.grad = None

@@ -1,0 +1,321 @@
+"""What fits on how many GPUs, and how: memory and traffic of a step under every strategy, from counts on the meta device.
+
+All bytes are of one GPU. With n GPUs in a group, W the weights, B those of the largest block, R those outside of the blocks, P
+what is trained, T the tokens, C the counts of plan_counts (exact for the model that a GPU computes):
+
+::
+
+    replicated       weights W     states 3 P     gathered 0                    DDP: one model a GPU
+    FSDP             weights W/n   states 3 P/n   gathered R + 3 B + 4 P_B      fully_shard() of the blocks, then of the model
+    TP               weights W_n   states 3 P_n   gathered 0                    what transformers' plan gives a rank
+    TP t x FSDP n    FSDP of the part of one of t ranks
+
+    peak = weights + states + gathered + saved + transient
+    saved = C.saved               transient = max(C.peak, P of a GPU) - C.saved
+
+The states are the gradients, which DDP holds from the start, and AdamW's two moments. The transient is what is alive beyond the
+saved at the worst moment: of the loss, or of a block that runs again. After the backward AdamW (foreach) makes one tensor
+more for each parameter. FSDP2 has at once a block that is gathered, the buffer of the next and the copy out of it (3 B), for
+what is trained of a block two gradients and two buffers (4 P_B), and the rest of the model throughout (R). At the start, when
+nothing is saved, it has the rest twice, in its buffer and copied out, and the first block's buffer (2 R + B). Communication of
+TP and what NCCL allocates is not in it.
+
+Traffic is what each GPU sends in a step, by rings: an all-gather or a reduce-scatter of x bytes sends (n-1)/n x, an all-reduce
+twice that. With A = T * hidden and V = T * vocabulary numbers:
+
+::
+
+    replicated       all-reduce of P
+    FSDP             all-gather of 2 (W - R) + R, reduce-scatter of P; a frozen weight has no gradient to reduce
+    TP               all-reduce of A: 2 a block forward, 5 backward, 1 again where blocks run again, 2 for embeddings and head;
+                     all-gather of V; all-reduce of the gradients of which each rank has a term
+
+The all-reduces of A are Llama's: forward one for each row-parallel layer, o_proj and down_proj; backward one for the input of
+each column-parallel layer, q, k, v, gate and up, where a fused FFN has one for the last two. A block that runs again stops
+before its last one, of which nothing is kept; where a norm follows it, as in Gemma 2, it is sent again, which is not counted.
+Gradients that ranks have terms of are those of gains on the output side and of LoRA's B. That of a shard is its rank's own,
+and that of a norm between two layers the same on every rank.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from gain_ops.measure import meta_models
+from gain_ops.planning.configs import split_config, split_weights, summed_weights
+from gain_ops.planning.counts import METHODS, Counts, Method, blocks_alike, count
+
+__all__ = [
+    "GIB",
+    "NODE",
+    "Job",
+    "Row",
+    "Sizes",
+    "Strategy",
+    "gathered_at_once",
+    "recommend",
+    "rows",
+    "sharded_traffic",
+    "sizes_of",
+    "strategies",
+]
+
+GIB = 2**30
+NODE = 8
+"""GPUs of a machine. A group of tensor parallelism spans no more: its all-reduces would cross the network."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is asked: a model's config, GPUs, bytes of each, tokens of a step on each, of a window, and the frozen dtype.
+
+    reserve is what is left to the CUDA context, the libraries' workspaces and fragments, which no count sees.
+
+    Raises:
+        ValueError: a number below 1, a reserve that leaves nothing, or tokens that are no whole number of windows.
+
+    """
+
+    config: Any
+    gpus: int
+    memory: int
+    tokens: int
+    length: int
+    dtype: torch.dtype = torch.bfloat16
+    reserve: int = 2 * GIB
+
+    def __post_init__(self) -> None:
+        for name in ("gpus", "memory", "tokens", "length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} is not at least 1")
+        if not 0 <= self.reserve < self.memory:
+            raise ValueError(f"a reserve of {self.reserve} bytes leaves nothing of {self.memory}")
+        meta_models.random_ids(self.tokens, self.length, 1)  # raises for tokens that are no whole number of windows
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """How the GPUs share the work: ``tensor`` of them a layer's GEMMs, and ``sharded`` of them the weights of such a part.
+
+    The rest are replicas: ``gpus = tensor * sharded * replicas``. obstacle says why it cannot be, or is None.
+    """
+
+    name: str
+    tensor: int
+    sharded: int
+    obstacle: str | None = None
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of a model's weights: all of them, those outside of its blocks, those of the largest block; and its blocks."""
+
+    weights: int
+    root: int
+    block: int
+    layers: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to train: bytes of one GPU, and what it sends in a step; ``step_tokens`` are those of all GPUs.
+
+    tensor and sharded are its Strategy's. Without counts the figures are 0 and ``obstacle`` says why.
+    """
+
+    strategy: str
+    method: str
+    checkpointed: bool
+    tensor: int = 1
+    sharded: int = 1
+    weights: int = 0
+    gathered: int = 0
+    saved: int = 0
+    transient: int = 0
+    states: int = 0
+    sent: int = 0
+    headroom: int = 0
+    step_tokens: int = 0
+    obstacle: str | None = None
+
+    @property
+    def total(self) -> int:
+        """The peak of a step."""
+        return self.weights + self.gathered + self.saved + self.transient + self.states
+
+    @property
+    def fits(self) -> bool:
+        """Whether the peak and the reserve are within the memory."""
+        return self.obstacle is None and self.headroom >= 0
+
+
+def strategies(config: Any, model: nn.Module, gpus: int) -> list[Strategy]:
+    """The ways to share a model among GPUs, the simplest first.
+
+    Args:
+        config: of transformers.
+        model: built from it.
+        gpus: all of them.
+    """
+    found = [Strategy("one GPU" if gpus == 1 else f"replicated x {gpus}", 1, 1)]
+    if gpus > 1:
+        found.append(Strategy(f"FSDP {gpus}", 1, gpus))
+    widths = {t: _obstacle(config, model, t) for t in range(2, min(NODE, gpus) + 1) if gpus % t == 0}
+    if gpus in widths:
+        found.append(Strategy(f"TP {gpus}", gpus, 1, widths[gpus]))
+    if able := [t for t, obstacle in widths.items() if obstacle is None and t < gpus]:
+        found.append(Strategy(f"TP {able[-1]} x FSDP {gpus // able[-1]}", able[-1], gpus // able[-1]))
+    return found
+
+
+def rows(job: Job, methods: Sequence[Method] = tuple(METHODS.values())) -> Iterator[Row]:
+    """Every strategy with every method, without and with activation checkpointing.
+
+    Raises:
+        ValueError: a config that is no causal language model's.
+
+    """
+    model = meta_models.build(job.config, dtype=job.dtype)
+    alike = blocks_alike(model)
+    shares = strategies(job.config, model, job.gpus)
+    parts = {
+        tensor: split_config(job.config, model, tensor) if tensor > 1 else job.config
+        for tensor in dict.fromkeys(share.tensor for share in shares if share.obstacle is None)
+    }
+    counted: dict[tuple[int, str, bool], Counts | str] = {}
+    for share, method, checkpointed in itertools.product(shares, methods, (False, True)):
+        row = Row(share.name, method.name, checkpointed, share.tensor, share.sharded, obstacle=share.obstacle)
+        if share.obstacle is None:
+            key = share.tensor, method.name, checkpointed
+            if key not in counted:
+                counted[key] = _counts(job, parts[share.tensor], method, checkpointed, alike)
+            counts = counted[key]
+            if isinstance(counts, str):
+                row = replace(row, obstacle=counts)
+            else:
+                # the first strategy splits no layer, and what cannot be counted whole cannot be in parts
+                whole = counted[1, method.name, checkpointed]
+                assert isinstance(whole, Counts)
+                row = _filled(row, job, model, counts, _summed(model, share.tensor, counts, whole))
+        yield row
+
+
+def recommend(found: Sequence[Row], family: str) -> Row | None:
+    """The first that fits, or None: the fewest changes first.
+
+    In order: how the GPUs share the work, then whether blocks run again, then what a gain keeps.
+
+    Args:
+        found: of rows().
+        family: "gain" or "gain-ffn": which methods count.
+    """
+    names = [name for name in METHODS if name == family or name.startswith(f"{family},")]
+    shares = list(dict.fromkeys(row.strategy for row in found))
+    fitting = [row for row in found if row.fits and row.method in names]
+    return min(
+        fitting,
+        key=lambda row: (shares.index(row.strategy), row.checkpointed, names.index(row.method)),
+        default=None,
+    )
+
+
+def sizes_of(model: nn.Module, tensor: int = 1) -> Sizes:
+    """The sizes of a model without adapters, or of the part of it that one of ``tensor`` ranks holds."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    held = split_weights(model, tensor)
+    blocks = [sum(held[names[parameter]] for parameter in block.parameters()) for block in meta_models.blocks(model)]
+    weights = sum(held.values())
+    return Sizes(weights, weights - sum(blocks), max(blocks), len(blocks))
+
+
+def gathered_at_once(sizes: Sizes, trained: int, alive: int) -> int:
+    """Bytes that FSDP2 has gathered at once, at most: ``max(R + 3 B + 4 P_B, 2 R + B - alive)``.
+
+    alive is what a pass has beside it at its worst moment, saved and transient: of that there is nothing yet at the start,
+    when the root is gathered.
+    """
+    in_the_blocks = sizes.root + 3 * sizes.block + 4 * math.ceil(trained / sizes.layers)
+    return max(in_the_blocks, 2 * sizes.root + sizes.block - alive)
+
+
+def sharded_traffic(sizes: Sizes, trained: int, ranks: int) -> int:
+    """Bytes that one of ``ranks`` sends for FSDP2 in a step: all-gathers of ``2 (W - R) + R``, the reduce-scatter of P."""
+    return _ring(2 * sizes.weights - sizes.root, ranks) + _ring(trained, ranks)
+
+
+def _obstacle(config: Any, model: nn.Module, ranks: int) -> str | None:
+    try:
+        split_config(config, model, ranks)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _counts(job: Job, config: Any, method: Method, checkpointed: bool, alike: bool) -> Counts | str:
+    """The counts, or why this method cannot be had."""
+    if method.package is not None and importlib.util.find_spec(method.package) is None:
+        return f"{method.package} is not installed"
+    try:
+        return count(config, method, job.tokens, job.length, job.dtype, checkpointed=checkpointed, alike=alike)
+    except ValueError as error:
+        return str(error)
+
+
+def _summed(model: nn.Module, ranks: int, part: Counts, whole: Counts) -> int:
+    """Bytes of gradients that tensor parallelism sums over ranks.
+
+    Of R bytes that every rank has whole and S that are sharded, a part has ``R + S / ranks`` and the whole ``R + S``.
+    """
+    if ranks == 1:
+        return 0
+    if whole.frozen == 0:
+        return summed_weights(model)
+    return (ranks * part.trained - whole.trained) // (ranks - 1)
+
+
+def _filled(row: Row, job: Job, model: nn.Module, counts: Counts, summed: int) -> Row:
+    base = sizes_of(model, row.tensor)
+    whole = counts.frozen == 0
+    trained = base.weights if whole else counts.trained
+    # what a method adds to a model, adapters or gains, is in its blocks
+    added = 0 if whole else counts.added
+    sizes = replace(base, weights=base.weights + added, block=base.block + math.ceil(added / base.layers))
+    n, ranks = row.sharded, row.tensor
+    replicas = job.gpus // (n * ranks)
+    sent = sharded_traffic(sizes, trained, n) if n > 1 else 2 * _ring(trained, replicas)
+    if ranks > 1:
+        sent += _tensor_traffic(job, row, base.layers) + 2 * _ring(summed, ranks)
+    alive = max(counts.peak, math.ceil(trained / n))
+    row = replace(
+        row,
+        weights=math.ceil(sizes.weights / n),
+        gathered=gathered_at_once(sizes, trained, alive) if n > 1 else 0,
+        saved=counts.saved,
+        transient=alive - counts.saved,
+        states=3 * math.ceil(trained / n),
+        sent=sent,
+        step_tokens=job.tokens * n * replicas,
+    )
+    return replace(row, headroom=job.memory - job.reserve - row.total)
+
+
+def _tensor_traffic(job: Job, row: Row, layers: int) -> int:
+    activation = job.tokens * job.config.hidden_size * job.dtype.itemsize
+    logits = job.tokens * job.config.vocab_size * job.dtype.itemsize
+    styles = Counter(job.config.base_model_tp_plan.values())  # of the layers of a block
+    sums = styles["rowwise"] + styles["colwise"] - METHODS[row.method].fused + row.checkpointed
+    return 2 * _ring(activation * (layers * sums + 2), row.tensor) + _ring(logits, row.tensor)
+
+
+def _ring(nbytes: int, ranks: int) -> int:
+    """What each of ``ranks`` sends to gather, or to reduce and scatter, so many bytes; an all-reduce is both."""
+    return math.ceil(nbytes * (ranks - 1) / ranks)

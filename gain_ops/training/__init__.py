@@ -1,0 +1,1 @@
+"""A language model adapted to a domain, from loading to the report."""

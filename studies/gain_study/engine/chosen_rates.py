@@ -1,0 +1,52 @@
+"""The learning rates that were tried and chosen, and whether the choice may have missed a better one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from gain_study.engine.methods import METHODS
+from gain_study.engine.records import Rate, Study
+
+__all__ = ["MARGIN", "choose", "chosen", "doubt", "owner", "tried"]
+
+MARGIN = 0.005
+"""Of a perplexity: what a lower learning rate may be worse by and is taken yet."""
+
+
+def choose(found: Mapping[float, float]) -> float:
+    """Of perplexities by learning rate the lowest rate that is no worse than the best by more than MARGIN.
+
+    One domain and one seed do not tell such rates apart, and the higher may be next to diverging on another domain.
+    """
+    bound = (1 + MARGIN) * min(found.values())
+    return min(rate for rate, perplexity in found.items() if perplexity <= bound)
+
+
+def owner(method: str) -> str:
+    """The method whose grid was tried: another one where the method takes what was found for that."""
+    known = METHODS.get(method)
+    return known.rates_of or method if known else method
+
+
+def tried(study: Study, method: str) -> list[Rate]:
+    """The rates of the method's own grid, rising."""
+    return sorted((rate for rate in study.rates if rate.method == method), key=lambda rate: rate.lr)
+
+
+def chosen(study: Study, method: str) -> float | None:
+    """The rate that the method's stages were trained at, or those of a method that takes its rate; None before the first."""
+    return next((stage.lr for stage in study.stages if method in (stage.method, owner(stage.method))), None)
+
+
+def doubt(study: Study, method: str) -> str | None:
+    """Why the chosen rate may not be the best; None where its neighbours on both sides are worse, or diverged."""
+    grid, rate = tried(study, owner(method)), chosen(study, method)
+    if grid and all(one.perplexity is None for one in grid):
+        return "all diverged"
+    if rate is None or rate not in [one.lr for one in grid]:
+        return None
+    if len(grid) == 1:
+        return "the only one tried was taken"
+    if rate == grid[-1].lr:
+        return "on the upper edge of the grid, so that a higher one may be better"
+    return "on the lower edge of the grid, so that a lower one may be better" if rate == grid[0].lr else None

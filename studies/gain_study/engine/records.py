@@ -1,0 +1,191 @@
+"""The one results file of a study: JSON lines, a record a line, written when what it tells of is done.
+
+A study that was killed goes on behind the last whole line. Everything that is shown of a study is made of this file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+from gain_ops.utils.files import replace_file
+
+__all__ = [
+    "BASE",
+    "Base",
+    "Curve",
+    "Header",
+    "Rate",
+    "Record",
+    "Stage",
+    "Study",
+    "append",
+    "mend",
+    "read",
+    "replace_header",
+]
+
+BASE = "base"
+"""The name of the unadapted model where methods are listed."""
+
+Perplexities = dict[str, float]
+"""By domain, on its validation windows."""
+
+
+@dataclass(frozen=True)
+class Header:
+    """What the study depends on; the first record.
+
+    ``settings`` is the study's Settings as JSON has them. ``orders`` are the domains' names in the order in which they are
+    learned, one list an order. ``domains`` says of each, by name: source, sha256 of its windows, train_windows,
+    validation_windows, window_tokens. ``tasks`` says of each multiple-choice set: items, choices (of an item), source.
+    ``model_fingerprint`` is :func:`gain_ops.gainfiles.fingerprints.digest` of every parameter; empty in files that were begun without.
+    """
+
+    kind: ClassVar[str] = "header"
+    settings: dict[str, Any]
+    model: str
+    model_parameters: int
+    device: str
+    environment: dict[str, str]
+    date: str
+    orders: list[list[str]]
+    domains: dict[str, dict[str, Any]]
+    tasks: dict[str, dict[str, Any]]
+    model_fingerprint: str = ""
+
+
+@dataclass(frozen=True)
+class Base:
+    """The model before anything: perplexity by domain, accuracy (0 to 1) by task."""
+
+    kind: ClassVar[str] = "base"
+    perplexity: Perplexities
+    accuracy: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Rate:
+    """One learning rate of a method's grid, tried on the first domain of the first order with the first seed.
+
+    ``perplexity`` is of that domain's selection windows, which nothing else is measured on; None where training diverged.
+    """
+
+    kind: ClassVar[str] = "rate"
+    method: str
+    lr: float
+    domain: str
+    perplexity: float | None
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Perplexity by domain after a step in the middle of a stage, on the first few validation windows.
+
+    ``step`` 0 is before the stage's first; the last is the stage's last.
+    """
+
+    step: int
+    perplexity: Perplexities
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A method has learned one more domain: the ``number``-th (from 1) of an order, with a seed.
+
+    ``perplexity`` is of every domain, those to come too; ``accuracy`` of every task; ``losses`` of each step, in nats a token;
+    ``trained`` the numbers that are trained; ``seconds`` of the whole stage, measuring included; ``tokens_per_second`` of its
+    training steps alone; ``saved_bytes`` what a step keeps for backward; ``peak_bytes`` the most memory that the process
+    (CPU) or the allocator (CUDA) held while it trained.
+    """
+
+    kind: ClassVar[str] = "stage"
+    method: str
+    lr: float
+    seed: int
+    order: int
+    number: int
+    domain: str
+    perplexity: Perplexities
+    accuracy: dict[str, float]
+    curve: list[Curve]
+    losses: list[float]
+    trained: int
+    seconds: float
+    tokens_per_second: float
+    saved_bytes: int
+    peak_bytes: int
+
+
+Record = Header | Base | Rate | Stage
+_KINDS: dict[str, type] = {kind.kind: kind for kind in (Header, Base, Rate, Stage)}
+
+
+@dataclass(frozen=True)
+class Study:
+    """A results file, read. ``base`` is None, and the lists are short, where the study is not done."""
+
+    header: Header
+    base: Base | None
+    rates: list[Rate]
+    stages: list[Stage]
+
+
+def append(path: Path, record: Record) -> None:
+    """Write a record behind the others and flush it to the disk."""
+    line = _line(record)
+    with path.open("ab") as file:
+        file.write(line)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def replace_header(path: Path, header: Header) -> None:
+    """Give a results file another header; everything behind it stays."""
+    rest = path.read_bytes().split(b"\n", 1)[1]
+    replace_file(path, lambda beside: beside.write_bytes(_line(header) + rest))
+
+
+def _line(record: Record) -> bytes:
+    return json.dumps({"kind": record.kind, **asdict(record)}, allow_nan=False).encode() + b"\n"
+
+
+def mend(path: Path) -> None:
+    """Cut off half a last line, of a study that was killed while it wrote. Only who may append may call this."""
+    whole = path.read_bytes().rfind(b"\n") + 1
+    if whole < path.stat().st_size:
+        os.truncate(path, whole)
+
+
+def read(path: Path) -> Study:
+    """A results file, also of a study that runs or was killed: half a last line does not count.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: a file that is not a study's results.
+
+    """
+    records = [_record(line, path) for line in path.read_bytes().split(b"\n")[:-1]]
+    if not records or not isinstance(records[0], Header):
+        raise ValueError(f"{path} is not the results file of a study: its first line is no header")
+    return Study(records[0], next(_of(records, Base), None), list(_of(records, Rate)), list(_of(records, Stage)))
+
+
+def _of(records: Iterable[Record], kind: type) -> Any:
+    return (record for record in records if isinstance(record, kind))
+
+
+def _record(line: bytes, path: Path) -> Record:
+    try:
+        found = json.loads(line)
+        kind = _KINDS[found.pop("kind")]
+        if kind is Stage:
+            found["curve"] = [Curve(**point) for point in found["curve"]]
+        known = {field.name for field in fields(kind)}
+        return cast(Record, kind(**{name: value for name, value in found.items() if name in known}))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not the results file of a study: {line[:60]!r} ({error!r})") from None

@@ -1,0 +1,170 @@
+"""What a study is asked to do."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gain_study.engine.methods import METHODS
+
+__all__ = ["BUILT_IN", "TOY", "Settings"]
+
+BUILT_IN = ("python", "licences", "readmes")
+"""Domains that every machine has; a name that is none of these is a file or folder of text."""
+
+TOY = Path("toy")
+"""In the place of a model: a small one, trained from scratch on the domains' training text."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What :func:`gain_study.engine.running.study` is asked to do; the command line's options by the same names.
+
+    Attributes:
+        out: the folder of the results file.
+        model: a transformers folder or GGUF file; None is SmolLM2-135M-Instruct, ``toy`` a small one made on the spot.
+        domains: names of :data:`BUILT_IN` domains, or paths of text files or folders, in the order of the first run.
+        held_out: the same, for text that is measured on and never learned: what the model knew before.
+        methods: names in :data:`gain_study.engine.methods.METHODS`.
+        seeds: one run of each method and order for each.
+        orders: of the domains: as given, reversed, then permutations by a fixed seed.
+        steps: of training, a stage.
+        batch_tokens: in a step.
+        sequence_length: tokens in a window.
+        validation_windows: of each domain, what perplexities are of.
+        selection_windows: of the first domain, what learning rates are chosen on.
+        curve_points: how often a stage's curve is measured: at its end, its half, its quarter and so on, as most changes at
+            the beginning; and before the first step. 0 for no curve.
+        curve_windows: of the validation windows, the first ones: those that the curve is of.
+        keep_adapters: one adapter goes on from domain to domain, instead of being absorbed after each.
+        tasks: whether multiple-choice accuracy is measured too.
+        rates: grids of learning rates instead of the methods' own, by method.
+        replay_share: of each batch's windows, for methods that replay.
+        ewc_lambda: the strength of EWC's penalty, which is about ``lambda / 2 * sum(F) * d^2`` nats where weights move by d.
+            SmolLM2-135M's sum(F) is 5e4 on licences, so that is a nat for d = 3e-4, some steps of full fine-tuning, at 4e2.
+            The same estimate gives 3e2 for the toy model; there 1e2 to 1e3 trade forgetting for learning, and from 1e4 on
+            little is learned. It is not tuned beyond that.
+        fisher_windows: training windows of a domain that its Fisher information is estimated on.
+        dtype: of the weights.
+        device: auto, cpu or cuda.
+
+    Raises:
+        ValueError: a number out of its range, an unknown or repeated name.
+    """
+
+    out: Path
+    model: Path | None = None
+    domains: Sequence[str] = BUILT_IN
+    held_out: Sequence[str] = ()
+    methods: Sequence[str] = tuple(METHODS)
+    seeds: Sequence[int] = (0, 1, 2)
+    orders: int = 2
+    steps: int = 24
+    batch_tokens: int = 1024
+    sequence_length: int = 256
+    validation_windows: int = 12
+    selection_windows: int = 8
+    curve_points: int = 2
+    curve_windows: int = 2
+    keep_adapters: bool = False
+    tasks: bool = True
+    rates: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    replay_share: float = 0.25
+    ewc_lambda: float = 1e3
+    fisher_windows: int = 16
+    dtype: str = "float32"
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        self._check_numbers()
+        self._check_names()
+        if self.replayed < 1 or self.replayed >= self.batch_size:
+            replaying = [name for name in self.methods if METHODS[name].replays]
+            if replaying:
+                raise ValueError(
+                    f"{', '.join(replaying)}: {self.replay_share:g} of a batch of {self.batch_size} windows came to replay; at "
+                    "least one window has to be, and one not: give more batch tokens or another share"
+                )
+        if self.dtype != "float32" and any(METHODS[name].weights for name in self.methods):
+            raise ValueError(
+                f"full and ewc in {self.dtype}: a step of theirs is smaller than the spacing of its numbers and would be lost: "
+                "use float32, or leave them out (--methods)"
+            )
+
+    @property
+    def batch_size(self) -> int:
+        """Windows in one step."""
+        return self.batch_tokens // self.sequence_length
+
+    @property
+    def curve_steps(self) -> set[int]:
+        """The steps after which the curve is measured; 0 is before the first."""
+        return (
+            {0, *(max(1, self.steps >> halvings) for halvings in range(self.curve_points))}
+            if self.curve_points
+            else set()
+        )
+
+    @property
+    def replayed(self) -> int:
+        """Windows in one step that come from earlier domains, where a method replays."""
+        return round(self.replay_share * self.batch_size)
+
+    def grid(self, method: str) -> tuple[float, ...]:
+        """The learning rates that a method is tried at, rising."""
+        return tuple(sorted(self.rates.get(method, METHODS[method].rates)))
+
+    def as_json(self) -> dict[str, Any]:
+        """As the results file has them: all but the folder, which may be moved."""
+        found = {name: value for name, value in asdict(self).items() if name != "out"}
+        return found | {
+            "model": None if self.model is None else str(self.model),
+            "domains": list(self.domains),
+            "held_out": list(self.held_out),
+            "methods": list(self.methods),
+            "seeds": list(self.seeds),
+            "rates": {name: sorted(grid) for name, grid in self.rates.items()},
+        }
+
+    def _check_numbers(self) -> None:
+        for name in ("orders", "steps", "validation_windows", "selection_windows", "curve_windows", "fisher_windows"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name.replace('_', ' ')} is {getattr(self, name)}: at least 1 is needed")
+        if not 0 <= self.curve_points <= self.steps:
+            raise ValueError(f"curve points is {self.curve_points}: 0 for none, at most one a step ({self.steps})")
+        if self.sequence_length < 2:
+            raise ValueError(f"sequence length is {self.sequence_length}: at least 2 tokens are needed to predict one")
+        if self.batch_tokens < self.sequence_length or self.batch_tokens % self.sequence_length:
+            raise ValueError(
+                f"batch tokens is {self.batch_tokens}: it must be a multiple of the sequence length, {self.sequence_length}"
+            )
+        if not 0 <= self.ewc_lambda < math.inf:
+            raise ValueError(f"ewc lambda is {self.ewc_lambda}: a finite strength, 0 or more, is needed")
+
+    def _check_names(self) -> None:
+        measured = [*self.domains, *self.held_out]
+        for what, given in (("methods", self.methods), ("seeds", self.seeds), ("domains", measured)):
+            if not given:
+                raise ValueError(f"no {what} came: at least one is needed")
+            if len(set(given)) < len(given):
+                raise ValueError(f"{what} holds one twice: {', '.join(map(str, given))}")
+        if not self.domains:
+            raise ValueError("no domains came: at least one is needed")
+        for name in self.methods:
+            if name not in METHODS:
+                raise ValueError(f"method {name!r} is unknown: choose among {', '.join(METHODS)}")
+        possible = math.factorial(len(self.domains))
+        if self.orders > possible:
+            raise ValueError(
+                f"orders is {self.orders}: {possible} is all that {len(self.domains)} domains have (--orders)"
+            )
+        for name, grid in self.rates.items():
+            owners = [method for method, found in METHODS.items() if found.rates]
+            if name not in owners:
+                also = f" ({name} takes those of {METHODS[name].rates_of})" if name in METHODS else ""
+                raise ValueError(f"rates for {name!r} came: choose among {', '.join(owners)}{also}")
+            if not grid or len(set(grid)) < len(grid) or not all(0 < rate < math.inf for rate in grid):
+                raise ValueError(f"rates for {name}: {list(grid)} came; different finite rates above 0 are needed")

@@ -1,0 +1,78 @@
+"""A small language model, trained from scratch in seconds: for tests, and to see a whole study go by."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gain_ops.training.domains import Domain, cut_windows, token_stream
+from gain_ops.training.loop import draw_batches, train
+
+__all__ = ["save_toy_model"]
+
+_LENGTH = 128
+_BATCH = 16
+
+
+def save_toy_model(folder: Path, mixture: Sequence[Domain], *, steps: int = 300, width: int = 96) -> None:
+    """Train a Llama of two layers, bytes being its tokens, on the domains' training text, and write it for transformers.
+
+    The same text gives the same model. ``folder`` is whole or absent.
+
+    Args:
+        folder: where; its parent must exist.
+        mixture: equally many windows come from each domain.
+        steps: of training.
+        width: of the residual stream, a multiple of 8.
+
+    Raises:
+        ValueError: too little text for one batch.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = _tokenizer()
+    count = -(-steps * _BATCH // len(mixture))
+    windows = [
+        cut_windows(token_stream(domain.train, tokenizer, limit=count * _LENGTH), length=_LENGTH, count=count, seed=0)
+        for domain in mixture
+    ]
+    batches = draw_batches(torch.cat(windows), batch_size=_BATCH, steps=steps, seed=0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=width,
+            intermediate_size=2 * width,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=512,
+            eos_token_id=tokenizer.eos_token_id,
+            bos_token_id=tokenizer.eos_token_id,
+        )
+        model = LlamaForCausalLM(config)
+        train(model, batches, lr=5e-3)
+    beside = folder.with_name(f".part-{os.getpid()}-{folder.name}")
+    try:
+        model.save_pretrained(beside)
+        tokenizer.save_pretrained(beside)
+        beside.rename(folder)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _tokenizer() -> Any:
+    """A token for each byte, and one for the end of a text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bytewise = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate([*alphabet, "<eos>"])}, merges=[]))
+    bytewise.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytewise.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=bytewise, eos_token="<eos>")

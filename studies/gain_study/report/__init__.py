@@ -1,0 +1,1 @@
+"""A study's results: metrics, tables, plots, pages."""

@@ -1,0 +1,293 @@
+"""The tables of a study, as text: what a report shows of it in rows and columns."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from gain_ops.utils.wording import size_text, time_text
+from gain_study.engine import chosen_rates
+from gain_study.engine.records import BASE, Rate, Study
+from gain_study.report import matched, metrics
+from gain_study.report.metrics import Measure, Run, Spread
+
+__all__ = [
+    "Strong",
+    "Table",
+    "accuracies",
+    "by_order",
+    "by_stage",
+    "costs",
+    "differences",
+    "domains",
+    "final_perplexities",
+    "learning_rates",
+    "matched_changes",
+    "matched_differences",
+    "perplexity_text",
+    "spread_text",
+    "standard_error",
+    "summary",
+    "tasks",
+]
+
+NOTHING = "-"
+"""Stands where there is no figure."""
+
+
+_MATCHED = {
+    "in_domain": "in-domain",
+    "earlier": "earlier domains",
+    "drift": "earlier domains since the stage began",
+    "held_out": "held out",
+}
+
+
+class Strong(str):
+    """The text of a cell that stands out."""
+
+    __slots__ = ()
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows under headings; the first column is text, and so are those whose numbers are in ``words``."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    words: frozenset[int] = frozenset()
+    caption: str = ""
+
+
+def spread_text(found: Spread | None, form: str = "+z.1f") -> str:
+    """``-3.2 ± 0.4`` with the standard deviation, ``-3.2 (-3.5 to -2.9)`` of two figures, ``-3.2`` of one."""
+    if found is None:
+        return NOTHING
+    mean = _number(found.mean, form)
+    if found.deviation is not None:
+        return f"{mean} ± {_number(found.deviation, form.removeprefix('+'))}"
+    return mean if found.count == 1 else f"{mean} ({_number(found.low, form)} to {_number(found.high, form)})"
+
+
+def perplexity_text(value: float) -> str:
+    """A perplexity with two decimals, and in powers of ten where it is large."""
+    return _number(value, ".2f")
+
+
+def summary(some: Sequence[Run], n: int) -> Table:
+    """Every measure after n stages, a row a method."""
+    measures = [
+        measure
+        for measure in (*metrics.MEASURES, metrics.ACCURACY)
+        if any(measure.of(run, n) is not None for run in some if len(run.stages) >= n)
+    ]
+    found = {measure.name: metrics.values(some, measure, n) for measure in measures}
+    rows = []
+    for method in _methods_at(some, n):
+        count = sum(run.method == method and len(run.stages) >= n for run in some)
+        cells = [spread_text(metrics.spread_of(m, found[m.name].get(method, {}))) for m in measures]
+        rows.append([method, str(count), *cells])
+    return Table(
+        ["", "runs", *(f"{measure.name}, {measure.unit}" for measure in measures)], rows, caption=f"After stage {n}"
+    )
+
+
+def final_perplexities(study: Study, some: Sequence[Run], n: int) -> Table:
+    """The perplexity of every domain after n stages, and in brackets its change against the base model."""
+    names = [*study.header.orders[0], *metrics.held_out_domains(study)]
+    rows = [[BASE, *(perplexity_text(study.base.perplexity[d]) for d in names)]] if study.base else []
+    for method in _methods_at(some, n):
+        here = [run.perplexities for run in some if run.method == method and len(run.stages) >= n]
+        cells = []
+        for d in names:
+            change = metrics.percent(fmean(math.log(P[n][d]) - math.log(P[0][d]) for P in here))
+            cells.append(f"{spread_text(metrics.spread(P[n][d] for P in here), '.2f')} ({_number(change, '+z.1f')} %)")
+        rows.append([method, *cells])
+    return Table(["", *names], rows, caption=f"Perplexity after stage {n}")
+
+
+def by_stage(some: Sequence[Run], measure: Measure, n: int) -> Table:
+    """A measure after each of the stages 2 to n."""
+    found = [metrics.values(some, measure, stage) for stage in range(2, n + 1)]
+    rows = [
+        [method, *(spread_text(metrics.spread_of(measure, at.get(method, {}))) for at in found)]
+        for method in _methods_at(some, 2)
+    ]
+    return Table(
+        ["", *(f"stage {stage}, {measure.unit}" for stage in range(2, n + 1))],
+        rows,
+        caption=f"{_title(measure)}, stage by stage",
+    )
+
+
+def by_order(study: Study, some: Sequence[Run], measure: Measure, n: int) -> Table:
+    """A measure after n stages in each of the orders, with the spread over seeds alone."""
+    orders = range(len(study.header.orders))
+    found = [metrics.values([run for run in some if run.order == order], measure, n) for order in orders]
+    rows = [
+        [method, *(spread_text(metrics.spread_of(measure, at.get(method, {}))) for at in found)]
+        for method in _methods_at(some, n)
+    ]
+    columns = ["", *(f"order {order + 1}, {measure.unit}" for order in orders)]
+    return Table(columns, rows, caption=f"{_title(measure)} after stage {n}, order by order")
+
+
+def differences(some: Sequence[Run], measure: Measure, n: int) -> Table:
+    """By how many percent the row's perplexity is above the column's, run by run after n stages."""
+    found = metrics.values(some, measure, n)
+    caption = f"{_title(measure)} after stage {n}, row against column, %"
+    return _pairs(list(found), lambda one, other: metrics.paired(measure, found[one], found[other]), caption)
+
+
+def matched_changes(some: Sequence[Run]) -> Table:
+    """What each method has forgotten where all have learned equally much; no rows where no curve was measured.
+
+    Means are over the stages that all methods could be matched in, or of those that could at all if there is none.
+    """
+    every = matched.matches(some)
+    common = matched.common(every)
+    found = {field: change for field in matched.FIELDS if (change := matched.change(common, field))}
+    rows = []
+    for method in dict.fromkeys(match.method for match in every):
+        own = [match for match in every if match.method == method]
+        reached = sum(match.target is not None for match in own)
+        cells = [spread_text(metrics.spread(change.get(method, {}).values())) for change in found.values()]
+        rows.append([method, f"{reached} of {len(own)}", *cells])
+    stages = len({match.stage for match in common})
+    return Table(
+        ["", "reached", *(f"{_MATCHED[field]}, %" for field in found)],
+        rows,
+        caption=f"At matched in-domain perplexity, in {stages} stages",
+    )
+
+
+def matched_differences(some: Sequence[Run]) -> Table:
+    """What a stage does to the earlier domains: the row above the column where these two have learned equally much in it."""
+    names = list(dict.fromkeys(run.method for run in some))
+    caption = "Earlier domains since the stage began, at matched in-domain perplexity, row against column, %"
+    return _pairs(names, lambda one, other: matched.matches_paired(some, one, other, "drift"), caption)
+
+
+def accuracies(study: Study, some: Sequence[Run], n: int) -> Table:
+    """The share of items answered right after n stages, and in brackets its change against the base model."""
+    tasks = study.header.tasks
+    if study.base is None or not tasks:
+        return Table(["", *tasks], [])
+    base = study.base.accuracy
+    errors = {name: standard_error(base[name], task["items"]) for name, task in tasks.items()}
+    rows = [
+        ["by chance", *(f"{100 / task['choices']:.1f}" for task in tasks.values())],
+        [BASE, *(f"{100 * base[name]:.1f} ± {100 * errors[name]:.1f}" for name in tasks)],
+    ]
+    for method in _methods_at(some, n):
+        here = [run.accuracies[n] for run in some if run.method == method and len(run.stages) >= n]
+        cells = []
+        for name in tasks:
+            found = metrics.spread(100 * accuracy[name] for accuracy in here)
+            change = fmean(100 * (accuracy[name] - base[name]) for accuracy in here)
+            cells.append(f"{spread_text(found, '.1f')} ({change:+z.1f})")
+        rows.append([method, *cells])
+    return Table(
+        ["", *(f"{name}, %" for name in tasks)],
+        rows,
+        caption=f"Items answered right after stage {n}; of the base model with a set's standard error",
+    )
+
+
+def standard_error(share: float, items: int) -> float:
+    """``sqrt(p (1 - p) / items)``: how much an accuracy p would scatter over other sets of as many items."""
+    return math.sqrt(share * (1 - share) / items)
+
+
+def costs(study: Study) -> Table:
+    """What a method trains and costs, over all its stages."""
+    rows = []
+    for method in metrics.method_names(study):
+        stages = [stage for stage in study.stages if stage.method == method]
+        if stages:
+            trained = max(stage.trained for stage in stages)
+            speed = metrics.spread(stage.tokens_per_second for stage in stages)
+            rows.append(
+                [
+                    method,
+                    f"{trained:,} ({100 * trained / study.header.model_parameters:.3g} %)",
+                    spread_text(speed, ".0f"),
+                    time_text(fmean(stage.seconds for stage in stages)),
+                    size_text(max(stage.saved_bytes for stage in stages)),
+                    size_text(max(stage.peak_bytes for stage in stages)),
+                ]
+            )
+    return Table(
+        ["", "trained", "tokens/s", "time a stage, with measuring", "kept for backward by a step", "peak memory"],
+        rows,
+        caption="Cost",
+    )
+
+
+def learning_rates(study: Study) -> Table:
+    """The rates tried and chosen, with a warning where the chosen one may not be the best."""
+    rows = []
+    for method in metrics.method_names(study):
+        owner, rate = chosen_rates.owner(method), chosen_rates.chosen(study, method)
+        text = ", ".join(f"{one.lr:g}: {_rate_text(one)}" for one in chosen_rates.tried(study, owner))
+        if text:
+            whose = "" if owner == method else f"those of {owner}: "
+            warning = chosen_rates.doubt(study, method) or ""
+            rows.append([method, f"{whose}{text}", NOTHING if rate is None else f"{rate:g}", warning])
+    return Table(["", "perplexity by rate", "chosen", ""], rows, frozenset({1, 3}), "Learning rates")
+
+
+def domains(study: Study) -> Table:
+    """Where the text is from, how much of it there is, and its hash."""
+    held_out = metrics.held_out_domains(study)
+    facts = {
+        name: {"": "held out" if name in held_out else "learned"} | {key: str(fact) for key, fact in found.items()}
+        for name, found in study.header.domains.items()
+    }
+    for found in facts.values():
+        found["sha256"] = f"{found['sha256'][:16]}…"  # the results file has all of it
+    return _facts(facts, frozenset({"", "source", "sha256"}), "Domains")
+
+
+def tasks(study: Study) -> Table:
+    """The multiple-choice sets."""
+    facts = {name: {key: str(fact) for key, fact in found.items()} for name, found in study.header.tasks.items()}
+    return _facts(facts, frozenset({"source"}), "Multiple-choice sets")
+
+
+def _facts(facts: Mapping[str, Mapping[str, str]], words: frozenset[str], caption: str) -> Table:
+    """A row for each name, a column for each fact."""
+    keys = list(dict.fromkeys(key for found in facts.values() for key in found))
+    rows = [[name, *(found.get(key, NOTHING) for key in keys)] for name, found in facts.items()]
+    places = frozenset(place for place, key in enumerate(keys, 1) if key in words)
+    return Table(["", *(key.replace("_", " ") for key in keys)], rows, places, caption)
+
+
+def _title(measure: Measure) -> str:
+    return measure.name[0].upper() + measure.name[1:]
+
+
+def _pairs(names: Sequence[str], compare: Callable[[str, str], Spread | None], caption: str) -> Table:
+    rows = []
+    for one in names:
+        row = [one]
+        for other in names:
+            found = None if one == other else compare(one, other)
+            row.append(Strong(spread_text(found)) if found and found.beyond else spread_text(found))
+        rows.append(row)
+    return Table(["", *names], rows, caption=caption)
+
+
+def _methods_at(some: Sequence[Run], n: int) -> list[str]:
+    return list(dict.fromkeys(run.method for run in some if len(run.stages) >= n))
+
+
+def _rate_text(rate: Rate) -> str:
+    return "diverged" if rate.perplexity is None else perplexity_text(rate.perplexity)
+
+
+def _number(value: float, form: str) -> str:
+    """The number in its form; large ones in powers of ten, as nobody reads their digits."""
+    return format(value, form) if abs(value) < 10_000 else format(value, f"{'+' * form.startswith('+')}.2e")
