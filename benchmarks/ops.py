@@ -1,4 +1,4 @@
-"""Raw ops: each function of gain_ops.ops.raw by each backend, as times, as shares of the roofline, and over the plain product."""
+"""Raw ops: each of gain_ops.ops.raw by each backend, as times, as shares of the roofline, and over the plain product."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial

@@ -179,7 +179,10 @@ def test_a_wheel_carries_the_built_kernels_for_every_python(tmp_path: Path) -> N
     installed = tmp_path / "installed"
     zipfile.ZipFile(wheel).extractall(installed)
     assert (installed / "gain_ops" / "_C.abi3.so").exists()
-    code = "import gain_ops.backends.extension as e, torch; print(e.obstacle(), e.__file__, torch.ops.gain_ops_cuda.linear.default)"
+    code = (
+        "import gain_ops.backends.extension as e, torch; "
+        "print(e.obstacle(), e.__file__, torch.ops.gain_ops_cuda.linear.default)"
+    )
     environment = os.environ | {"PYTHONPATH": str(installed)}
     told = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True

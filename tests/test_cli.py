@@ -18,7 +18,7 @@ class Block(importlib.abc.MetaPathFinder):
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 
 sys.meta_path.insert(0, Block())
-from gain_ops.cli import main
+from gain_ops.commands.cli import main
 sys.argv = ["gain-ops", *{arguments!r}]
 main()
 """

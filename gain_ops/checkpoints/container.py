@@ -27,8 +27,8 @@ class Container(Protocol):
         """What has to be rewritten, in the gain file's order; ``Edit.layer`` is the gain file's name. Changes nothing.
 
         A gain goes into its layer's own weight where that can take it exactly; else, on the input side of the down
-        projection of a gated FFN, into the rows of the up projection (gain_ops.models.up_rows); else it is refused, or the layer's
-        weight is quantised anew if that was asked for.
+        projection of a gated FFN, into the rows of the up projection (models/up_rows.py). Else it is refused, or the weight
+        is quantised anew if that was asked for.
 
         Args:
             gains: the gains to fold in.

@@ -96,8 +96,8 @@ def fuse(module: nn.Module, *, recompute: bool, chunk: int | None) -> None:
     layout = layout_of(module)
     if layout is None:
         raise ValueError(
-            f"fuse_mlp cannot serve {type(module).__name__}: its forward is none of those known (see gain_ops.models.fused_mlp). "
-            "Leave fuse_mlp off."
+            f"fuse_mlp cannot serve {type(module).__name__}: its forward is none of those known "
+            "(gain_ops/models/ffn_layout.py). Leave fuse_mlp off."
         )
     activation = _activation(module.get_submodule(layout.activation))
     projections = [module.get_submodule(name) for name in (layout.gate, layout.up, layout.down) if name is not None]

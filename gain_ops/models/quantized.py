@@ -12,20 +12,18 @@ rows of another layer instead (up_rows.py).
 No package of these formats is needed here: layers are known by the names of their classes.
 """
 
-from typing import cast
+import copy
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-import copy
-from collections.abc import Callable
-from typing import Any
-
 from gain_ops.layers.linears import describe, has_own_forward, has_plain_weight, is_kind, kind_name, sizes
 from gain_ops.models.carriers import CannotFold, Carrier, Foldable
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def forget_quantizer(model: "PreTrainedModel") -> bool:

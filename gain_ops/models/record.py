@@ -145,6 +145,7 @@ def all_gained(model: nn.Module) -> dict[int, Gained]:
 
 
 def record_holders(model: nn.Module) -> list[nn.Module]:
+    """The modules that apply() was called on."""
     return [module for module in model.modules() if RECORD in vars(module)]
 
 

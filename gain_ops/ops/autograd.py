@@ -40,16 +40,19 @@ def differentiable() -> bool:
 
 
 def cast_to(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """The tensor in a dtype, None for its own."""
     return tensor if dtype is None else tensor.to(dtype)
 
 
 def bias_gradient(ctx: Any, dy: Tensor) -> Tensor | None:
+    """The gradient of a bias, the fourth input, or None where nobody needs it."""
     if not ctx.needs_input_grad[3]:
         return None
     return dy.sum(0, dtype=reference.accumulation_dtype(dy.dtype)).to(ctx.bias_dtype)
 
 
 def remember(ctx: Any, x: Tensor, delta: Tensor, bias: Tensor | None, backend: str) -> None:
+    """Note on ctx what a backward needs beside the tensors that are saved for it."""
     ctx.set_materialize_grads(False)
     ctx.device_type = x.device.type
     ctx.delta_dtype = delta.dtype

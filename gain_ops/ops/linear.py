@@ -78,7 +78,7 @@ def gain_linear(
         save: what an output-side gain keeps for backward. "output": z [..., out_features], fast. "input": x, and one more
             GEMM recomputes z in the backward, which adds no byte where x is alive anyway. "auto": "output". The input side
             always keeps x ("auto" or "input"). Nothing that is activation-sized is kept unless delta needs a gradient.
-        backend: "auto", or "triton" | "cuda" | "eager" by name (see gain_ops.ops.dispatch). With "auto", GAIN_OPS_BACKEND decides.
+        backend: "auto", or "triton" | "cuda" | "eager" by name (gain_ops.ops.dispatch). With "auto", GAIN_OPS_BACKEND decides.
 
     Returns:
         y [..., out_features] in x's dtype (in autocast's dtype under autocast). The products with the gain run in float32

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import gain_ops
-from gain_ops.checkpoints import absorb
+from gain_ops.checkpoints import absorb as absorbing
 from gain_ops.checkpoints.absorb import absorb, verify
 from gain_ops.checkpoints.edits import CheckpointError, Edit, Region, Rounding
 from gain_ops.checkpoints.formats.safetensors_folder import SafetensorsCheckpoint
@@ -194,8 +194,8 @@ def _layouts(draw: st.DrawFn) -> tuple[list[dict[str, Tensor]], dict[str, Tensor
 def test_whatever_the_shards_only_gained_weights_change(
     tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, layout, at_once: int
 ):
-    monkeypatch.setattr(absorb, "_ROWS_AT_ONCE", at_once)
-    monkeypatch.setattr(absorb, "_COMPARED_AT_ONCE", at_once)
+    monkeypatch.setattr(absorbing, "_ROWS_AT_ONCE", at_once)
+    monkeypatch.setattr(absorbing, "_COMPARED_AT_ONCE", at_once)
     shards, deltas, side = layout
     folder = tmp_path_factory.mktemp("layout")
     base = save_folder(folder / "base", shards)
@@ -293,8 +293,8 @@ def test_progress_counts_every_byte_once(small: tuple[Path, Path], tmp_path: Pat
 _LIMITED = """
 import re, resource, sys
 from pathlib import Path
-from gain_ops.checkpoints.absorbing import absorb
-from gain_ops.checkpoints.planning import plan
+from gain_ops.checkpoints.absorb import absorb
+from gain_ops.checkpoints.plan import plan
 
 def status(key):
     return int(re.search(rf"{key}:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
@@ -330,8 +330,8 @@ def test_memory_stays_below_twice_the_largest_tensor_whatever_the_checkpoint(tmp
 _KILLED = """
 import os, signal, sys
 from pathlib import Path
-from gain_ops.checkpoints import absorbing
-from gain_ops.checkpoints.planning import plan
+from gain_ops.checkpoints import absorb as absorbing
+from gain_ops.checkpoints.plan import plan
 
 absorbing._ROWS_AT_ONCE = 100
 phase, at = sys.argv[4], float(sys.argv[5])
@@ -433,7 +433,7 @@ def test_after_an_interruption_other_inputs_start_anew(
         copied.append(source.name)
         copy_file(source, target, advance)
 
-    monkeypatch.setattr(absorb, "copy_file", copy)
+    monkeypatch.setattr(absorbing, "copy_file", copy)
     work = plan(base, gain, **options)
     absorb(work, out)
     assert len(copied) == (0 if what == "nothing" else len(work.files))
@@ -507,7 +507,7 @@ def test_verifying_finds_files_too_many_and_too_few(small: tuple[Path, Path], tm
 
 
 def test_what_does_not_verify_is_not_kept(small: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    rewrite = absorb._rewrite
+    rewrite = absorbing._rewrite
 
     def bad_disk(target: Path, edits: list[Edit], advance: Callable[[int], object]) -> dict[str, Rounding]:
         found = rewrite(target, edits, advance)
@@ -516,7 +516,7 @@ def test_what_does_not_verify_is_not_kept(small: tuple[Path, Path], tmp_path: Pa
             file.write(b"?")
         return found
 
-    monkeypatch.setattr(absorb, "_rewrite", bad_disk)
+    monkeypatch.setattr(absorbing, "_rewrite", bad_disk)
     work = plan(*small)
     before = sorted(tmp_path.iterdir())
     with pytest.raises(CheckpointError, match="The disk may be failing"):

@@ -28,13 +28,13 @@ LAUNCHERS = {
 # starts the example so that a process which is not the first fails if it writes a gain file
 FIRST_WRITES = """
 import os, runpy, sys
-from gain_ops import adapters
+from gain_ops.models import files
 
 def refuse(file, path):
     raise AssertionError(f"{path} is written by process {os.environ['RANK']}")
 
 if os.environ["RANK"] != "0":
-    adapters.write_gains = refuse
+    files.write_gains = refuse
 del sys.argv[0]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """

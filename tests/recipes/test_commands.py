@@ -17,10 +17,11 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
 import gain_ops
-from gain_ops.checkpoints import absorb
+from gain_ops.checkpoints import absorb as absorbing
 from gain_ops.checkpoints.edits import CheckpointError
 from gain_ops.checkpoints.formats.safetensors_folder import SafetensorsCheckpoint
-from gain_ops.commands import app, console
+from gain_ops.commands import app as commands
+from gain_ops.commands import console
 from gain_ops.commands.app import app
 from gain_ops.measure.perplexity import perplexity
 from gain_ops.training import domains
@@ -196,8 +197,8 @@ class _Interrupt:
             for _ in range(signals if done.number == at_step else 0):
                 os.kill(os.getpid(), signal.SIGINT)
 
-        patch.setattr(app._ConsoleWatcher, "phase", phase)
-        patch.setattr(app._ConsoleWatcher, "step", step)
+        patch.setattr(commands._ConsoleWatcher, "phase", phase)
+        patch.setattr(commands._ConsoleWatcher, "step", step)
 
 
 def test_ctrl_c_ends_the_process_with_130_and_a_gain_file(tiny_model: Path, code_folder: Path, tmp_path: Path):
@@ -506,7 +507,7 @@ def test_absorb_stopped_by_ctrl_c_says_what_is_kept_and_goes_on(
         ("verify", f"What is finished is in {stage_of(out)}: the same"),
     ):
         with monkeypatch.context() as patch:
-            patch.setattr(absorb, step, stop)
+            patch.setattr(absorbing, step, stop)
             result = _run(*call)
         assert result.exit_code == 130
         assert kept in result.output

@@ -43,7 +43,7 @@ class Header:
     ``settings`` is the study's Settings as JSON has them. ``orders`` are the domains' names in the order in which they are
     learned, one list an order. ``domains`` says of each, by name: source, sha256 of its windows, train_windows,
     validation_windows, window_tokens. ``tasks`` says of each multiple-choice set: items, choices (of an item), source.
-    ``model_fingerprint`` is :func:`gain_ops.gainfiles.fingerprints.digest` of every parameter; empty in files that were begun without.
+    ``model_fingerprint`` is :func:`gain_ops.gainfiles.fingerprints.digest` of every parameter; empty in files begun without.
     """
 
     kind: ClassVar[str] = "header"
