@@ -2,7 +2,7 @@
 # make test    the whole test suite, from nothing
 # make bench   measure what this machine can, in under five minutes, and print the tables
 # make cuda    csrc/ compiled into the package, where there is nvcc
-# make lint    ruff, mypy and clang-format
+# make lint    ruff, mypy, the floors of the imports, clang-format
 # make triton36   the kernel tests again, under Triton 3.6
 PYTHON ?= python3
 VENV := .venv
@@ -39,6 +39,7 @@ lint: $(VENV)/.dev
 	rm -rf build/types && mkdir -p build/types
 	cp -r gain_ops studies/gain_study pyproject.toml build/types/ && cp -r kernels/gain build/types/gain_ops/kernels
 	cd build/types && $(CURDIR)/$(VENV)/bin/mypy -p gain_ops -p gain_study
+	cd build/types && PYTHONPATH=. $(CURDIR)/$(VENV)/bin/lint-imports
 
 triton36: $(VENV)/.dev .triton36/.done
 	PYTHONPATH=$(CURDIR)/.triton36 $(PY) -c 'import triton; assert triton.__version__.startswith("3.6"), triton'

@@ -198,10 +198,10 @@ def _kernels(given: dict[str, Tensor | None]) -> Iterator[tuple[str, str, Any, l
 
 def forward_configurations(x: Tensor, weight: Tensor) -> dict[str, GemmConfig]:
     """What ships, and what may be better by stages or by the shape of the tile; on a CPU what the interpreter takes."""
-    from gain_ops.kernels import tuning
+    from gain_ops.kernels import tables
     from gain_ops.kernels.config import GemmConfig
 
-    shipped = tuning.gemm_config("linear", x, weight)
+    shipped = tables.gemm_config("linear", x, weight)
     others = (
         GemmConfig(128, 256, 64, num_warps=8, num_stages=4, subtiles=2),
         GemmConfig(128, 256, 64, num_warps=8, num_stages=3, subtiles=2),

@@ -10,6 +10,7 @@ rows.py            one bandwidth-bound pass: the backward from a kept z, and the
 partials.py        the second stage of every ddelta, in fixed order
 config.py          launch configurations and their heuristics
 devices.py         the device that a kernel is launched on
+tables.py          the configuration of a launch: tuned, or the heuristic's
 tuning.py          opt-in tuning, cached as JSON
 recording.py       a driver with no device, which records launches
 aot.py             every configuration compiled ahead of time, as a launch compiles it, with no GPU

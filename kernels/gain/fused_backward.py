@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gain_ops.backends.operands import fuses
-from gain_ops.kernels import rows, tuning
+from gain_ops.kernels import rows, tables
 from gain_ops.kernels._common import (
     descriptor,
     gemm_grid,
@@ -101,7 +101,7 @@ def backward_dx(dy: Tensor, z: Tensor, weight: Tensor, delta: Tensor | None) -> 
 
     """
     if fuses(dy, weight.t(), z):
-        config = tuning.gemm_config("backward_dx", dy, weight.t())
+        config = tables.gemm_config("backward_dx", dy, weight.t())
         if delta is None:
             # a product that reads dy from shared memory holds one tile of it more, and 4 stages of the large tile do not fit
             config = replace(config, num_stages=min(config.num_stages, 3))

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gain_ops.backends.operands import fuses
-from gain_ops.kernels import rows, tuning
+from gain_ops.kernels import rows, tables
 from gain_ops.kernels._common import (
     GEMM_UNIT,
     gemm_grid,
@@ -131,7 +131,7 @@ def launch(
 ) -> None:
     """Run the kernel with a configuration, or with the one that the tuned table or the heuristic gives."""
     if config is None:
-        config = tuning.gemm_config("linear", x, weight)
+        config = tables.gemm_config("linear", x, weight)
     with on_device_of(x):
         linear_kernel[gemm_grid(x, weight, config)](
             delta=delta.contiguous(),

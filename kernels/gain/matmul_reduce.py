@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gain_ops.backends.operands import fuses
-from gain_ops.kernels import rows, tuning
+from gain_ops.kernels import rows, tables
 from gain_ops.kernels._common import (
     GEMM_UNIT,
     gemm_grid,
@@ -157,7 +157,7 @@ def launch(
     """Run the GEMM and the second stage: a [M, K], weight [N, K], c [M, N] -> ddelta [N] fp32, and ``out`` written."""
     m, n = c.shape
     if config is None:
-        config = tuning.gemm_config(f"matmul_reduce {writes}", a, weight)
+        config = tables.gemm_config(f"matmul_reduce {writes}", a, weight)
     partials = torch.empty((triton.cdiv(m, config.block_m), n), dtype=torch.float32, device=c.device)
     with on_device_of(a):
         matmul_reduce_kernel[gemm_grid(a, weight, config)](

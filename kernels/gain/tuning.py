@@ -1,10 +1,7 @@
 """Opt-in tuning of the GEMM kernels: time candidates once, keep the winner in a JSON table that later runs read.
 
 Nothing is timed unless ``tune`` is called (or ``python -m gain_ops.kernels.tuning --tokens 8192 --out-features 4096
---in-features 4096``). The table is GAIN_OPS_TUNED, or gain_ops/<device>.json in the user's cache folder; what that lacks is
-looked up in ``tuned/<device>.json`` of this package, where there is one. A device is its architecture and its number of
-multiprocessors, so that an H100 and an H200 share a table. An entry is keyed by kernel, dtype, n, k and the power of two that
-m falls under, and a table by device and Triton's minor version: one of others is not read.
+--in-features 4096``). Where the table lies and what it is read for: tables.py.
 """
 
 from __future__ import annotations
@@ -12,12 +9,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -27,55 +23,13 @@ import triton
 from torch import Tensor
 from triton.runtime import JITFunction
 
-from gain_ops.kernels import config as heuristics
 from gain_ops.kernels.config import GemmConfig
-from gain_ops.kernels.devices import architecture, multiprocessors
-from gain_ops.utils.files import replace_file
-
-FORMAT = 3
-SHIPPED = Path(__file__).resolve().parent / "tuned"
-LEADERS = 3  # how many of the fastest are tried in other orders of tiles
-SHARED_MEMORY = 232_448  # bytes a block can have where there is TMA
+from gain_ops.kernels.tables import Device, entry_key, heuristic, read_table, table_path, write_table
 
 _log = logging.getLogger("gain_ops")
 
-
-def gemm_config(kernel: str, a: Tensor, weight: Tensor) -> GemmConfig:
-    """The configuration for a [M, K] and weight [N, K]: the tuned table's entry, else the heuristic's pick."""
-    device = Device.of(a)
-    return _pick(kernel, device, a.dtype, a.shape[0], *weight.shape)
-
-
-@dataclass(frozen=True)
-class Device:
-    """What a configuration depends on."""
-
-    architecture: str
-    multiprocessors: int
-
-    @classmethod
-    def of(cls, t: Tensor) -> Device:
-        """The device of a tensor."""
-        return cls(architecture(t.device.index), multiprocessors(t.device.index))
-
-    @property
-    def file_name(self) -> str:
-        """Of its tables."""
-        return f"{self.architecture}-{self.multiprocessors}.json"
-
-
-@functools.lru_cache(maxsize=4096)
-def _pick(kernel: str, device: Device, dtype: torch.dtype, m: int, n: int, k: int) -> GemmConfig:
-    key = _key(kernel, dtype, m, n, k)
-    for path, level in ((table_path(device), logging.WARNING), (shipped_path(device), logging.DEBUG)):
-        tuned = _table(path, device, level).get(key)
-        if tuned is not None:
-            return tuned
-    return _heuristic(device, m, n)
-
-
-def _heuristic(device: Device, m: int, n: int) -> GemmConfig:
-    return heuristics.gemm_config(device.architecture, m, n, device.multiprocessors)
+LEADERS = 3  # how many of the fastest are tried in other orders of tiles
+SHARED_MEMORY = 232_448  # bytes a block can have where there is TMA
 
 
 def tune(
@@ -103,7 +57,7 @@ def tune(
     """
     device = Device.of(a)
     path = table_path(device) if path is None else path
-    first = _heuristic(device, a.shape[0], weight.shape[0])
+    first = heuristic(device, a.shape[0], weight.shape[0])
     truth = run(first).clone()
     tolerance = 4 * torch.finfo(a.dtype).eps
     timings: dict[GemmConfig, float] = {}
@@ -124,8 +78,8 @@ def tune(
     leaders = sorted(timings, key=timings.__getitem__)[:LEADERS]
     race([replace(config, group_m=group) for config in leaders for group in (1, 4, 8, 16) if group != first.group_m])
     winner = min(timings, key=timings.__getitem__)
-    key = _key(kernel, a.dtype, a.shape[0], *weight.shape)
-    _write(path, device, _table(path, device, logging.WARNING) | {key: winner})
+    key = entry_key(kernel, a.dtype, a.shape[0], *weight.shape)
+    write_table(path, device, read_table(path, device, logging.WARNING) | {key: winner})
     return winner
 
 
@@ -174,55 +128,6 @@ def _launching_nothing() -> Iterator[None]:
         yield
 
 
-def table_path(device: Device) -> Path:
-    """Where the user's tuned table of a device lies."""
-    named = os.environ.get("GAIN_OPS_TUNED")
-    if named:
-        return Path(named)
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "gain_ops" / device.file_name
-
-
-def shipped_path(device: Device) -> Path:
-    """Where this package would have a table of a device."""
-    return SHIPPED / device.file_name
-
-
-def _key(kernel: str, dtype: torch.dtype, m: int, n: int, k: int) -> str:
-    m_bin = 1 << max(m - 1, 0).bit_length()
-    return f"{kernel} {str(dtype).removeprefix('torch.')} m<={m_bin} n={n} k={k}"
-
-
-def _header(device: Device) -> dict[str, Any]:
-    return {"format": FORMAT, **asdict(device), "triton": ".".join(triton.__version__.split(".")[:2])}
-
-
-@functools.cache
-def _table(path: Path, device: Device, level: int) -> dict[str, GemmConfig]:
-    """The entries of a table; none where it is absent, and a line in the log where it is broken or another device's."""
-    try:
-        stored = json.loads(path.read_text())
-        header = {key: stored.get(key) for key in _header(device)}
-        if header != _header(device):
-            _log.log(level, "tuned table %s is of %s, this is %s: not read", path, header, _header(device))
-            return {}
-        names = {field.name for field in fields(GemmConfig)}
-        return {key: GemmConfig(**{n: entry[n] for n in names}) for key, entry in stored["configs"].items()}
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        _log.log(level, "tuned table %s cannot be read (%s): delete it and tune again", path, error)
-        return {}
-
-
-def _write(path: Path, device: Device, entries: dict[str, GemmConfig]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(_header(device) | {"configs": {key: asdict(c) for key, c in sorted(entries.items())}}, indent=1)
-    replace_file(path, lambda beside: beside.write_text(text))
-    _table.cache_clear()
-    _pick.cache_clear()
-
-
 def _relative_error(result: Tensor, truth: Tensor) -> float:
     truth = truth.double()
     return float((result.double() - truth).norm() / truth.norm().clamp_min(torch.finfo(torch.float64).tiny))
@@ -267,7 +172,7 @@ def tune_layer(
         ("matmul_reduce acc", input_side, dy, weight.t()),
     ]
     about = Device.of(x)
-    if fused_backward.serves(about.architecture, _heuristic(about, tokens, in_features)):
+    if fused_backward.serves(about.architecture, heuristic(about, tokens, in_features)):
         problems.append(("backward_dx", fused, dy, weight.t()))
     timer = functools.partial(triton.testing.do_bench, warmup=5, rep=25, return_mode="median")
     for kernel, run, a, w in problems:

@@ -10,18 +10,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from gain_ops.kernels import config, linear_forward, tuning
+from gain_ops.kernels import config, linear_forward, tables, tuning
 from gain_ops.kernels.config import GemmConfig
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-HERE = tuning.Device.of(torch.empty(0, device=DEVICE))
-HOPPER = tuning.Device("sm_90", 132)
+HERE = tables.Device.of(torch.empty(0, device=DEVICE))
+HOPPER = tables.Device("sm_90", 132)
 
 
 @pytest.fixture
 def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("GAIN_OPS_TUNED", str(tmp_path / "tables" / "device.json"))
-    tuning._table.cache_clear()
+    tables.read_table.cache_clear()
     return tmp_path / "tables" / "device.json"
 
 
@@ -57,10 +57,10 @@ def test_the_fastest_right_candidate_wins(table: Path, monkeypatch: pytest.Monke
 
 def test_the_table_is_read_again_and_added_to(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     winner = _tune([_config(16)], monkeypatch)
-    entries = tuning._table(table, HERE, logging.WARNING)
-    key = tuning._key("linear", torch.float16, 20, 48, 32)
+    entries = tables.read_table(table, HERE, logging.WARNING)
+    key = tables.entry_key("linear", torch.float16, 20, 48, 32)
     assert entries[key] == winner, "20 tokens fall under the same power of two as 32"
-    assert tuning._key("linear", torch.float16, 33, 48, 32) not in entries
+    assert tables.entry_key("linear", torch.float16, 33, 48, 32) not in entries
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"configs": {}}', '{"format": 1, "configs": 3}'])
@@ -68,7 +68,7 @@ def test_a_broken_table_is_named_and_left_out(table: Path, text: str, caplog: py
     table.parent.mkdir()
     table.write_text(text)
     with caplog.at_level(logging.WARNING, "gain_ops"):
-        assert tuning._table(table, HERE, logging.WARNING) == {}
+        assert tables.read_table(table, HERE, logging.WARNING) == {}
     assert str(table) in caplog.text
 
 
@@ -76,10 +76,10 @@ def test_a_table_of_another_version_is_not_read(
     table: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     _tune([_config(16)], monkeypatch)
-    table.write_text(table.read_text().replace(f'"format": {tuning.FORMAT}', '"format": 0'))
-    tuning._table.cache_clear()
+    table.write_text(table.read_text().replace(f'"format": {tables.FORMAT}', '"format": 0'))
+    tables.read_table.cache_clear()
     with caplog.at_level(logging.WARNING, "gain_ops"):
-        assert tuning._table(table, HERE, logging.WARNING) == {}
+        assert tables.read_table(table, HERE, logging.WARNING) == {}
     assert "not read" in caplog.text
 
 
@@ -145,38 +145,38 @@ def test_the_command_says_that_it_needs_a_gpu(capsys: pytest.CaptureFixture[str]
 @pytest.fixture
 def forgotten():
     """No pick and no table is remembered, before and after."""
-    for cached in (tuning._pick, tuning._table):
+    for cached in (tables._pick, tables.read_table):
         cached.cache_clear()
     yield
-    for cached in (tuning._pick, tuning._table):
+    for cached in (tables._pick, tables.read_table):
         cached.cache_clear()
 
 
 def _hopper(m: int) -> GemmConfig:
-    return tuning._pick("linear", HOPPER, torch.bfloat16, m, 4096, 4096)
+    return tables._pick("linear", HOPPER, torch.bfloat16, m, 4096, 4096)
 
 
 def test_a_tuned_entry_is_picked_for_its_device_at_once(table: Path, forgotten: None) -> None:
     by_heuristic = _hopper(8192)
     tuned = _config(64, num_stages=5)
-    tuning._write(table, HOPPER, {tuning._key("linear", torch.bfloat16, 8000, 4096, 4096): tuned})
+    tables.write_table(table, HOPPER, {tables.entry_key("linear", torch.bfloat16, 8000, 4096, 4096): tuned})
     assert _hopper(8192) == tuned != by_heuristic
 
 
 def test_the_package_s_own_table_is_read_after_the_user_s(
     table: Path, forgotten: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(tuning, "SHIPPED", tmp_path / "shipped")
-    shipped = tuning.shipped_path(HOPPER)
+    monkeypatch.setattr(tables, "SHIPPED", tmp_path / "shipped")
+    shipped = tables.shipped_path(HOPPER)
     assert shipped == tmp_path / "shipped" / "sm_90-132.json"
     mine, yours = _config(64, num_stages=5), _config(32, num_stages=5)
-    keys = [tuning._key("linear", torch.bfloat16, m, 4096, 4096) for m in (8192, 512)]
-    tuning._write(shipped, HOPPER, dict.fromkeys(keys, mine))
-    tuning._write(table, HOPPER, {keys[0]: yours})
+    keys = [tables.entry_key("linear", torch.bfloat16, m, 4096, 4096) for m in (8192, 512)]
+    tables.write_table(shipped, HOPPER, dict.fromkeys(keys, mine))
+    tables.write_table(table, HOPPER, {keys[0]: yours})
     assert [_hopper(m) for m in (8192, 512)] == [yours, mine]
-    monkeypatch.setattr(tuning.triton, "__version__", "0.0")
-    tuning._pick.cache_clear()
-    tuning._table.cache_clear()
+    monkeypatch.setattr(tables.triton, "__version__", "0.0")
+    tables._pick.cache_clear()
+    tables.read_table.cache_clear()
     with caplog.at_level(logging.WARNING, "gain_ops"):
         _hopper(512)
     assert str(table) in caplog.text
@@ -190,19 +190,21 @@ def test_a_table_serves_every_device_of_its_architecture_and_size(
     monkeypatch.delenv("GAIN_OPS_TUNED")
     monkeypatch.setenv("XDG_CACHE_HOME", str(table.parent))
     tuned = _config(64, num_stages=5)
-    tuning._write(tuning.table_path(HOPPER), HOPPER, {tuning._key("linear", torch.bfloat16, 8192, 4096, 4096): tuned})
+    tables.write_table(
+        tables.table_path(HOPPER), HOPPER, {tables.entry_key("linear", torch.bfloat16, 8192, 4096, 4096): tuned}
+    )
     assert _hopper(8192) == tuned
-    smaller = tuning.Device("sm_90", 114)
-    assert tuning._pick("linear", smaller, torch.bfloat16, 8192, 4096, 4096) != tuned
+    smaller = tables.Device("sm_90", 114)
+    assert tables._pick("linear", smaller, torch.bfloat16, 8192, 4096, 4096) != tuned
 
 
 def test_a_patch_release_of_triton_keeps_the_table(
     table: Path, forgotten: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tuning.triton, "__version__", "3.9.0")
+    monkeypatch.setattr(tables.triton, "__version__", "3.9.0")
     tuned = _config(64, num_stages=5)
-    tuning._write(table, HOPPER, {tuning._key("linear", torch.bfloat16, 8192, 4096, 4096): tuned})
-    monkeypatch.setattr(tuning.triton, "__version__", "3.9.1")
-    tuning._table.cache_clear()
-    tuning._pick.cache_clear()
+    tables.write_table(table, HOPPER, {tables.entry_key("linear", torch.bfloat16, 8192, 4096, 4096): tuned})
+    monkeypatch.setattr(tables.triton, "__version__", "3.9.1")
+    tables.read_table.cache_clear()
+    tables._pick.cache_clear()
     assert _hopper(8192) == tuned
