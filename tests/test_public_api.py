@@ -11,9 +11,13 @@ import gain_ops
 def test_the_names() -> None:
     assert gain_ops.__all__ == [
         "BackendUnavailable",
+        "GainFile",
+        "GainFileError",
         "GainLinear",
+        "GainWrapper",
         "__version__",
         "absorb",
+        "active_gains",
         "add_gains",
         "apply",
         "combine_gains",
@@ -26,10 +30,14 @@ def test_the_names() -> None:
         "gain_rms_norm",
         "gain_scale",
         "gain_swiglu",
+        "list_gains",
         "load_gains",
+        "read_gains",
         "remove",
         "save_gains",
+        "saved_bytes",
         "set_gains",
+        "using_gains",
         "write_gains",
     ]
     assert all(hasattr(gain_ops, name) for name in gain_ops.__all__)

@@ -1,6 +1,8 @@
 """Save what the gains of a model learned, and load it: the gain files of gainfiles/ for a model."""
 
 import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import MethodType
 from typing import TYPE_CHECKING, cast
@@ -57,22 +59,37 @@ def save_gains(model: nn.Module, path: str | os.PathLike[str]) -> None:
         OSError: the file cannot be written; under FSDP2 or tensor parallelism on every rank.
 
     """
+    _write_once(collect_gains(model), path, _mesh(model))
+
+
+def collect_gains(
+    model: nn.Module, gathered: Callable[[Gained], AbstractContextManager[object]] = lambda layer: nullcontext()
+) -> GainFile:
+    """What the gain file of a model holds; ``gathered(layer)`` is entered while a layer's parameters are read.
+
+    Raises:
+        ValueError: as save_gains().
+
+    """
     layers = gained_modules(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no gains to save: put them on with gain_ops.apply()")
     refuse_outside(model, "save")
     refuse_base_active(model, "save")
     reshard(model)
+    deltas, fingerprints = {}, {}
+    for name, layer in layers.items():
+        with gathered(layer):
+            deltas[name], fingerprints[name] = _saveable(name, layer), fingerprint(layer)
     applied = applied_record(model)
-    file = GainFile(
-        deltas={name: _saveable(name, layer) for name, layer in layers.items()},
+    return GainFile(
+        deltas=deltas,
         sides={name: layer.side for name, layer in layers.items()},
-        fingerprints={name: fingerprint(layer) for name, layer in layers.items()},
+        fingerprints=fingerprints,
         targets=tuple(layers) if applied is None else applied.targets,
         base_model=base_model_of(model),
         package=__version__,
     )
-    _write_once(file, path, _mesh(model))
 
 
 def load_gains(

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import gain_ops
 from gain_ops.measure import meta_models
 from gain_ops.measure.peak_bytes import peak_bytes
 from gain_ops.measure.perplexity import next_token_loss
 from gain_ops.measure.saved_bytes import saved_bytes
 from gain_ops.measure.step_bytes import LORA_RANK
+from gain_ops.models.apply import apply
 from gain_ops.models.sites import preset_sites
 from gain_ops.planning.configs import with_layers
 
@@ -39,9 +39,9 @@ class Method:
 
 def _gain(name: str, targets: str, **options: Any) -> Method:
     arguments = "".join(f", {key}={value!r}" for key, value in options.items())
-    line = f'gain_ops.apply(model, "{targets}"{arguments})'.replace("'", '"')
+    line = f'apply(model, "{targets}"{arguments})'.replace("'", '"')
     fused = "fuse_mlp" in options
-    return Method(name, lambda model: gain_ops.apply(model, targets, **options), line, fused=fused)
+    return Method(name, lambda model: apply(model, targets, **options), line, fused=fused)
 
 
 def _lora(name: str, *, fp32: bool) -> Method:

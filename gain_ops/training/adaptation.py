@@ -16,11 +16,12 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-import gain_ops
 from gain_ops.measure import environment
 from gain_ops.measure.perplexity import largest_difference, logits, perplexity
 from gain_ops.measure.step_bytes import backward_bytes, lora_backward_bytes
-from gain_ops.models.apply import PRESETS
+from gain_ops.models.absorb import absorb
+from gain_ops.models.apply import PRESETS, apply, remove
+from gain_ops.models.files import save_gains
 from gain_ops.models.record import Applied
 from gain_ops.training import domains
 from gain_ops.training.domains import Domain, Tokenizer
@@ -150,7 +151,7 @@ def adapt(settings: Settings, watcher: Watcher) -> Report:
     check_length(model, settings.sequence_length)
     model_parameters = sum(parameter.numel() for parameter in model.parameters())
     _apply(model, settings)  # to see that it can be done, before minutes of measuring
-    gain_ops.remove(model)
+    remove(model)
     texts = _tokenised(target, held_out, loaded.tokenizer, settings, watcher)
     train_windows = texts[0].train
     batches = draw_batches(train_windows, batch_size=settings.batch_size, steps=settings.steps, seed=settings.seed)
@@ -169,7 +170,7 @@ def adapt(settings: Settings, watcher: Watcher) -> Report:
 
     settings.out.mkdir(parents=True, exist_ok=True)
     gains = settings.out / GAINS
-    gain_ops.save_gains(model, gains)
+    save_gains(model, gains)
     report = Report(
         date=datetime.now(UTC).strftime("%Y-%m-%d"),
         model=loaded.name,
@@ -242,7 +243,7 @@ def _check_folder(out: Path, *, force: bool) -> None:
 def _apply(model: nn.Module, settings: Settings) -> Applied:
     text = settings.targets
     targets = text if text in PRESETS else [pattern.strip() for pattern in text.split(",")]
-    return gain_ops.apply(model, targets, side=settings.side, memory=settings.memory)
+    return apply(model, targets, side=settings.side, memory=settings.memory)
 
 
 def _tokenised(
@@ -292,7 +293,7 @@ def _measure_the_rest(report: Report, model: nn.Module, ids: Tensor, batch: Tens
     gain_bytes = backward_bytes(model, batch)
     with torch.no_grad():
         gained = logits(model, ids)
-        absorbed = gain_ops.absorb(model)
+        absorbed = absorb(model)
         difference = largest_difference(gained, logits(model, ids))
     report.absorbing = AbsorbFigures(absorbed.max_abs_error, difference, gained.abs().max().item())
     lora_bytes = lora_backward_bytes(model, report.gains.layers, batch)

@@ -164,11 +164,14 @@ def diverged(path):
     model = build()
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.delta[0] = torch.nan
-    with pytest.raises(ValueError, match=r"not finite, in model\.layers\.1\.mlp\.down_proj"):
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.down_proj: its delta is not finite"):
         save_gains(engine_of(model, 3), path)
     gain_ops.remove(plain := build())
     with pytest.raises(ValueError, match="no gains to save"):
         save_gains(plain, path)
+    outside = torch.nn.ModuleList([build(), gain_ops.GainLinear(8, 8)])
+    with pytest.raises(ValueError, match="cannot save while 1 has a gain outside the module that apply"):
+        save_gains(outside, path)
 
 
 def test_what_cannot_be_saved_is_refused_on_every_process(two, tmp_path):
