@@ -37,7 +37,7 @@ lint: $(VENV)/.dev
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/clang-format --dry-run -Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
 	rm -rf build/types && mkdir -p build/types
-	cp -r gain_ops studies/gain_study pyproject.toml build/types/ && cp -r kernels/gain build/types/gain_ops/kernels
+	cp -r gain_ops studies/gain_study benchmarks pyproject.toml build/types/ && cp -r kernels/gain build/types/gain_ops/kernels
 	cd build/types && $(CURDIR)/$(VENV)/bin/mypy -p gain_ops -p gain_study
 	cd build/types && PYTHONPATH=. $(CURDIR)/$(VENV)/bin/lint-imports
 

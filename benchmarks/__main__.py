@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import results
-from benchmarks.results import Row
+from benchmarks.harness import results
+from benchmarks.harness.results import Row
 
 RESULTS = Path(__file__).resolve().parent / "results"
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,7 +41,7 @@ def main() -> None:
     if arguments.command == "run":
         _run(arguments.out, arguments.minutes)
     elif arguments.command == "gpu":
-        from benchmarks import gpu
+        from benchmarks.gpu import gpu
 
         if arguments.commit:
             os.environ[results.COMMIT] = arguments.commit
@@ -61,7 +61,9 @@ def _run(out: Path, minutes: float) -> None:
 
 def _rows(budget_s: float) -> Iterator[Row]:
     """Times at the sites that this device measures in the time, memory at true size on any."""
-    from benchmarks import ceilings, layers, memory, ops, roofline, sites, steps
+    from benchmarks.contestants import sites
+    from benchmarks.harness import roofline
+    from benchmarks.suites import ceilings, layers, memory, ops, steps
 
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
@@ -78,7 +80,7 @@ def _rows(budget_s: float) -> Iterator[Row]:
 
 
 def _report(files: list[Path], plots_folder: Path | None, publish: bool) -> None:
-    from benchmarks import report
+    from benchmarks.report import report
 
     rows = results.read(files)
     if publish:
@@ -87,7 +89,7 @@ def _report(files: list[Path], plots_folder: Path | None, publish: bool) -> None
     else:
         print("\n\n".join(report.tables(rows).values()))
     if plots_folder is not None:
-        from benchmarks import plots
+        from benchmarks.report import plots
 
         for path in plots.draw(rows, plots_folder):
             print(f"wrote {path}")
@@ -95,7 +97,7 @@ def _report(files: list[Path], plots_folder: Path | None, publish: bool) -> None
 
 def published(rows: Sequence[Row]) -> dict[Path, dict[str, str]]:
     """The tables of each page that there are figures for."""
-    from benchmarks import report
+    from benchmarks.report import report
 
     tables = report.tables(filter(_decides, rows)) | {"targets": report.tables(rows).get("targets", "")}
     return {page: {name: tables[name] for name in names if tables.get(name)} for page, names in PAGES.items()}

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.memory import allocator_peak
+from benchmarks.suites.memory import allocator_peak
 from gain_ops import reference
 from gain_ops.measure.peak_bytes import peak_bytes
 

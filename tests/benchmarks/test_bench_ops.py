@@ -15,7 +15,7 @@ def test_one_shape_runs() -> None:
         name: value for name, value in os.environ.items() if not name.startswith(("TRITON_INTERPRET", "PYTEST_"))
     }
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--benchmark-disable", "-k"]
-    command += ["o_proj and 256", "benchmarks/bench_ops.py"]
+    command += ["o_proj and 256", "benchmarks/suites/bench_ops.py"]
     run = subprocess.run(
         command, cwd=ROOT, env=environment | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True
     )

@@ -7,10 +7,12 @@ import itertools
 import pytest
 import torch
 
-from benchmarks import memory, models
-from benchmarks.contestants import FROZEN, RANK, Contestant, Scaled, contestants
-from benchmarks.results import Row
-from benchmarks.sites import ARCHITECTURES, Architecture, Site
+from benchmarks.contestants import models
+from benchmarks.contestants.contestants import FROZEN, RANK, Contestant, contestants
+from benchmarks.contestants.scaled import Scaled
+from benchmarks.contestants.sites import ARCHITECTURES, Architecture, Site
+from benchmarks.harness.results import Row
+from benchmarks.suites import memory
 from gain_ops.measure.saved_bytes import SavedBytes, SavedTensor
 
 T, IN, OUT = 24, 80, 48

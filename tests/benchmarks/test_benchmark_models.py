@@ -6,10 +6,10 @@ import importlib.util
 import pytest
 import torch
 
-from benchmarks import models
-from benchmarks.contestants import RANK
-from benchmarks.liger_swiglu import SwiGlu
-from benchmarks.sites import ARCHITECTURES, Architecture
+from benchmarks.contestants import models
+from benchmarks.contestants.contestants import RANK
+from benchmarks.contestants.liger_swiglu import SwiGlu
+from benchmarks.contestants.sites import ARCHITECTURES, Architecture
 from gain_ops.measure.perplexity import logits, next_token_loss
 
 TINY = {

@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import plots, report, results
-from benchmarks.report import FLOORS, Who
-from benchmarks.results import Row
+from benchmarks.harness import results
+from benchmarks.harness.results import Row
+from benchmarks.report import plots, report
+from benchmarks.report.report import FLOORS, Who
 
 FROZEN = FLOORS[0]
 CARD, CPU = "NVIDIA H100 80GB HBM3", "AMD EPYC 7B13, 2 threads"

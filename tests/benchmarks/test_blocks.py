@@ -6,10 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import blocks, models, results
-from benchmarks.blocks import LINEARS, WHOLE, Method, Place
-from benchmarks.results import Row
-from benchmarks.sites import Architecture
+from benchmarks.contestants import models
+from benchmarks.contestants.sites import Architecture
+from benchmarks.harness import results
+from benchmarks.harness.results import Row
+from benchmarks.suites import blocks
+from benchmarks.suites.blocks import LINEARS, WHOLE, Method, Place
 
 CPU = torch.device("cpu")
 TINY = Architecture("Tiny", "llama", 32, 64, 2, 2, 1, 64)

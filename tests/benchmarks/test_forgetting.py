@@ -9,8 +9,8 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("typer")
 
-from benchmarks import forgetting
-from benchmarks.report import update_page
+from benchmarks.report import forgetting
+from benchmarks.report.report import update_page
 from gain_study import command
 from gain_study.engine.records import read
 from gain_study.engine.running import RESULTS

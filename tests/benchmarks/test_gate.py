@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks import gate
-from benchmarks.contestants import Contestant, Scaled, contestants
-from benchmarks.sites import Site
+from benchmarks.contestants.contestants import Contestant, contestants
+from benchmarks.contestants.scaled import Scaled
+from benchmarks.contestants.sites import Site
+from benchmarks.harness import gate
 from gain_ops import GainLinear, reference
 from gain_ops.ops import raw
 

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu, odd_shapes, parts, proof, results
-from benchmarks.results import Row
+from benchmarks.gpu import gpu, odd_shapes, parts, proof
+from benchmarks.harness import results
+from benchmarks.harness.results import Row
 from gain_ops.ops import dispatch, raw
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -303,7 +304,16 @@ def test_without_hypothesis_the_other_tests_of_a_file_run(tmp_path: Path) -> Non
         "@given(st.lists(st.booleans()))\ndef test_more(found): assert 0\n"
         "def test_plain(): assert True\n"
     )
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "benchmarks.without_hypothesis", "-p", "no:cacheprovider"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "benchmarks.gpu.without_hypothesis",
+        "-p",
+        "no:cacheprovider",
+    ]
     command += ["-p", "no:hypothesispytest", "-p", "no:xdist", "--rootdir", str(tmp_path), str(file)]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert "1 passed, 2 skipped" in run.stdout, run.stdout + run.stderr

@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks import ceilings, layers, ops, results, roofline
-from benchmarks.contestants import FROZEN, Contestant, Scaled, contestants
-from benchmarks.sites import Site
+from benchmarks.contestants.contestants import FROZEN, Contestant, contestants
+from benchmarks.contestants.scaled import Scaled
+from benchmarks.contestants.sites import Site
+from benchmarks.harness import results, roofline
+from benchmarks.suites import ceilings, layers, ops
 from gain_ops.ops import dispatch
 
 CPU = torch.device("cpu")

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import gate, quack_peer
-from benchmarks.contestants import Contestant
-from benchmarks.sites import Site
+from benchmarks.contestants import quack_peer
+from benchmarks.contestants.contestants import Contestant
+from benchmarks.contestants.sites import Site
+from benchmarks.harness import gate
 
 
 def _gemm_epilogue(ops: dict[str, Any], reduces: dict[str, Any] | None = None) -> Callable[..., Any]:

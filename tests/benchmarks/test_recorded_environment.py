@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import parts
+from benchmarks.gpu import parts
 from gain_ops.backends import extension
 
 

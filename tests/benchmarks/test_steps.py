@@ -8,10 +8,11 @@ import pytest
 import torch
 
 import gain_ops
-from benchmarks import memory, models, steps
-from benchmarks.models import METHODS, Method
-from benchmarks.results import Row
-from benchmarks.sites import ARCHITECTURES, Architecture
+from benchmarks.contestants import models
+from benchmarks.contestants.models import METHODS, Method
+from benchmarks.contestants.sites import ARCHITECTURES, Architecture
+from benchmarks.harness.results import Row
+from benchmarks.suites import memory, steps
 from gain_ops.layers.gained import Gained
 
 TINY = Architecture("Tiny", "llama", 32, 64, 2, 2, 1, 64)

@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import blocks, ops, predict, report, results, sites, steps, targets, variants
-from benchmarks.results import Row
+from benchmarks.contestants import sites
+from benchmarks.harness import results
+from benchmarks.harness.results import Row
+from benchmarks.report import predict, report, targets
+from benchmarks.suites import blocks, ops, steps, variants
 
 CARD = "NVIDIA H100 80GB HBM3 (compute capability 9.0)"
 SITES = {site.name: site for site in sites.SHAPES}

@@ -3,7 +3,7 @@ import itertools
 import pytest
 import torch
 
-from benchmarks import results, roofline, timing
+from benchmarks.harness import results, roofline, timing
 
 CPU = torch.device("cpu")
 

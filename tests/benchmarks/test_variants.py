@@ -5,9 +5,11 @@ import dataclasses
 import pytest
 import torch
 
-from benchmarks import gate, ops, predict, variants
-from benchmarks.contestants import FROZEN, Contestant
-from benchmarks.sites import Site
+from benchmarks.contestants.contestants import FROZEN, Contestant
+from benchmarks.contestants.sites import Site
+from benchmarks.harness import gate
+from benchmarks.report import predict
+from benchmarks.suites import ops, variants
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SITE = Site("small", 48, 64)

@@ -12,9 +12,9 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 import gain_ops
-from benchmarks.memory import allocator_peak
-from benchmarks.traffic import Traffic as Payloads
-from benchmarks.traffic import sent
+from benchmarks.suites.memory import allocator_peak
+from benchmarks.suites.traffic import Traffic as Payloads
+from benchmarks.suites.traffic import sent
 from gain_ops.commands.plan import launch
 from gain_ops.integrations.tensor_parallel import FusedMlpParallel, place_gains
 from gain_ops.measure import meta_models

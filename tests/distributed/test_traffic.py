@@ -14,8 +14,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # benchmarks/ is no part of the package
 
-from benchmarks import models, traffic
-from benchmarks.sites import Architecture
+from benchmarks.contestants import models
+from benchmarks.contestants.sites import Architecture
+from benchmarks.suites import traffic
 from gain_ops.integrations.tensor_parallel import place_gains
 
 WORLD = 2

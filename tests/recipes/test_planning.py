@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.memory import allocator_peak
+from benchmarks.suites.memory import allocator_peak
 from gain_ops.measure import meta_models
 from gain_ops.measure.peak_bytes import peak_bytes
 from gain_ops.measure.perplexity import next_token_loss

@@ -22,10 +22,11 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks import models, results, sites, timing
-from benchmarks.contestants import Contestant, contestants
-from benchmarks.results import Row
-from benchmarks.sites import Architecture, Site
+from benchmarks.contestants import models, sites
+from benchmarks.contestants.contestants import Contestant, contestants
+from benchmarks.contestants.sites import Architecture, Site
+from benchmarks.harness import results, timing
+from benchmarks.harness.results import Row
 from gain_ops.measure.peak_bytes import peak_bytes
 from gain_ops.measure.perplexity import next_token_loss
 from gain_ops.measure.saved_bytes import SavedBytes, SavedTensor, saved_bytes
@@ -333,7 +334,7 @@ def _about() -> dict[str, str]:
 
 def main() -> None:
     """Write everything that is exact, and the peaks that this CPU measures, to a results file."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=main.__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.suites.memory", description=main.__doc__)
     parser.add_argument("--out", type=Path, required=True, help="the results file; rows are added to it")
     out = parser.parse_args().out
     for row in itertools.chain(rows(peaks=True), cpu_peak_rows(sites.SMALL, CPU_TOKENS, torch.float32)):

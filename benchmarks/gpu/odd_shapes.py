@@ -4,8 +4,8 @@ import itertools
 
 import torch
 
-from benchmarks.ops import ARGUMENTS, tensors
-from benchmarks.sites import Site
+from benchmarks.contestants.sites import Site
+from benchmarks.suites.ops import ARGUMENTS, tensors
 from gain_ops.ops import dispatch, raw
 
 # the last two reach the large tiles that ship, with an odd count of tile rows and a last tile of 8 columns

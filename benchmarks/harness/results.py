@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-from benchmarks.sites import Site
+from benchmarks.contestants.sites import Site
 from gain_ops.measure.environment import describe_device
 
 VERSION = 1  # of the columns; read() refuses another
 FUSED = ("triton", "cuda")  # our backends on a GPU
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 COMMIT = "GAIN_OPS_BENCHMARKS_COMMIT"  # set by `gpu --commit`
 
 

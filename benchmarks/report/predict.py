@@ -1,4 +1,6 @@
-"""What every way of a gained layer should take, counted before it runs; python -m benchmarks.predict prints NOTES.md's table.
+"""What every way of a gained layer should take, counted before it runs.
+
+``python -m benchmarks.report.predict`` prints NOTES.md's table.
 
     GEMM    =  max(flops / (rate * share of the last wave that is used), bytes / bandwidth)
     a pass  =  bytes / (bandwidth * one_pass) + launches
@@ -11,8 +13,9 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from statistics import median
 
-from benchmarks import ops, sites, variants
-from benchmarks.results import Row, ours
+from benchmarks.contestants import sites
+from benchmarks.harness.results import Row, ours
+from benchmarks.suites import ops, variants
 
 E = 2  # bytes of an element in 16 bits
 MULTIPROCESSORS = 132

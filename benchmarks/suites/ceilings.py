@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from benchmarks import results, timing
-from benchmarks.results import Row
+from benchmarks.harness import results, timing
+from benchmarks.harness.results import Row
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 KERNELS = 32  # in a row, of which one more is timed

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import gate, roofline, timing
-from benchmarks.layers import free_memory
-from benchmarks.results import Row, environment, site_row
-from benchmarks.sites import Site
+from benchmarks.contestants.sites import Site
+from benchmarks.harness import gate, roofline, timing
+from benchmarks.harness.results import Row, environment, site_row
+from benchmarks.suites.layers import free_memory
 from gain_ops import BackendUnavailable
 from gain_ops.ops import dispatch, raw
 

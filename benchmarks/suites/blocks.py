@@ -16,10 +16,13 @@ import torch
 from torch import Tensor, nn
 
 import gain_ops
-from benchmarks import gate, layers, models, timing
-from benchmarks.contestants import RANK, Scaled, backend_obstacle
-from benchmarks.results import Row, environment
-from benchmarks.sites import ARCHITECTURES, Architecture
+from benchmarks.contestants import models
+from benchmarks.contestants.contestants import RANK, backend_obstacle
+from benchmarks.contestants.scaled import Scaled
+from benchmarks.contestants.sites import ARCHITECTURES, Architecture
+from benchmarks.harness import gate, timing
+from benchmarks.harness.results import Row, environment
+from benchmarks.suites import layers
 from gain_ops.layers.linears import sizes
 from gain_ops.models.sites import pattern_sites, preset_sites
 

@@ -1,8 +1,8 @@
 """The published studies of what is forgotten: what each of them is, how it is run again, and what is shown of all of them.
 
     python examples/study_texts.py FOLDER/texts
-    python -m benchmarks.forgetting run NAME --folder FOLDER [OPTIONS]   again to go on; OPTIONS of gain-ops study: a part
-    python -m benchmarks.forgetting publish                              docs/forgetting.md, its plot, and the two reports
+    python -m benchmarks.report.forgetting run NAME --folder FOLDER [OPTIONS]   again to go on; OPTIONS of gain-ops study
+    python -m benchmarks.report.forgetting publish                       docs/forgetting.md, its plot, and the two reports
 
 A study's results go to FOLDER/NAME. Those in benchmarks/results/forgetting/NAME are published: all that is shown is made of
 them. SmolLM2-135M is studied at one length, as a stage takes minutes on a CPU. The others are byte-level models of two layers,
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.report import update_page
+from benchmarks.report.report import update_page
 from gain_ops.commands.app import app
 from gain_ops.training.domains import from_path
 from gain_study.engine.records import Study, read
@@ -38,8 +38,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-PUBLISHED = Path(__file__).resolve().parent / "results" / "forgetting"
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "forgetting.md"
+
+PUBLISHED = Path(__file__).resolve().parent.parent / "results" / "forgetting"
+PAGE = Path(__file__).resolve().parent.parent.parent / "docs" / "forgetting.md"
 PLOT = PAGE.with_name("forgetting.png")
 REPORTS = {name: PAGE.parent / "forgetting" / f"{name}.html" for name in ("smollm2", "small-100")}
 """The whole reports that are published, of the studies with all methods."""
@@ -276,7 +277,7 @@ def _publish() -> None:
 def main() -> None:
     """Read the command line and run."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.forgetting",
+        prog="python -m benchmarks.report.forgetting",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -19,11 +19,13 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import proof, report, results
-from benchmarks.parts import PARTS, Part
-from benchmarks.results import Row
+from benchmarks.gpu import proof
+from benchmarks.gpu.parts import PARTS, Part
+from benchmarks.harness import results
+from benchmarks.harness.results import Row
+from benchmarks.report import report
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 GRACE_S = 45.0  # beyond twice its share a part is taken to hang: imports, compiling and the least rounds are in it
 SUMMARY = ("products", "variants", "constants", "targets")
 FINISHED, CUT, FAILED = "finished", "cut", "failed"
@@ -104,7 +106,7 @@ def prepare() -> None:
 
 def command(part: Part, out: Path, seconds: float) -> list[str]:
     """What runs a part."""
-    return [sys.executable, "-m", "benchmarks.parts", part.name, str(out.resolve()), f"{seconds:.1f}"]
+    return [sys.executable, "-m", "benchmarks.gpu.parts", part.name, str(out.resolve()), f"{seconds:.1f}"]
 
 
 def _run_part(part: Part, out: Path, left: float) -> Row:

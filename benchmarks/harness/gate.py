@@ -15,10 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.contestants import Contestant, Scaled
-from benchmarks.results import ROOT
-from benchmarks.sites import Site
-from benchmarks.timing import first_line
+from benchmarks.contestants.contestants import Contestant
+from benchmarks.contestants.scaled import Scaled
+from benchmarks.contestants.sites import Site
+from benchmarks.harness.results import ROOT
+from benchmarks.harness.timing import first_line
 from gain_ops import reference
 from gain_ops.layers.gained import Gained
 from gain_ops.ops import raw

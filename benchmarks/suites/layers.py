@@ -7,10 +7,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from benchmarks import gate, roofline, timing
-from benchmarks.contestants import FROZEN, Contestant, contestants
-from benchmarks.results import Row, environment, site_row
-from benchmarks.sites import Site
+from benchmarks.contestants.contestants import FROZEN, Contestant, contestants
+from benchmarks.contestants.sites import Site
+from benchmarks.harness import gate, roofline, timing
+from benchmarks.harness.results import Row, environment, site_row
 from gain_ops import GainLinear
 
 METRICS = ("forward", "backward", "forward+backward")

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.contestants.scaled import Scaled
 from gain_ops import BackendUnavailable, GainLinear
 from gain_ops.ops import dispatch
 
@@ -62,18 +63,6 @@ def contestants() -> list[Contestant]:
     ]
 
 
-class Scaled(nn.Module):
-    """What one writes first: the scale in W's dtype, a pass of its own."""
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self.linear = linear
-        self.s = nn.Parameter(torch.ones(linear.out_features, dtype=linear.weight.dtype, device=linear.weight.device))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.linear.weight) * self.s
-
-
 class ScaledWeight(Scaled):
     """The scale on W, made again in every forward; autograd then forms dW to reduce it."""
 
@@ -92,7 +81,7 @@ def _never(linear: nn.Linear) -> nn.Module:
 
 
 def _quack(linear: nn.Linear) -> nn.Module:
-    from benchmarks.quack_peer import QuackScaled
+    from benchmarks.contestants.quack_peer import QuackScaled
 
     return QuackScaled(linear)
 

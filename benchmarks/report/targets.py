@@ -7,9 +7,9 @@ without a figure is not met, but not measured.
 import dataclasses
 from collections.abc import Callable, Sequence
 
-from benchmarks import blocks, ops, steps, variants
-from benchmarks.contestants import RANK
-from benchmarks.results import Row, ours
+from benchmarks.contestants.contestants import RANK
+from benchmarks.harness.results import Row, ours
+from benchmarks.suites import blocks, ops, steps, variants
 
 BOTH = "forward+backward"
 SQUARE = ("Llama-3-8B o_proj", 8192)  # 4096 x 4096

@@ -14,11 +14,13 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from benchmarks import memory, models, results, timing
-from benchmarks.contestants import RANK
-from benchmarks.models import FROZEN, METHODS, Method
-from benchmarks.results import Row
-from benchmarks.sites import ARCHITECTURES, SMALL, Architecture
+from benchmarks.contestants import models
+from benchmarks.contestants.contestants import RANK
+from benchmarks.contestants.models import FROZEN, METHODS, Method
+from benchmarks.contestants.sites import ARCHITECTURES, SMALL, Architecture
+from benchmarks.harness import results, timing
+from benchmarks.harness.results import Row
+from benchmarks.suites import memory
 from gain_ops.measure.perplexity import logits, next_token_loss
 from gain_ops.ops import dispatch
 

@@ -8,14 +8,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks import predict, targets
-from benchmarks.blocks import LINEARS, WHOLE
-from benchmarks.contestants import FROZEN
-from benchmarks.memory import ANY_DEVICE
-from benchmarks.models import FROZEN as FROZEN_MODEL
-from benchmarks.models import FROZEN_LIGER
-from benchmarks.ops import OVER_PRODUCT
-from benchmarks.results import Row
+from benchmarks.contestants.contestants import FROZEN
+from benchmarks.contestants.models import FROZEN as FROZEN_MODEL
+from benchmarks.contestants.models import FROZEN_LIGER
+from benchmarks.harness.results import Row
+from benchmarks.report import predict, targets
+from benchmarks.suites.blocks import LINEARS, WHOLE
+from benchmarks.suites.memory import ANY_DEVICE
+from benchmarks.suites.ops import OVER_PRODUCT
 from gain_ops.utils.wording import size_text
 
 FLOORS = (FROZEN, FROZEN_MODEL, FROZEN_LIGER)  # what the others are compared with, so never called the best
@@ -107,7 +107,7 @@ def constants(rows: Sequence[Row]) -> str:
             names = [(field.name, field.default) for field in dataclasses.fields(predict.Machine)]
             cells = [[name, f"{value:.4g}", f"{found[name]:.4g}" if name in found else _NONE] for name, value in names]
             shown = [row for row in here if row.group in ("ceiling", "op", "variant")]
-            title = f"constants of benchmarks/predict.py, {device}"
+            title = f"constants of benchmarks/report/predict.py, {device}"
             made.append(_assemble(title, ["constant", "assumed", "measured"], cells, [], shown))
     return "\n\n".join(made)
 

@@ -14,12 +14,13 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from benchmarks.report import FLOORS, RATIO, Who, latest, number, place, split, spread
-from benchmarks.results import Row
+from benchmarks.harness.results import Row
+from benchmarks.report.report import FLOORS, RATIO, Who, latest, number, place, split, spread
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
     from matplotlib.axes import Axes
+
 
 OURS = {"eager": "#8fc1f2", "triton": "#0b6bcb", "cuda": "#08264d"}  # by backend
 PEERS = ("#8a8f98", "#4d5157", "#b9bdc4")  # in turn for lines; bars take the first

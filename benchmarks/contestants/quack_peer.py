@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.contestants import Scaled
+from benchmarks.contestants.scaled import Scaled
 
 
 @functools.cache

@@ -14,15 +14,17 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from benchmarks import gate, layers, ops, timing
-from benchmarks.contestants import FROZEN, Contestant, backend_obstacle, contestants
-from benchmarks.results import Row, environment, site_row
-from benchmarks.sites import Site
+from benchmarks.contestants.contestants import FROZEN, Contestant, backend_obstacle, contestants
+from benchmarks.contestants.sites import Site
+from benchmarks.harness import gate, timing
+from benchmarks.harness.results import Row, environment, site_row
+from benchmarks.suites import layers, ops
 from gain_ops import GainLinear, reference
 from gain_ops.ops import raw as raw_ops
 
 if TYPE_CHECKING:
     from gain_ops.kernels.config import GemmConfig
+
 
 SHIPPED = "gain, output side, keeps z"
 IN_REGISTERS = "dx and ddelta in one GEMM, dy scaled in registers"

@@ -1,9 +1,9 @@
 """pytest-benchmark over the public functions: functions x backends x shapes x {forward, backward, both}.
 
-python -m pytest benchmarks/bench_ops.py [-k "triton and backward and 8192"] [--benchmark-json=FILE]
+python -m pytest benchmarks/suites/bench_ops.py [-k "triton and backward and 8192"] [--benchmark-json=FILE]
 
 Wall time of a call and a synchronisation, with cold caches on CUDA: launches by the host are in it, so it serves to compare
-commits (--benchmark-compare). Figures to quote come from benchmarks/ops.py and layers.py, which time the device.
+commits (--benchmark-compare). Figures to quote come from benchmarks/suites/ops.py and layers.py, which time the device.
 Real shapes in bf16 on CUDA; small ones in fp32 on a CPU.
 """
 
@@ -15,7 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import gate, sites, timing
+from benchmarks.contestants import sites
+from benchmarks.harness import gate, timing
 from gain_ops import BackendUnavailable, gain_linear, gain_scale
 from gain_ops.ops import dispatch
 

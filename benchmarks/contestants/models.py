@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import gain_ops
-from benchmarks import liger_swiglu
-from benchmarks.contestants import RANK
-from benchmarks.sites import Architecture
+from benchmarks.contestants import liger_swiglu
+from benchmarks.contestants.contestants import RANK
+from benchmarks.contestants.sites import Architecture
 from gain_ops.measure import meta_models
 from gain_ops.measure.meta_models import blocks as blocks  # the benchmarks take all that is about a model from here
 from gain_ops.measure.meta_models import checkpoint as checkpoint

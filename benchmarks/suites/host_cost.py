@@ -1,6 +1,6 @@
 """Host cost of a call on tiny CPU tensors, in microseconds: what Python and the dispatcher take beside the arithmetic.
 
-python benchmarks/host_cost.py
+python benchmarks/suites/host_cost.py
 """
 
 import statistics

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 # those that run something on the GPU
 TESTS = ("tests/test_parity.py", "tests/kernels", "tests/test_dispatch.py::test_auto_is_triton_on_a_gpu")
 PARITY = "parity tests"
@@ -61,7 +61,7 @@ def tests(step: str, limit_s: float) -> Outcome:
         *TESTS,
     ]
     if importlib.util.find_spec("hypothesis") is None:
-        command += ["-p", "benchmarks.without_hypothesis"]
+        command += ["-p", "benchmarks.gpu.without_hypothesis"]
     if importlib.util.find_spec("xdist") is not None:
         command += ["-n", str(max(1, (os.cpu_count() or 1) - SPARED_CORES))]
     code, lines = _run(command, limit_s)
@@ -83,7 +83,7 @@ def sanitizer(tool: str, limit_s: float) -> Outcome:
         "99",
         sys.executable,
         "-m",
-        "benchmarks.odd_shapes",
+        "benchmarks.gpu.odd_shapes",
     ]
     code, lines = _run(command, limit_s)
     if code is None:

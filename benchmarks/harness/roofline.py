@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
-from benchmarks.results import Row
+from benchmarks.harness.results import Row
 
 CHUNK = 128  # rows of a partial sum of ddelta: a tile of the GEMMs, a chunk of the one-pass kernels
 
@@ -42,7 +42,7 @@ def assumed(device: torch.device) -> Ceilings | None:
 
 
 def measured(rows: Iterable[Row]) -> Ceilings | None:
-    """The ceilings that benchmarks/ceilings.py measured, from its rows; None where there is no ``copy`` among them."""
+    """The ceilings that benchmarks/suites/ceilings.py measured, from its rows; None where there is no ``copy`` among them."""
     found = [row for row in rows if row.group == "ceiling" and row.median is not None]
     copies = [row.median for row in found if row.metric == "copy"]
     flops = {getattr(torch, row.dtype): row.median for row in found if row.metric == "matmul"}

@@ -1,6 +1,6 @@
 """What processes send each other in a training step: counted, and by a formula that the count confirms.
 
-    python -m benchmarks.traffic            the formula's table for models of true size
+    python -m benchmarks.suites.traffic            the formula's table for models of true size
 
 ``Traffic`` counts every collective of a step while it runs. ``data_parallel`` and ``sharded`` say what it has to be, from
 nothing but the model's parameters: under DistributedDataParallel, and under FSDP2 with fully_shard() on every block and then
@@ -20,9 +20,9 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks import models
-from benchmarks.contestants import RANK
-from benchmarks.sites import ARCHITECTURES, Architecture
+from benchmarks.contestants import models
+from benchmarks.contestants.contestants import RANK
+from benchmarks.contestants.sites import ARCHITECTURES, Architecture
 
 METHODS = ("gain-ffn", f"PEFT LoRA r={RANK} on o_proj and down_proj", "full fine-tuning")
 

@@ -1,4 +1,4 @@
-"""The parts of a run on a GPU, in order: python -m benchmarks.parts NAME OUT SECONDS runs one, for gpu.py.
+"""The parts of a run on a GPU, in order: python -m benchmarks.gpu.parts NAME OUT SECONDS runs one, for gpu.py.
 
 What is right comes first, then the numbers that predictions are made of, then what the targets ask for, then the rest.
 Every row is flushed to OUT/results.csv as it comes.
@@ -14,10 +14,13 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import blocks, ceilings, cublaslt, layers, memory, ops, proof, results, roofline, sites, steps, variants
-from benchmarks.contestants import FROZEN
-from benchmarks.results import Row
-from benchmarks.sites import ARCHITECTURES, Site
+from benchmarks.contestants import sites
+from benchmarks.contestants.contestants import FROZEN
+from benchmarks.contestants.sites import ARCHITECTURES, Site
+from benchmarks.gpu import cublaslt, proof
+from benchmarks.harness import results, roofline
+from benchmarks.harness.results import Row
+from benchmarks.suites import blocks, ceilings, layers, memory, ops, steps, variants
 from gain_ops.backends import extension
 
 DEVICE = torch.device("cuda")

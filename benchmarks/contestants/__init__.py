@@ -1,0 +1,1 @@
+"""Who is compared: layers and models, ours and others'."""

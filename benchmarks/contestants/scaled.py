@@ -1,0 +1,17 @@
+"""A frozen linear and a learned scale, in plain PyTorch: what the fused layers are compared with."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Scaled(nn.Module):
+    """What one writes first: the scale in W's dtype, a pass of its own."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.linear = linear
+        self.s = nn.Parameter(torch.ones(linear.out_features, dtype=linear.weight.dtype, device=linear.weight.device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.linear.weight) * self.s

@@ -1,0 +1,1 @@
+"""The one command for a GPU: its parts, the proof, and what they need."""

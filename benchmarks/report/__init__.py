@@ -1,0 +1,1 @@
+"""Tables, plots, targets and predictions of results."""
