@@ -25,7 +25,9 @@ def picture(floors: ModuleType) -> str:
 
 
 def test_the_committed_picture_is_current(floors: ModuleType, picture: str) -> None:
-    assert floors.PICTURE.read_bytes() == picture.encode(), "the imports or the sentences have changed: python docs/draw_floors.py"
+    assert floors.PICTURE.read_bytes() == picture.encode(), (
+        "the imports or the sentences have changed: python docs/draw_floors.py"
+    )
 
 
 def test_there_is_no_circle_and_every_box_is_drawn(floors: ModuleType, picture: str) -> None:
