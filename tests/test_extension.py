@@ -3,7 +3,9 @@
 import ctypes
 import importlib
 import importlib.util
+import re
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -123,6 +125,22 @@ def test_it_is_said_whether_the_fused_gemms_are_there(
     monkeypatch.setattr(importlib, "import_module", lambda name: SimpleNamespace(architectures="80;90a"))
     monkeypatch.setattr(torch.ops, "gain_ops_cuda", SimpleNamespace(**ops))
     assert extension.architectures() == f"80;90a, {fused} the fused GEMMs"
+
+
+def test_every_op_of_csrc_has_a_fake() -> None:
+    """By its name in fakes.py, whose functions are the ops of every backend."""
+    library = torch.library.Library("gain_ops_schemas", "DEF")
+    source = (Path(__file__).resolve().parent.parent / "csrc" / "ops.cpp").read_text(encoding="utf-8")
+    # a C++ string may be written in parts
+    schemas = [
+        "".join(re.findall(r'"(.*?)"', call)) for call in re.findall(r"library\.def\((.*?)\);", source, re.DOTALL)
+    ]
+    assert len(schemas) > 10
+    for schema in schemas:
+        library.define(schema)
+    extension.register_fakes("gain_ops_schemas")
+    for name in (schema.split("(")[0] for schema in schemas):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"gain_ops_schemas::{name}", "Meta"), name
 
 
 def test_the_built_kernels_load_without_a_gpu() -> None:

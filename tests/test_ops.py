@@ -1,5 +1,7 @@
 """Every raw op: schema, fakes with true strides and dtypes, dispatcher, no aliasing."""
 
+import inspect
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -7,7 +9,9 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from gain_ops import reference
+from gain_ops import kernels, reference
+from gain_ops.backends import cuda, fakes
+from gain_ops.kernels import aot
 from gain_ops.ops import dispatch, raw
 
 from parity import CALLS
@@ -38,8 +42,25 @@ ARGUMENTS = {name: arguments for name, arguments in CALLS.items() if name in dis
 
 
 def test_the_list_is_what_a_backend_offers() -> None:
-    assert set(ARGUMENTS) == set(dispatch.OPS)
-    assert all(isinstance(getattr(raw, name), torch._ops.OpOverload) for name in ARGUMENTS)
+    assert set(ARGUMENTS) == {call.split()[0] for call in CALLS} == set(dispatch.OPS)
+    assert {name for name, op in vars(raw).items() if isinstance(op, torch._ops.OpOverload)} == set(dispatch.OPS)
+
+
+def test_every_op_is_compiled_ahead_of_time() -> None:
+    # backward_dx is measured by benchmarks/ and is no op yet
+    assert {call.split(",")[0] for call in aot.CALLS} - {"backward_dx"} == set(dispatch.OPS)
+
+
+@pytest.mark.parametrize("place", [reference, fakes, kernels, cuda, raw], ids=lambda place: place.__name__)
+def test_every_place_has_every_op_with_the_arguments_of_the_protocol(place: ModuleType) -> None:
+    for name in dispatch.OPS:
+        _, *expected = inspect.signature(getattr(dispatch.Backend, name)).parameters
+        assert hasattr(place, name), f"{place.__name__} has no {name}"
+        if place is raw:
+            arguments = getattr(raw, name)._schema.arguments
+            assert [argument.name for argument in arguments] == [*expected, "backend"], name
+        else:
+            assert [*inspect.signature(getattr(place, name)).parameters] == expected, name
 
 
 @pytest.mark.parametrize("name", ARGUMENTS)

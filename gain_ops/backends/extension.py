@@ -4,8 +4,7 @@ import ctypes
 import functools
 import importlib
 import importlib.util
-from collections.abc import Callable
-from typing import Any
+import inspect
 
 import torch
 from torch import Tensor
@@ -13,20 +12,6 @@ from torch import Tensor
 from gain_ops._version import __version__
 from gain_ops.backends import fakes
 
-# whose arguments are those of fakes.py but for the activation, a number here
-_SAME_AS_FAKES = (
-    "linear",
-    "linear_z",
-    "backward",
-    "ddelta",
-    "backward_recompute",
-    "backward_input",
-    "glu",
-    "glu_backward",
-    "glu_ddelta",
-    "rms_norm",
-    "rms_norm_backward",
-)
 _REMEDY = "python -m gain_ops.build"
 
 
@@ -125,14 +110,15 @@ def _not_built() -> str:
 
 
 def register_fakes(namespace: str) -> None:
-    """Give the ops that csrc/ defined under ``torch.ops.<namespace>`` their fakes."""
+    """Give the ops that csrc/ defined under ``torch.ops.<namespace>`` their fakes: those of fakes.py, by the same names.
+
+    The arguments are the same too, but for the activation, which is a number here.
+    """
 
     def scale(x: Tensor, delta: Tensor, bias: Tensor | None) -> Tensor:
         return fakes.scale(x, delta)
 
-    functions: dict[str, Callable[..., Any]] = {"scale": scale, "scale_rows": fakes.scale}
-    for name in _SAME_AS_FAKES:
-        functions[name] = getattr(fakes, name)
+    functions = dict(inspect.getmembers(fakes, inspect.isfunction)) | {"scale": scale, "scale_rows": fakes.scale}
     for name, function in functions.items():
         if hasattr(getattr(torch.ops, namespace), name):
             torch.library.register_fake(f"{namespace}::{name}", function)

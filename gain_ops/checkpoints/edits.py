@@ -2,7 +2,7 @@
 
 Nothing here knows a format. A container (a folder of safetensors, a GGUF file) says where tensors lie; a scheme (plain
 weights, GPTQ, a GGUF block type) says which of them carry a layer's gain and what becomes of their rows; the engine in
-absorbing.py copies the files and rewrites those rows, a few at a time.
+absorb.py copies the files and rewrites those rows, a few at a time.
 """
 
 from collections.abc import Callable, Iterator, Mapping

@@ -1,4 +1,4 @@
-"""The commands of ``gain-ops``: options in, progress and tables out; the work is in the other recipes."""
+"""The commands of ``gain-ops``: options in, progress and tables out; the work is in training/, planning/ and checkpoints/."""
 
 from __future__ import annotations
 

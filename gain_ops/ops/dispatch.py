@@ -3,7 +3,7 @@
 ``eager``    plain torch (reference.py): every device and dtype, and the only one on a CPU.
 ``triton``   the fused kernels: CUDA from sm_80 on, ROCm on MI200 and later, in bf16, fp16 and fp32; on a CPU only by name and
              under Triton's interpreter (TRITON_INTERPRET=1), to test them.
-``cuda``     the compiled kernels of csrc/ (cuda.py), where they are built: CUDA from sm_80 on, GEMMs fused on sm_90.
+``cuda``     the compiled kernels of csrc/ (backends/cuda.py), where they are built: CUDA from sm_80 on, GEMMs fused on sm_90.
 ``auto``     the first of triton, cuda, eager that can run; a GPU that has to do with eager is told why, once.
 
 An explicit backend that cannot run raises BackendUnavailable with the reason. The environment variable GAIN_OPS_BACKEND

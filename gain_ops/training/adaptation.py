@@ -226,7 +226,7 @@ class _Clock:
 
 
 def _check_folder(out: Path, *, force: bool) -> None:
-    """Refuse a folder in which writing would replace files that this recipe did not write, or gains without ``force``."""
+    """Refuse a folder in which writing would replace files that an adaptation did not write, or gains without ``force``."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file: name a folder to write into (--out)")
     present = [name for name in FILES if (out / name).exists()]

@@ -1,4 +1,4 @@
-"""What the recipes work on: a tiny model in a folder, and small files to adapt to."""
+"""What the commands work on: a tiny model in a folder, and small files to adapt to."""
 
 from collections.abc import Iterator
 from pathlib import Path
