@@ -19,29 +19,21 @@ CUDA, no triton and no transformers.
     add_gains, set_gains, ...           several named gain sets            models/sets.py
     combine_gains                       gain files into one                gainfiles/combining.py
     saved_bytes                         what is saved for backward         measure/saved_bytes.py
+    GainOpsError                        the base of our errors             errors.py
 """
 
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 from gain_ops._version import __version__
-from gain_ops.gainfiles.combining import combine_gains
-from gain_ops.gainfiles.file import GainFile, GainFileError, read_gains, write_gains
-from gain_ops.layers.linear import GainLinear
-from gain_ops.layers.wrapper import GainWrapper
-from gain_ops.measure.saved_bytes import saved_bytes
-from gain_ops.models.absorb import absorb
-from gain_ops.models.apply import apply, remove
-from gain_ops.models.files import load_gains, save_gains
-from gain_ops.models.sets import active_gains, add_gains, list_gains, set_gains, using_gains
-from gain_ops.ops.dispatch import BackendUnavailable
-from gain_ops.ops.glu import gain_activation, gain_geglu, gain_glu, gain_relu2, gain_swiglu
-from gain_ops.ops.linear import gain_linear, gain_scale
-from gain_ops.ops.mlp import gain_mlp
-from gain_ops.ops.rms_norm import gain_rms_norm
 
 __all__ = [
     "BackendUnavailable",
     "GainFile",
     "GainFileError",
     "GainLinear",
+    "GainOpsError",
     "GainWrapper",
     "__version__",
     "absorb",
@@ -68,3 +60,15 @@ __all__ = [
     "using_gains",
     "write_gains",
 ]
+
+# torch takes seconds to import: the command, whose --help needs none of it, gets these names when it asks for one
+if TYPE_CHECKING or [Path(name).name for name in sys.argv[:1]] != ["gain-ops"]:
+    from gain_ops._exports import *
+else:
+
+    def __getattr__(name: str) -> object:
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from gain_ops import _exports
+
+        return getattr(_exports, name)

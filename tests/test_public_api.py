@@ -14,6 +14,7 @@ def test_the_names() -> None:
         "GainFile",
         "GainFileError",
         "GainLinear",
+        "GainOpsError",
         "GainWrapper",
         "__version__",
         "absorb",

@@ -16,6 +16,7 @@ import torch
 
 from gain_ops.checkpoints.edits import CheckpointError, Edit, Region, Rounding
 from gain_ops.checkpoints.plan import Plan
+from gain_ops.utils.errors import FileError
 from gain_ops.utils.files import StagedFolder, copy_file, staged_folder
 from gain_ops.utils.wording import some_of
 
@@ -142,7 +143,7 @@ def _check_space(plan: Plan, staged: StagedFolder) -> None:
     needed = sum(file.stat().st_size for name, file in plan.files.items() if name not in staged.finished)
     free = shutil.disk_usage(staged.folder).free
     if needed > free:
-        raise OSError(
+        raise FileError(
             f"{staged.folder} is to take {needed:,} bytes more, and its disk has {free:,}: make room, or name a folder "
             "on another disk"
         )

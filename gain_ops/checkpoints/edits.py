@@ -13,8 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gain_ops.utils.errors import GainOpsError
 
-class CheckpointError(ValueError):
+
+class CheckpointError(GainOpsError, ValueError):
     """A checkpoint that cannot be read, or that cannot take these gains; nothing was changed."""
 
 

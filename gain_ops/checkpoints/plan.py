@@ -12,6 +12,7 @@ from gain_ops.checkpoints.container import Container
 from gain_ops.checkpoints.edits import CheckpointError, Edit
 from gain_ops.checkpoints.formats.safetensors_folder import SafetensorsCheckpoint
 from gain_ops.gainfiles.file import GainFile, read_gains
+from gain_ops.utils.errors import MissingFileError
 
 __all__ = ["Change", "Plan", "open_checkpoint", "plan"]
 
@@ -82,7 +83,7 @@ def plan(base: Path, gain: Path, *, requantize: bool = False, check_base: bool =
 
     """
     if not gain.is_file():
-        raise FileNotFoundError(f"no gain file at {gain}: give one that gain-ops adapt or gain_ops.save_gains wrote")
+        raise MissingFileError(f"no gain file at {gain}: give one that gain-ops adapt or gain_ops.save_gains wrote")
     gains = read_gains(gain)
     if not gains.deltas:
         raise CheckpointError(f"{gain} holds no gains, so there is nothing to absorb")

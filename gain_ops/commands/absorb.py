@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-from rich.table import Table
 
-from gain_ops.checkpoints.absorb import Absorbed, check_out
-from gain_ops.checkpoints.absorb import absorb as run_absorption
-from gain_ops.checkpoints.plan import Plan, plan
-from gain_ops.commands.console import STDOUT, clear_errors
-from gain_ops.training.loading import bundled_model
+from gain_ops.commands.console import STDOUT, clear_errors, print_table
+from gain_ops.utils.errors import file_errors
 from gain_ops.utils.files import stage_of
 from gain_ops.utils.wording import size_text
+
+if TYPE_CHECKING:
+    from gain_ops.checkpoints.absorb import Absorbed
+    from gain_ops.checkpoints.plan import Plan
+
 
 __all__ = ["absorb"]
 
@@ -52,15 +53,23 @@ def absorb(
     Ctrl-C or a crash the same command goes on from there.
     """
     with clear_errors(lambda: _kept(out)):
-        work = plan(base or bundled_model(), gain, requantize=requantize, check_base=check_base)
+        from gain_ops.checkpoints.absorb import check_out
+        from gain_ops.checkpoints.plan import plan
+        from gain_ops.training.loading import bundled_model
+
+        with file_errors():
+            work = plan(base or bundled_model(), gain, requantize=requantize, check_base=check_base)
         if dry_run:
-            check_out(work, out, force=force)
+            with file_errors():
+                check_out(work, out, force=force)
             _print_changes(work)
         else:
             _print_absorbed(work, _absorb(work, out, verify=verify, force=force), out)
 
 
 def _absorb(work: Plan, out: Path, *, verify: bool, force: bool) -> Absorbed:
+    from gain_ops.checkpoints.absorb import absorb as run_absorption
+
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -74,11 +83,13 @@ def _absorb(work: Plan, out: Path, *, verify: bool, force: bool) -> Absorbed:
     def show(what: str, done: int, total: int) -> None:
         if what not in tasks:
             tasks[what] = bar.add_task(what, total=total)
-            bar.start()
+            if STDOUT.is_terminal:
+                bar.start()
         bar.update(tasks[what], completed=done)
 
     try:
-        return run_absorption(work, out, verified=verify, force=force, progress=show)
+        with file_errors():
+            return run_absorption(work, out, verified=verify, force=force, progress=show)
     finally:
         bar.stop()
 
@@ -93,17 +104,14 @@ def _kept(out: Path) -> str:
 def _print_changes(work: Plan) -> None:
     moved = any(change.into_up for change in work.changes)
     for file in sorted({change.file for change in work.changes}):
-        table = Table(title=escape(file), title_justify="left")
-        for column in ("gain of", *(["goes into"] if moved else []), "stored as"):
-            table.add_column(column, overflow="fold")
-        for column in ("size", "gains"):
-            table.add_column(column, justify="right")
+        rows = []
         for change in work.changes:
             if change.file == file:
                 least, largest = change.gains
                 names = [change.layer, *([change.tensor] if moved else []), change.stored]
-                table.add_row(*map(escape, names), size_text(change.size), f"{least:.3f} to {largest:.3f}")
-        STDOUT.print(table)
+                rows.append([*names, size_text(change.size), f"{least:.3f} to {largest:.3f}"])
+        headings = ["gain of", *(["goes into"] if moved else []), "stored as", "size", "gains"]
+        print_table(headings, rows, title=file, left=len(headings) - 2)
     STDOUT.print(
         f"would copy {_files(work)}, {size_text(work.size)}, and rewrite {len(work.changes)} tensors there, "
         f"{size_text(work.rewritten)}; nothing was written",

@@ -1,32 +1,35 @@
-"""The commands of ``gain-ops``: options in, progress and tables out; the work is in training/, planning/ and checkpoints/."""
+"""The commands of ``gain-ops``: options in, progress and tables out; the work is in the other recipes.
+
+What imports torch is imported by the command that needs it, so that --help and refusals of options do not wait for it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
 from gain_ops._version import __version__
 from gain_ops.commands.absorb import absorb
-from gain_ops.commands.console import STDOUT, clear_errors, print_pairs, quiet_libraries
+from gain_ops.commands.console import STDOUT, clear_errors, print_pairs, print_table, quiet_libraries, show_tracebacks
 from gain_ops.commands.files import diff, inspect, merge
 from gain_ops.commands.interrupts import StopRequest
 from gain_ops.commands.plan import plan
-from gain_ops.measure import environment
-from gain_ops.ops import dispatch
-from gain_ops.training.adaptation import FILES, Settings
-from gain_ops.training.adaptation import adapt as run_adaptation
-from gain_ops.training.loop import Step
 from gain_ops.training.report import Report
+from gain_ops.training.settings import Settings
 from gain_ops.utils.wording import size_text
+
+if TYPE_CHECKING:
+    import torch
+
+    from gain_ops.training.loop import Step
+
 
 __all__ = ["app"]
 
@@ -35,7 +38,7 @@ app = typer.Typer(
     help="Adapt a frozen language model by a learned diagonal gain on its projections.",
     no_args_is_help=True,
     add_completion=False,
-    pretty_exceptions_show_locals=False,
+    pretty_exceptions_enable=False,
 )
 
 _DEFAULT_OUT = Path("gain-ops-out")
@@ -53,8 +56,10 @@ def _options(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and stop.")
     ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of every error.")] = False,
 ) -> None:
-    pass
+    show_tracebacks(debug)
+    quiet_libraries()
 
 
 @app.command()
@@ -102,7 +107,8 @@ def adapt(
             device=device,
             force=force,
         )
-        quiet_libraries()
+        from gain_ops.training.adaptation import adapt as run_adaptation
+
         report = run_adaptation(settings, watcher)
         if not report.finished:
             raise KeyboardInterrupt
@@ -119,11 +125,15 @@ for _plugin in entry_points(group="gain_ops.commands"):
 @app.command()
 def info() -> None:
     """Versions, devices, environment variables, and the backend that each op would use."""
-    print_pairs("versions", environment.versions() | {"cuda kernels": environment.compiled_kernels()})
-    print_pairs("devices", {str(device): environment.describe_device(device) for device in environment.devices()})
-    print_pairs("environment", environment.variables() or {"GAIN_OPS_*": "none set"})
-    dtypes = {"cpu": [torch.float32], "cuda": [torch.bfloat16, torch.float32]}
     with clear_errors():
+        import torch
+
+        from gain_ops.measure import environment
+
+        print_pairs("versions", {**environment.versions(), "cuda kernels": environment.compiled_kernels()}.items())
+        print_pairs("devices", [(str(device), environment.describe_device(device)) for device in environment.devices()])
+        print_pairs("environment", environment.variables().items() or [("GAIN_OPS_*", "none set")])
+        dtypes = {"cpu": [torch.float32], "cuda": [torch.bfloat16, torch.float32]}
         for device_type in dict.fromkeys(device.type for device in environment.devices()):
             for dtype in dtypes[device_type]:
                 _print_backends(device_type, dtype)
@@ -156,12 +166,12 @@ class _ConsoleWatcher:
     @contextmanager
     def training(self, steps: int) -> Iterator[None]:
         self._progress.reset(self._task, total=steps)
-        with self._progress, self._stop:
+        with self._stop, self._progress if STDOUT.is_terminal else nullcontext():  # steps are lines elsewhere
             yield
 
     def step(self, step: Step) -> None:
         self._progress.update(self._task, completed=step.number, loss=f"{step.loss:.3f}")
-        if not STDOUT.is_terminal:  # a bar that cannot be redrawn is shown once, at its end
+        if not STDOUT.is_terminal:
             STDOUT.print(f"step {step.number} loss {step.loss:.3f} ({step.seconds:.1f} s)")
 
     def should_stop(self) -> bool:
@@ -175,16 +185,13 @@ class _ConsoleWatcher:
 
 
 def _print_report(report: Report, out: Path) -> None:
+    from gain_ops.training.adaptation import FILES
+
     target = report.domains[0]
     STDOUT.print(f"[bold]{escape(report.headline())}[/]")
-    table = Table()
-    table.add_column(f"perplexity ({target.validation_windows} windows of {target.window_tokens} tokens)")
-    for column in ("before", "after", "change"):
-        table.add_column(column, justify="right")
-    for row in report.perplexity_rows():
-        table.add_row(*(escape(text) for text in row))
-    STDOUT.print(table)
-    print_pairs(None, dict(report.figure_rows()))
+    measured = f"perplexity ({target.validation_windows} windows of {target.window_tokens} tokens)"
+    print_table([measured, "before", "after", "change"], report.perplexity_rows())
+    print_pairs(None, report.figure_rows())
     STDOUT.print("written:", soft_wrap=True)
     for name in FILES:
         path = out / name
@@ -192,8 +199,10 @@ def _print_report(report: Report, out: Path) -> None:
 
 
 def _print_backends(device_type: str, dtype: torch.dtype) -> None:
+    from gain_ops.ops import dispatch
+
     together: dict[tuple[str, str], list[str]] = {}
     for op, backend, reason in dispatch.explain(device_type, dtype):
         together.setdefault((backend, reason), []).append(op)
-    rows = {", ".join(ops): f"{backend}: {reason}" for (backend, reason), ops in together.items()}
+    rows = [(backend, f"{', '.join(ops)} ({reason})") for (backend, reason), ops in together.items()]
     print_pairs(f"backend on {device_type} in {str(dtype).removeprefix('torch.')}", rows)

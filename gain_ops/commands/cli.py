@@ -22,7 +22,7 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     try:
         from gain_ops.commands.app import app
-    except KeyboardInterrupt:  # seconds long, so Ctrl-C may come before there is a command to handle it
+    except KeyboardInterrupt:  # before there is a command to handle it
         sys.exit(130)
     app()
 

@@ -3,26 +3,54 @@
 from __future__ import annotations
 
 import logging
+import os
+import sys
+import textwrap
+import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import typer
+from rich import box
+from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.table import Table
 
-from gain_ops.ops import dispatch
+from gain_ops.utils.errors import GainOpsError
 
-__all__ = ["STDERR", "STDOUT", "clear_errors", "print_pairs", "quiet_libraries"]
+__all__ = ["STDERR", "STDOUT", "clear_errors", "print_pairs", "print_table", "quiet_libraries", "show_tracebacks"]
 
 STDOUT = Console()
 STDERR = Console(stderr=True)
 
+_WIDEST = 10_000  # columns, beyond any table
+_GAP = 2  # blanks between a name and its value
+
+_TALKATIVE = {
+    "bitsandbytes": "its CPU kernels are missing",
+    "torch.utils._pytree": "torchao registers its enums in an old way",
+    "torchao": "its CUDA libraries do not load",
+}
+"""Loggers whose warnings no caller of a command can act on, and what they say."""
+
+_SWITCHES = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
+"""What huggingface_hub and transformers read when they are imported, unless it is set already."""
+
+_tracebacks = False
+
+
+def show_tracebacks(asked: bool) -> None:
+    """Whether errors that the caller can mend show their traceback too: ``gain-ops --debug``."""
+    global _tracebacks
+    _tracebacks = asked
+
 
 @contextmanager
 def clear_errors(kept: Callable[[], str] = lambda: "Nothing was written.") -> Iterator[None]:
-    """Errors that the caller can mend become one red line and exit code 2; others are bugs and keep their traceback.
+    """A GainOpsError becomes one red line and exit code 2; any other is a bug and keeps its traceback.
 
     Ctrl-C becomes a line with what ``kept`` says, and exit code 130.
     """
@@ -31,25 +59,77 @@ def clear_errors(kept: Callable[[], str] = lambda: "Nothing was written.") -> It
     except KeyboardInterrupt:
         STDOUT.print(f"[yellow]Stopped by Ctrl-C.[/] {kept()}", soft_wrap=True)
         raise typer.Exit(130) from None
-    except (ValueError, OSError, ImportError, FloatingPointError, dispatch.BackendUnavailable) as error:
+    except GainOpsError as error:
+        if _tracebacks:
+            STDERR.print(escape(traceback.format_exc()), soft_wrap=True, highlight=False)
         STDERR.print(f"[red]{escape(' '.join(str(error).split()))}[/]", soft_wrap=True)
         raise typer.Exit(2) from None
 
 
-def print_pairs(title: str | None, pairs: Mapping[str, str]) -> None:
-    """A table of two columns, under a title."""
+def print_table(
+    headings: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    title: str | None = None,
+    left: int = 1,
+    breaks: Container[int] = (),
+    dim: Container[int] = (),
+) -> None:
+    """A table where all of it fits the console, and otherwise a block a row; no heading and no cell is ever cut.
+
+    Args:
+        headings: of the columns.
+        rows: their cells, plain text.
+        title: a line above.
+        left: columns, from the first, that are set left; the others are figures.
+        breaks: numbers of the rows that a line stands above.
+        dim: numbers of the rows that matter less.
+
+    """
+    table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for number, heading in enumerate(headings):
+        table.add_column(escape(heading), justify="left" if number < left else "right", no_wrap=True)
+    for number, row in enumerate(rows):
+        if number in breaks:
+            table.add_section()
+        table.add_row(*map(escape, row), style="dim" if number in dim else None)
     if title is not None:
-        STDOUT.print(f"[bold]{title}[/]")
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    for pair in pairs.items():
-        table.add_row(*(escape(text) for text in pair))
-    STDOUT.print(table)
+        STDOUT.print(f"[bold]{escape(title)}[/]", soft_wrap=True)
+    if Measurement.get(STDOUT, STDOUT.options.update(max_width=_WIDEST), table).maximum <= STDOUT.width:
+        STDOUT.print(table)
+        return
+    for number, row in enumerate(rows):
+        STDOUT.print()
+        _print_lines(zip(headings, row, strict=True), dim=number in dim)
+    STDOUT.print()
+
+
+def print_pairs(title: str | None, pairs: Iterable[tuple[str, str]]) -> None:
+    """Names and values, a line each, under a title."""
+    if title is not None:
+        STDOUT.print(f"[bold]{escape(title)}[/]", soft_wrap=True)
+    _print_lines(pairs)
 
 
 def quiet_libraries() -> None:
-    """Progress bars and warnings of transformers and PEFT would stand between our own lines."""
-    import transformers
-
-    transformers.logging.disable_progress_bar()
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    """Bars and warnings of other packages would stand between our own lines; called before these are imported."""
+    for variable, value in _SWITCHES.items():
+        os.environ.setdefault(variable, value)
+    if (transformers := sys.modules.get("transformers")) is not None:  # then it has read them
+        transformers.logging.disable_progress_bar()
+        transformers.logging.set_verbosity_error()
+    for name in _TALKATIVE:
+        logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.|peft\.")
+
+
+def _print_lines(pairs: Iterable[tuple[str, str]], *, dim: bool = False) -> None:
+    """Values in a column of their own; one that is too long goes on below, and a word that is too long stays whole."""
+    pairs = list(pairs)
+    indent = max((cell_len(name) for name, _ in pairs), default=0) + _GAP
+    for name, value in pairs:
+        width = max(STDOUT.width - indent, 1)
+        lines = textwrap.wrap(value, width, break_long_words=False, break_on_hyphens=False) or [""]
+        for line, start in zip(lines, [name, *[""] * (len(lines) - 1)], strict=True):
+            text = f"{start}{' ' * (indent - cell_len(start))}{line}".rstrip()
+            STDOUT.print(escape(text), soft_wrap=True, style="dim" if dim else None)

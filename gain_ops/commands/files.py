@@ -5,20 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterable
 from itertools import takewhile
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich import box
 from rich.markup import escape
-from rich.table import Table
 
-from gain_ops.checkpoints.compare import Difference, compare
-from gain_ops.commands.console import STDOUT, clear_errors, print_pairs
-from gain_ops.gainfiles.combining import combine_gains, default_weights
-from gain_ops.gainfiles.file import GainFile, read_gains, write_gains
-from gain_ops.models.plots import write_gain_plot
-from gain_ops.models.statistics import Distribution, GainStatistics, gain_statistics
+from gain_ops.commands.console import STDOUT, clear_errors, print_pairs, print_table
+from gain_ops.utils.errors import UsageError, file_errors
 from gain_ops.utils.wording import size_text
+
+if TYPE_CHECKING:
+    from gain_ops.checkpoints.compare import Difference
+    from gain_ops.gainfiles.file import GainFile
+    from gain_ops.models.statistics import Distribution, GainStatistics
+
 
 __all__ = ["diff", "inspect", "merge"]
 
@@ -29,12 +29,18 @@ def inspect(
 ) -> None:
     """What a gain file holds: where it comes from, and how the gains of each layer are distributed."""
     with clear_errors():
-        found = read_gains(file)
+        from gain_ops.gainfiles.file import read_gains
+        from gain_ops.models.plots import write_gain_plot
+        from gain_ops.models.statistics import gain_statistics
+
+        with file_errors():
+            found = read_gains(file)
         statistics = gain_statistics(found)
         if plot is not None:
-            write_gain_plot(statistics, plot, title=file.name)
-    print_pairs(None, _about(file, found))
-    _print_layers(statistics)
+            with file_errors():
+                write_gain_plot(statistics, plot, title=file.name)
+        print_pairs(None, _about(file, found).items())
+        _print_layers(statistics)
     if plot is not None:
         STDOUT.print(f"wrote {escape(str(plot))}", soft_wrap=True)
 
@@ -47,13 +53,21 @@ def diff(
 ) -> None:
     """Where two gain files or two checkpoints differ; of a weight, whether gains on its rows or columns explain it."""
     with clear_errors():
-        gain_files = _is_gain_file(one), _is_gain_file(other)
+        from gain_ops.checkpoints.compare import compare
+        from gain_ops.gainfiles.file import read_gains
+
+        with file_errors():
+            gain_files = _is_gain_file(one), _is_gain_file(other)
         if all(gain_files):
-            _diff_gains(read_gains(one), read_gains(other))
+            with file_errors():
+                files = read_gains(one), read_gains(other)
+            _diff_gains(*files)
         elif any(gain_files):
-            raise ValueError(f"one of {one} and {other} is a gain file and the other is not: give two of a kind")
+            raise UsageError(f"one of {one} and {other} is a gain file and the other is not: give two of a kind")
         else:
-            _print_differences(*compare(one, other))
+            with file_errors():
+                differences, equal = compare(one, other)
+            _print_differences(differences, equal)
 
 
 def merge(
@@ -70,9 +84,13 @@ def merge(
 ) -> None:
     """Combine several gain files into one; a layer that a file lacks has gain 1 in it."""
     with clear_errors():
+        from gain_ops.gainfiles.combining import combine_gains, default_weights
+        from gain_ops.gainfiles.file import write_gains
+
         weights = weight or default_weights(len(files), how)
-        found = combine_gains(files, weights, how, check_base=check_base)
-        write_gains(found, out)
+        with file_errors():
+            found = combine_gains(files, weights, how, check_base=check_base)
+            write_gains(found, out)
     STDOUT.print(
         f"wrote {escape(str(out))}: {len(found.deltas)} layers, {sum(d.numel() for d in found.deltas.values()):,} gains "
         f"({', '.join(f'{escape(f.name)} x {w:g}' for f, w in zip(files, weights, strict=True))}; {how})",
@@ -104,17 +122,17 @@ def _print_layers(statistics: GainStatistics) -> None:
     inside = _common_part(layer.name for layer in statistics.layers)
     mixed = len({layer.side for layer in statistics.layers}) > 1
     alarming = bool(statistics.overall.dead or statistics.overall.negative)
-    table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
-    table.add_column("layer", overflow="fold")
-    columns = ("gains", "least", "mean", "largest", "rms", *(("dead", "< 0") if alarming else ()))
-    for column in (*(("side",) if mixed else ()), *columns):
-        table.add_column(column, justify="right")
-    for layer in statistics.layers:
-        name = layer.name.removeprefix(f"{inside}.")
-        table.add_row(escape(name), *([layer.side] if mixed else []), *_figures(layer.gains)[: len(columns)])
-    table.add_section()
-    table.add_row("all", *([""] if mixed else []), *_figures(statistics.overall)[: len(columns)])
-    STDOUT.print(table)
+    figures = ("gains", "least", "mean", "largest", "rms", *(("dead", "< 0") if alarming else ()))
+    rows = [
+        [
+            layer.name.removeprefix(f"{inside}."),
+            *([layer.side] if mixed else []),
+            *_figures(layer.gains)[: len(figures)],
+        ]
+        for layer in statistics.layers
+    ]
+    rows.append(["all", *([""] if mixed else []), *_figures(statistics.overall)[: len(figures)]])
+    print_table(["layer", *(["side"] if mixed else []), *figures], rows, breaks={len(rows) - 1})
     dead = f"closer to 0 than {statistics.dead_below:g}"
     STDOUT.print(
         "rms: of the distances from 1; " + (f"dead: {dead}" if alarming else f"none is {dead} or below 0"),
@@ -146,40 +164,33 @@ def _is_gain_file(path: Path) -> bool:
 
 
 def _diff_gains(one: GainFile, other: GainFile) -> None:
-    table = Table()
-    table.add_column("layer", overflow="fold")
-    for column in ("rms of B - A", "largest"):
-        table.add_column(column, justify="right")
+    rows = []
     equal = 0
     for name in sorted(one.deltas.keys() | other.deltas.keys()):
         a, b = one.deltas.get(name), other.deltas.get(name)
         if a is None or b is None:
-            table.add_row(escape(name), "only in B" if a is None else "only in A", "")
+            rows.append([name, "only in B" if a is None else "only in A", ""])
         elif one.sides[name] != other.sides[name] or a.shape != b.shape:
-            table.add_row(escape(name), f"{one.sides[name]} side in A, {other.sides[name]} side in B", "")
+            rows.append([name, f"{one.sides[name]} side in A, {other.sides[name]} side in B", ""])
         elif (a == b).all():
             equal += 1
         else:
             distance = b.double() - a.double()
-            table.add_row(escape(name), f"{distance.square().mean().sqrt():.2e}", f"{distance.abs().max():.2e}")
-    if table.row_count:
-        STDOUT.print(table)
-    STDOUT.print(f"{table.row_count} layers differ, {equal} are equal")
+            rows.append([name, f"{distance.square().mean().sqrt():.2e}", f"{distance.abs().max():.2e}"])
+    if rows:
+        print_table(["layer", "rms of B - A", "largest"], rows)
+    STDOUT.print(f"{len(rows)} layers differ, {equal} are equal")
 
 
 def _print_differences(found: list[Difference], equal: int) -> None:
-    table = Table()
-    table.add_column("tensor", overflow="fold")
-    table.add_column("stored", overflow="fold")
-    table.add_column("change", justify="right")
-    table.add_column("explained by", overflow="fold")
+    rows = []
     for difference in found:
         a, b = difference.stored
         stored = a if a == b else f"{a or 'not in A'} -> {b or 'not in B'}"
         change = "" if difference.change is None else f"{difference.change:.2e}"
-        table.add_row(escape(difference.name), escape(stored), change, _explanation(difference))
-    if found:
-        STDOUT.print(table)
+        rows.append([difference.name, stored, change, _explanation(difference)])
+    if rows:
+        print_table(["tensor", "stored", "change", "explained by"], rows, left=4)
     STDOUT.print(f"{len(found)} tensors differ, {equal} are equal to the byte")
 
 

@@ -5,19 +5,20 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
-from rich.table import Table
 
-from gain_ops.commands.console import STDOUT, clear_errors
+from gain_ops.commands.console import STDOUT, clear_errors, print_table
 from gain_ops.planning.configs import BUNDLED, read_config
-from gain_ops.planning.counts import METHODS
-from gain_ops.planning.strategies import GIB, NODE, Job, Row, recommend, rows
-from gain_ops.training.loading import resolve_dtype
+from gain_ops.utils.errors import UsageError, file_errors
 from gain_ops.utils.files import replace_file
 from gain_ops.utils.wording import size_text
+
+if TYPE_CHECKING:
+    from gain_ops.planning.strategies import Job, Row
+
 
 __all__ = ["plan"]
 
@@ -50,19 +51,24 @@ def plan(
     """
     with clear_errors():
         if targets not in _FAMILIES:
-            raise ValueError(f"targets {targets!r} is unknown: choose {' or '.join(_FAMILIES)}")
+            raise UsageError(f"targets {targets!r} is unknown: choose {' or '.join(_FAMILIES)}")
         if not 0 < memory < float("inf"):
-            raise ValueError(f"--memory is {memory:g}: GiB above 0 are needed")
+            raise UsageError(f"--memory is {memory:g}: GiB above 0 are needed")
         if not 0 <= reserve < memory:
-            raise ValueError(f"--reserve is {reserve:g}: GiB from 0 to below --memory, {memory:g}, are needed")
+            raise UsageError(f"--reserve is {reserve:g}: GiB from 0 to below --memory, {memory:g}, are needed")
+        from gain_ops.planning.strategies import GIB, Job, recommend, rows
+        from gain_ops.training.loading import resolve_dtype
+
+        weights = resolve_dtype(dtype)
         config = read_config(model)
-        length = sequence_length or min(tokens, config.max_position_embeddings)
-        job = Job(config, gpus, round(memory * GIB), tokens, length, resolve_dtype(dtype), reserve=round(reserve * GIB))
+        length = sequence_length or min(tokens, getattr(config, "max_position_embeddings", tokens))
+        job = Job(config, gpus, round(memory * GIB), tokens, length, weights, reserve=round(reserve * GIB))
         with STDOUT.status("counting on the meta device"):
             found = list(rows(job))
         best = recommend(found, targets)
         if out is not None:
-            replace_file(out, lambda path: path.write_text(_json(model, job, found, best), encoding="utf-8"))
+            with file_errors():
+                replace_file(out, lambda path: path.write_text(_json(model, job, found, best), encoding="utf-8"))
     _print_rows(found if every else _shown(found))
     STDOUT.print(
         f"of {memory:g} GiB, {reserve:g} are left free; GiB of a GPU; tokens: of all GPUs in a step; sent: by a GPU in a step",
@@ -77,6 +83,9 @@ def plan(
 
 def launch(row: Row, gpus: int) -> list[str]:
     """What starts such a training: lines of a script (docs/howto/distributed.md has the rest), and last what runs it."""
+    from gain_ops.planning.counts import METHODS
+    from gain_ops.planning.strategies import NODE
+
     lines = [METHODS[row.method].line]
     if row.checkpointed:
         lines.append('model.gradient_checkpointing_enable({"use_reentrant": False})')
@@ -112,22 +121,23 @@ def _shown(found: list[Row]) -> list[Row]:
 
 
 def _print_rows(found: list[Row]) -> None:
-    table = Table()
-    table.add_column("how")
-    table.add_column("method")
-    for name in ("blocks", "weights", "gathered", "saved", "transient", "states", "peak", "left", "tokens", "sent"):
-        table.add_column(name, justify="left" if name == "blocks" else "right")
-    last = None
-    for row in found:
-        if row.obstacle is None:
-            if last not in (None, row.strategy):
-                table.add_section()
-            parts = (row.weights, row.gathered, row.saved, row.transient, row.states, row.total, row.headroom)
-            again = "run again" if row.checkpointed else "once"
-            figures = [*(f"{part / GIB:.1f}" for part in parts), f"{row.step_tokens:,}", size_text(row.sent)]
-            table.add_row(*map(escape, (row.strategy, row.method, again, *figures)), style=None if row.fits else "dim")
-            last = row.strategy
-    STDOUT.print(table)
+    from gain_ops.planning.strategies import GIB
+
+    shown = [row for row in found if row.obstacle is None]
+    parts = ("weights", "gathered", "saved", "transient", "states", "peak", "left")
+    rows = []
+    for row in shown:
+        figures = (row.weights, row.gathered, row.saved, row.transient, row.states, row.total, row.headroom)
+        again = "run again" if row.checkpointed else "once"
+        given = [row.strategy, row.method, again, *(f"{figure / GIB:.1f}" for figure in figures)]
+        rows.append([*given, f"{row.step_tokens:,}", size_text(row.sent)])
+    print_table(
+        ["how", "method", "blocks", *parts, "tokens", "sent"],
+        rows,
+        left=3,
+        breaks={number for number in range(1, len(shown)) if shown[number].strategy != shown[number - 1].strategy},
+        dim={number for number, row in enumerate(shown) if not row.fits},
+    )
 
 
 def _print_recommended(best: Row | None, found: list[Row], job: Job) -> None:

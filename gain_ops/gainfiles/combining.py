@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gain_ops._version import __version__
 from gain_ops.gainfiles.file import GainFile, GainFileError, read_gains
+from gain_ops.utils.errors import UsageError
 from gain_ops.utils.wording import some_of
 
 HOWS = ("powers", "mean")
@@ -57,15 +58,15 @@ def combine_gains(
 
     """
     if how not in HOWS:
-        raise ValueError(f"how={how!r} is not one of {', '.join(map(repr, HOWS))}")
+        raise UsageError(f"how={how!r} is not one of {', '.join(map(repr, HOWS))}")
     if weights is None:
         weights = default_weights(len(files), how)
     if not files or len(files) != len(weights):
-        raise ValueError(
+        raise UsageError(
             f"give at least one file and a weight for each: got {len(files)} files, {len(weights)} weights"
         )
     if not all(map(math.isfinite, weights)):
-        raise ValueError(f"every weight must be finite, got {', '.join(map(str, weights))}")
+        raise UsageError(f"every weight must be finite, got {', '.join(map(str, weights))}")
     opened = {
         f"file {i}" if isinstance(file, GainFile) else f"file {i} ({file})": (
             file if isinstance(file, GainFile) else read_gains(file)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from gain_ops._version import __version__
 from gain_ops.reference import SIDES
+from gain_ops.utils.errors import GainOpsError, MissingFileError
 from gain_ops.utils.files import replace_file
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ VERSION = 1
 _SUFFIX = ".delta"
 
 
-class GainFileError(ValueError):
+class GainFileError(GainOpsError, ValueError):
     """A gain file that cannot be read, or that does not fit the model; nothing was changed."""
 
 
@@ -80,7 +81,7 @@ def read_gains(path: str | os.PathLike[str]) -> GainFile:
 
     Raises:
         GainFileError: not a gain file, damaged, of a later version, or with values that are not finite.
-        FileNotFoundError: no such file.
+        MissingFileError: no such file.
 
     """
     import safetensors
@@ -89,6 +90,8 @@ def read_gains(path: str | os.PathLike[str]) -> GainFile:
         raise GainFileError(
             f"{path} is a folder: name the gain file in it, such as {os.path.join(path, 'gains.safetensors')}"
         )
+    if not os.path.exists(path):
+        raise MissingFileError(f"no gain file at {path}: give one that gain-ops adapt or gain_ops.save_gains() wrote")
     try:
         with safetensors.safe_open(os.fspath(path), framework="pt") as opened:
             names: list[str] = opened.keys()

@@ -11,6 +11,7 @@ from torch import nn
 
 from gain_ops.gainfiles.file import write_gains
 from gain_ops.models.files import collect_gains
+from gain_ops.utils.errors import FileError, MissingPackageError
 
 __all__ = ["save_gains"]
 
@@ -35,7 +36,7 @@ def save_gains(model: nn.Module, path: str | os.PathLike[str]) -> None:
     try:
         import deepspeed
     except ImportError as error:
-        raise ImportError("saving gains from ZeRO-3 needs DeepSpeed: pip install deepspeed") from error
+        raise MissingPackageError("saving gains from ZeRO-3 needs DeepSpeed: pip install deepspeed") from error
     file = collect_gains(model, lambda layer: deepspeed.zero.GatheredParameters(list(layer.parameters())))
     failed: list[str | None] = [None]
     if dist.get_rank() == 0:
@@ -45,4 +46,4 @@ def save_gains(model: nn.Module, path: str | os.PathLike[str]) -> None:
             failed = [str(error)]
     dist.broadcast_object_list(failed)
     if failed[0] is not None:
-        raise OSError(f"{path} could not be written by the first process: {failed[0]}")
+        raise FileError(f"{path} could not be written by the first process: {failed[0]}")

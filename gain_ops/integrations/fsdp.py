@@ -17,6 +17,7 @@ from torch import nn
 
 from gain_ops.models.fused_mlp import fused_modules
 from gain_ops.models.record import gained_modules
+from gain_ops.utils.errors import UsageError
 
 __all__ = ["shard_gains"]
 
@@ -44,12 +45,12 @@ def shard_gains(model: nn.Module, **options: Any) -> None:
     from torch.distributed.fsdp import fully_shard
 
     if getattr(options.get("mp_policy"), "param_dtype", None) is not None:
-        raise ValueError(
+        raise UsageError(
             "param_dtype would round delta: give shard_gains() a policy without, and the blocks the other one"
         )
     layers = list(gained_modules(model).values())
     if not layers:
-        raise ValueError(f"{type(model).__name__} has no gains: put them on with gain_ops.apply() first")
+        raise UsageError(f"{type(model).__name__} has no gains: put them on with gain_ops.apply() first")
     fused = list(fused_modules(model))
     inside = {id(module) for ffn in fused for module in ffn.modules()}
     for module in (*fused, *(layer for layer in layers if id(layer) not in inside)):

@@ -30,6 +30,7 @@ from gain_ops.layers.linears import sizes
 from gain_ops.models.files import fingerprint, named_linears, refuse_misfit
 from gain_ops.models.record import canonical_name
 from gain_ops.reference import SIDES
+from gain_ops.utils.errors import MissingFileError, UsageError
 from gain_ops.utils.files import staged_folder
 from gain_ops.utils.wording import some_of
 
@@ -118,7 +119,7 @@ def from_peft(folder: str | os.PathLike[str], gains: str | os.PathLike[str], mod
     vectors = _read_vectors(folder)
     linears = named_linears(model)
     if unknown := vectors.keys() - linears.keys():
-        raise ValueError(f"{folder} does not fit the model, which has no linear layers {some_of(unknown)}")
+        raise UsageError(f"{folder} does not fit the model, which has no linear layers {some_of(unknown)}")
     layers = {name: layer for name, layer in linears.items() if name in vectors}
     sides = {name: _side(folder, name, vectors[name], layer) for name, layer in layers.items()}
     _refuse_other_maps(f"cannot write {folder} as a gain file", sides, layers, model)
@@ -137,13 +138,13 @@ def from_peft(folder: str | os.PathLike[str], gains: str | os.PathLike[str], mod
 def _refuse_other_maps(what: str, sides: dict[str, str], layers: dict[str, nn.Module], model: nn.Module) -> None:
     """Raise ValueError for layers where (IA)^3 and a gain are different maps."""
     if biased := [name for name, layer in layers.items() if sides[name] == "output" and _has_bias(layer)]:
-        raise ValueError(
+        raise UsageError(
             f"{what}: (IA)^3 scales outputs together with their bias, a gain on the output side leaves the bias alone, "
             f"and {len(biased)} of {len(sides)} layers have one: {some_of(biased)}"
         )
     places = Counter(id(child) for parent in model.modules() for child in parent._modules.values())
     if shared := [name for name, layer in layers.items() if places[id(layer)] > 1]:
-        raise ValueError(
+        raise UsageError(
             f"{what}: {some_of(shared)} stand in several places of the model, and PEFT changes a layer in one of them"
         )
 
@@ -203,7 +204,7 @@ def _side(folder: Path, name: str, vector: Tensor, layer: nn.Module) -> str:
     n_in, n_out = cast(tuple[int, int], sizes(layer))
     sides: dict[tuple[int, ...], str] = {(1, n_in): "input", (n_out, 1): "output"}
     if tuple(vector.shape) not in sides:
-        raise ValueError(
+        raise UsageError(
             f"{folder} does not fit the model: {name} has a vector of shape {tuple(vector.shape)}, expected ({n_out}, 1) "
             f"or (1, {n_in})"
         )
@@ -212,18 +213,18 @@ def _side(folder: Path, name: str, vector: Tensor, layer: nn.Module) -> str:
 
 def _read_config(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is not a folder: an adapter on the Hub has to be downloaded first")
+        raise MissingFileError(f"{folder} is not a folder: an adapter on the Hub has to be downloaded first")
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         kind = config["peft_type"]
     except FileNotFoundError:
-        raise FileNotFoundError(f"{folder} is not a PEFT adapter: it has no {CONFIG}") from None
+        raise MissingFileError(f"{folder} is not a PEFT adapter: it has no {CONFIG}") from None
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder / CONFIG} is damaged: {error!r}") from error
+        raise UsageError(f"{folder / CONFIG} is damaged: {error!r}") from error
     if kind != "IA3":
-        raise ValueError(f"{folder} is a {kind} adapter; of PEFT's only IA3 is a gain")
+        raise UsageError(f"{folder} is a {kind} adapter; of PEFT's only IA3 is a gain")
     if trained := config.get("modules_to_save"):
-        raise ValueError(
+        raise UsageError(
             f"{folder} trained whole modules besides ({', '.join(trained)}: its modules_to_save), and a gain file holds "
             "gains alone"
         )
@@ -235,19 +236,19 @@ def _read_vectors(folder: Path) -> dict[str, Tensor]:
     import safetensors.torch
 
     if not (folder / TENSORS).is_file():
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{folder} has no {TENSORS}: load the adapter with PEFT and save it again with save_pretrained()"
         )
     try:
         tensors = safetensors.torch.load_file(folder / TENSORS)
     except safetensors.SafetensorError as error:
-        raise ValueError(f"{folder / TENSORS} is not a whole safetensors file: {error}") from error
+        raise UsageError(f"{folder / TENSORS} is not a whole safetensors file: {error}") from error
     strange = [key for key in tensors if not (key.startswith(_PREFIX) and key.endswith(_SUFFIX))]
     if strange or not tensors:
-        raise ValueError(f"{folder} holds {some_of(strange) or 'nothing'}, where vectors of (IA)^3 were expected")
+        raise UsageError(f"{folder} holds {some_of(strange) or 'nothing'}, where vectors of (IA)^3 were expected")
     vectors = {key.removeprefix(_PREFIX).removesuffix(_SUFFIX): tensor.float() for key, tensor in tensors.items()}
     if bad := [name for name, vector in vectors.items() if not vector.isfinite().all()]:
-        raise ValueError(f"{folder} holds values that are not finite, in {some_of(bad)}")
+        raise UsageError(f"{folder} holds values that are not finite, in {some_of(bad)}")
     return vectors
 
 

@@ -19,6 +19,7 @@ from gain_ops.models.sites import names_attention_output
 from gain_ops.ops.dispatch import check_name
 from gain_ops.ops.linear import gain_linear, gain_scale
 from gain_ops.reference import accumulation_dtype
+from gain_ops.utils.errors import MissingPackageError, UsageError
 
 try:
     from peft import PeftModel
@@ -26,7 +27,7 @@ try:
     from peft.tuners.ia3 import IA3Layer, IA3Model, Linear
     from peft.tuners.tuners_utils import check_adapters_to_merge
 except ImportError as error:
-    raise ImportError("gain_ops.integrations.peft needs PEFT: pip install peft") from error
+    raise MissingPackageError("gain_ops.integrations.peft needs PEFT: pip install peft") from error
 
 __all__ = ["Fused", "fuse", "unfuse"]
 
@@ -110,15 +111,15 @@ def fuse(peft_model: nn.Module, *, memory: str = "fast", backend: str = "auto") 
     """
     tuner = _ia3_tuner(peft_model, "fuse")
     if memory not in MEMORIES:
-        raise ValueError(f"memory={memory!r} is not one of {', '.join(map(repr, MEMORIES))}")
+        raise UsageError(f"memory={memory!r} is not one of {', '.join(map(repr, MEMORIES))}")
     check_name(backend)
     if isinstance(tuner, FusedIA3Model):
-        raise ValueError("the model is fused already: unfuse() it first to change memory or backend")
+        raise UsageError("the model is fused already: unfuse() it first to change memory or backend")
     _refuse_merged(tuner, "PEFT's unmerge divides by the gain and loses bits. Fuse first and merge after.")
     layers = dict(_ia3_layers(tuner))
     left_alone = {name: why for name, layer in layers.items() if (why := _obstacle(layer))}
     if len(left_alone) == len(layers):
-        raise ValueError(f"no (IA)^3 layer here can run on gain_ops: {_listed(left_alone) or 'the model has none'}")
+        raise UsageError(f"no (IA)^3 layer here can run on gain_ops: {_listed(left_alone) or 'the model has none'}")
     cast(Any, tuner).__class__ = FusedIA3Model
     fused = cast(FusedIA3Model, tuner)
     fused.gain_memory, fused.gain_backend = memory, backend
@@ -137,12 +138,12 @@ def unfuse(peft_model: nn.Module) -> None:
     """
     tuner = _ia3_tuner(peft_model, "unfuse")
     if not isinstance(tuner, FusedIA3Model):
-        raise ValueError("the model is not fused: there is nothing to undo")
+        raise UsageError("the model is not fused: there is nothing to undo")
     _refuse_merged(tuner, "Its original weights would be lost.")
     layers = {name: layer for name, layer in _ia3_layers(tuner) if isinstance(layer, _FusedLayer)}
     for name, layer in layers.items():
         if "plain" not in vars(type(layer)) or "forward" in vars(layer):
-            raise ValueError(
+            raise UsageError(
                 f"cannot unfuse {name}: since fuse() its class or forward was replaced, by fully_shard or accelerate's "
                 "hooks, say. Unfuse before that, or take it back first."
             )
@@ -265,7 +266,7 @@ class FusedLinear(Linear, _FusedLayer):
             bias = None if original.bias is None else (original.bias.to(gain.device) * gain).to(base.bias)
         for what, tensor in (("weight", weight), ("bias", bias)):
             if check and tensor is not None and not tensor.isfinite().all():
-                raise ValueError(
+                raise UsageError(
                     f"merging {', '.join(names)} makes the {what}{where} not finite in {tensor.dtype}: the adapter is "
                     "broken, or the products overflow. Nothing was merged."
                 )
@@ -381,7 +382,7 @@ class FusedIA3Model(IA3Model):
                 continue
             other = holders.setdefault(id(layer.get_base_layer().weight), name)
             if other != name:
-                raise ValueError(
+                raise UsageError(
                     f"cannot merge: {other} and {name} share one weight, and each would scale it. Untie them."
                 )
             if safe:
@@ -402,7 +403,7 @@ def _ia3_tuner(peft_model: nn.Module, action: str) -> IA3Model:
         )
     tuner = peft_model.base_model
     if not isinstance(tuner, IA3Model):
-        raise ValueError(f"{action} serves PEFT's (IA)^3, and this PeftModel's method is {peft_model.peft_type}")
+        raise UsageError(f"{action} serves PEFT's (IA)^3, and this PeftModel's method is {peft_model.peft_type}")
     return tuner
 
 
@@ -413,7 +414,7 @@ def _ia3_layers(tuner: IA3Model) -> Iterator[tuple[str, IA3Layer]]:
 def _refuse_merged(tuner: IA3Model, why: str) -> None:
     merged = {adapter for _, layer in _ia3_layers(tuner) for adapter in layer.merged_adapters}
     if merged:
-        raise ValueError(f"adapters are merged ({', '.join(sorted(merged))}): call unmerge_adapter() first. {why}")
+        raise UsageError(f"adapters are merged ({', '.join(sorted(merged))}): call unmerge_adapter() first. {why}")
 
 
 def _obstacle(layer: IA3Layer) -> str | None:
@@ -447,7 +448,7 @@ def _usable_weight(base: nn.Module) -> Tensor | None:
 
 def _refuse_adapter_names(kwargs: dict[str, Any]) -> None:
     if "adapter_names" in kwargs:
-        raise ValueError(
+        raise UsageError(
             "adapter_names= asks for one adapter per sample, which (IA)^3 does not have (PEFT ignores it). Run one batch "
             "for each adapter: set_adapter(name), then the samples that want it."
         )

@@ -24,6 +24,7 @@ from gain_ops.layers.linears import refuse_fsdp
 from gain_ops.layers.wrapper import GainWrapper
 from gain_ops.models.fused_mlp import FusedMlp, fused_modules
 from gain_ops.utils.dtensors import is_sharded
+from gain_ops.utils.errors import UsageError
 
 
 def place_gains(model: nn.Module) -> None:
@@ -48,7 +49,7 @@ def place_gains(model: nn.Module) -> None:
     for ffn in fused_modules(model):
         layout = ffn._gain_layout
         if any(ffn.get_submodule(name)._forward_hooks for name in (layout.gate, layout.down)):
-            raise ValueError(
+            raise UsageError(
                 f"{type(ffn).__name__} reads the weights of its projections and does not call them, so their styles have no "
                 "effect: take them out of the plan and give the FFN itself FusedMlpParallel()"
             )
@@ -57,7 +58,7 @@ def place_gains(model: nn.Module) -> None:
     ]
     for module in gained:
         if isinstance(module, GainWrapper):
-            raise ValueError(
+            raise UsageError(
                 f"a gain round {type(module.base).__name__} cannot be sharded with it: how its features are laid out on the "
                 "ranks is its own affair. Leave it out of the plan, or put the gain on a plain nn.Linear."
             )
@@ -115,7 +116,7 @@ class FusedMlpParallel(ParallelStyle):
         layout = module._gain_layout
         if layout.packed or layout.dropout is not None:
             why = "gate and up in one weight" if layout.packed else "a dropout after its down projection"
-            raise ValueError(f"FusedMlpParallel does not serve an FFN with {why} ({type(module).__name__})")
+            raise UsageError(f"FusedMlpParallel does not serve an FFN with {why} ({type(module).__name__})")
         for name in (layout.gate, layout.up):
             if name is not None:
                 self._shard(module.get_submodule(name), device_mesh, 0)

@@ -30,6 +30,7 @@ from gain_ops.models.quantized import forget_quantizer
 from gain_ops.models.record import gained_modules
 from gain_ops.models.statistics import DEAD_BELOW, GainStatistics, gain_statistics
 from gain_ops.utils.dtensors import is_sharded
+from gain_ops.utils.errors import MissingPackageError, UsageError
 
 __all__ = ["GAIN_FILE", "GAIN_PLOT", "GainCallback", "GainTrainerMixin", "gain_metrics"]
 
@@ -80,7 +81,9 @@ class GainCallback(TrainerCallback):
 
     def __init__(self, trainer: Trainer, *, plot: bool = True, dead_below: float = DEAD_BELOW) -> None:
         if plot and importlib.util.find_spec("matplotlib") is None:
-            raise ImportError('the plot needs matplotlib: pip install "gain-ops[cli]", or turn it off with plot=False')
+            raise MissingPackageError(
+                'the plot needs matplotlib: pip install "gain-ops[cli]", or turn it off with plot=False'
+            )
         self._trainer, self._plot, self._dead_below = trainer, plot, dead_below
 
     def on_log(
@@ -213,7 +216,7 @@ def _counts_as_adapted(model: object) -> Iterator[None]:
         return
     if not quantizer.is_trainable:
         method = quantizer.quantization_config.quant_method
-        raise ValueError(
+        raise UsageError(
             f"the base is quantised with {getattr(method, 'value', method)}, and transformers cannot train on that: "
             "load it unquantised, or quantised with bitsandbytes"
         )
@@ -232,12 +235,12 @@ def _counts_as_adapted(model: object) -> Iterator[None]:
 def _refuse_other_trained(model: nn.Module) -> None:
     layers = gained_modules(model)
     if not layers:
-        raise ValueError(f"{type(model).__name__} has no gains: put them on with gain_ops.apply() before the trainer")
+        raise UsageError(f"{type(model).__name__} has no gains: put them on with gain_ops.apply() before the trainer")
     gains = {id(layer.delta) for layer in layers.values()}
     others = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in gains]
     if others:
         shown = ", ".join(others[:_SHOWN]) + (f" and {len(others) - _SHOWN} more" if len(others) > _SHOWN else "")
-        raise ValueError(
+        raise UsageError(
             f"parameters are trained that are not gains, and checkpoints of gains would lose them: {shown}. Freeze them, "
             "or use the trainer without GainTrainerMixin, which saves the whole model."
         )
@@ -252,7 +255,7 @@ def _save_gains(model: nn.Module, path: Path, *, writes: bool) -> None:
 def _load_gains(model: nn.Module, checkpoint: Path) -> None:
     path = checkpoint / GAIN_FILE
     if not path.is_file():
-        raise ValueError(
+        raise UsageError(
             f"{checkpoint} has no {GAIN_FILE}: it is not a checkpoint of gains. One of the whole model is resumed by the "
             "trainer without GainTrainerMixin."
         )

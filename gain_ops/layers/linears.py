@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from gain_ops.utils.dtensors import is_sharded
+from gain_ops.utils.errors import UsageError
 
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -73,7 +74,7 @@ def refuse_sharded(module: nn.Module) -> None:
     """Raise ValueError if a parameter is a DTensor: a plain delta beside it cannot work."""
     for name, parameter in module.named_parameters():
         if is_sharded(parameter):
-            raise ValueError(
+            raise UsageError(
                 f"{name} of {type(module).__name__} is already sharded (a DTensor). Put the gains on first and "
                 "shard after (fully_shard, parallelize_module), so that delta is sharded with the weight."
             )
@@ -83,7 +84,7 @@ def refuse_fsdp(model: nn.Module, action: str) -> None:
     """Raise ValueError if fully_shard() was called in the model: it keeps the modules and swaps their parameters."""
     for name, module in model.named_modules():
         if any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__):
-            raise ValueError(
+            raise UsageError(
                 f"cannot {action} after fully_shard() ({name or type(model).__name__} is sharded). Do it before "
                 "sharding, or save the gains and load them into an unsharded model."
             )

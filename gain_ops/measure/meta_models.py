@@ -15,6 +15,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from gain_ops.utils.errors import UsageError
+
 __all__ = ["ATTENTION", "blocks", "build", "checkpoint", "quiet", "random_ids"]
 
 ATTENTION = "gain_ops_attention"
@@ -40,8 +42,11 @@ def build(config: Any, device: torch.device | str = "meta", dtype: torch.dtype =
     from transformers import AttentionInterface, AutoModelForCausalLM
 
     AttentionInterface.register(ATTENTION, _attend)
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=ATTENTION)
+    try:
+        with torch.device(device):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=ATTENTION)
+    except ValueError as error:
+        raise UsageError(f"transformers makes no causal language model of this config: {error}") from error
     model.enable_input_require_grads()
     return cast(nn.Module, model.train())
 
@@ -56,7 +61,7 @@ def blocks(model: nn.Module) -> Sequence[nn.Module]:
     kinds = set(cast(Any, model)._no_split_modules or ())
     found = [module for module in model.modules() if type(module).__name__ in kinds]
     if not found:
-        raise ValueError(f"{type(model).__name__} does not say what its blocks are (_no_split_modules)")
+        raise UsageError(f"{type(model).__name__} does not say what its blocks are (_no_split_modules)")
     return found
 
 
@@ -84,7 +89,7 @@ def random_ids(tokens: int, length: int, vocabulary: int, device: torch.device |
     """
     length = min(tokens, length)
     if length < 1 or tokens % length:
-        raise ValueError(f"{tokens} tokens are no whole number of windows of {length}")
+        raise UsageError(f"{tokens} tokens are no whole number of windows of {length}")
     return torch.randint(vocabulary, (tokens // length, length), device=device)
 
 

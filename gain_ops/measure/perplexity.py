@@ -9,6 +9,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from gain_ops.utils.errors import DivergedError
+
 __all__ = ["in_mode", "largest_difference", "logits", "next_token_loss", "perplexity"]
 
 _NOT_PREDICTED = -100
@@ -59,7 +61,7 @@ def perplexity(model: nn.Module, windows: Tensor, *, batch_size: int = 4) -> flo
 
     Raises:
         ValueError: there are no windows, or they are shorter than two tokens.
-        FloatingPointError: the model's loss is not finite.
+        DivergedError: the model's loss is not finite, or its exponential is not.
     """
     if windows.ndim != 2 or windows.shape[0] < 1 or windows.shape[1] < 2:
         raise ValueError(
@@ -72,8 +74,13 @@ def perplexity(model: nn.Module, windows: Tensor, *, batch_size: int = 4) -> flo
             total += next_token_loss(model, batch).item() * len(batch)
     mean = total / len(windows)
     if not math.isfinite(mean):
-        raise FloatingPointError(f"the mean loss is {mean}: the model's logits are not finite; try it in float32")
-    return math.exp(mean)
+        raise DivergedError(f"the mean loss is {mean}: the model's logits are not finite; try it in float32")
+    try:
+        return math.exp(mean)
+    except OverflowError:
+        raise DivergedError(
+            f"the mean loss is {mean:g} nats, too many for a perplexity: lower the learning rate"
+        ) from None
 
 
 def largest_difference(one: Tensor, other: Tensor) -> float:

@@ -14,6 +14,7 @@ from gain_ops.models.apply import remove
 from gain_ops.models.record import gained_modules, refuse_base_active, refuse_outside, refuse_part
 from gain_ops.models.up_rows import NotGated, up_rows
 from gain_ops.utils.dtensors import is_sharded
+from gain_ops.utils.errors import UsageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -87,7 +88,7 @@ def absorb(model: nn.Module) -> Absorbed:
     """
     layers = gained_modules(model)
     if not layers:
-        raise ValueError(f"{type(model).__name__} has no gains to absorb")
+        raise UsageError(f"{type(model).__name__} has no gains to absorb")
     refuse_part(model, "absorb")
     refuse_outside(model, "absorb")
     refuse_base_active(model, "absorb")
@@ -144,17 +145,17 @@ def _fold(model: nn.Module, name: str, layer: Gained) -> _Fold:
     else:
         fold = _into_scales(model, name, layer)
     if any(is_sharded(carrier.tensor) for carrier in fold.carriers):
-        raise ValueError(
+        raise UsageError(
             f"cannot absorb {name}: {fold.whose} weight is a DTensor. Save the gains, and absorb in an unsharded model."
         )
     if any(carrier.tensor.is_meta for carrier in fold.carriers):
-        raise ValueError(f"cannot absorb {name}: {fold.whose} weight is on the meta device. Load the weights first.")
+        raise UsageError(f"cannot absorb {name}: {fold.whose} weight is on the meta device. Load the weights first.")
     if _is_partitioned(fold):
-        raise ValueError(
+        raise UsageError(
             f"cannot absorb {name}: {fold.whose} weight is partitioned. Do it in deepspeed.zero.GatheredParameters."
         )
     if not layer.delta.isfinite().all():
-        raise ValueError(
+        raise UsageError(
             f"cannot absorb {name}: its gain is not finite. The training has diverged; load earlier gains."
         )
     return fold
@@ -164,7 +165,7 @@ def _into_wrapped(name: str, layer: GainWrapper) -> _Fold:
     """Into the plain weight of a wrapped layer: one that accelerate has hooked, or that holds more than weight and bias."""
     base = layer.base
     if base._forward_hooks or base._forward_pre_hooks:
-        raise ValueError(
+        raise UsageError(
             f"cannot absorb {name}: the {type(base).__name__} in it has forward hooks, which may change what the gain "
             "scales. Remove them first."
         )
@@ -189,7 +190,7 @@ def _into_scales(model: nn.Module, name: str, layer: GainWrapper) -> _Fold:
                 return _into_up(model, name, layer)
             except (CannotFold, NotGated) as no_up:
                 reason = f"{reason} Nor can the rows of an up projection take it: {no_up}"
-        raise ValueError(f"cannot absorb {name}: {reason}") from None
+        raise UsageError(f"cannot absorb {name}: {reason}") from None
     return _Fold(name, layer, name, layer.base, layer.delta.detach(), found.carriers, found.prepare)
 
 
@@ -232,7 +233,7 @@ def _refuse_shared(model: nn.Module, folds: Iterable[_Fold]) -> None:
         for weight in (*own.values(), *changed.values()):
             for key, (other_name, other) in tensors.items():
                 if key not in own and _overlap(weight, other):
-                    raise ValueError(
+                    raise UsageError(
                         f"cannot absorb {fold.name}: {other_name} shares {fold.whose} weight (tied), and would change with "
                         "it. Untie them (give one a clone of the weight), or leave this layer without a gain."
                     )
@@ -264,7 +265,7 @@ def _rounding(fold: _Fold) -> tuple[float, float]:
             if not rounded.isfinite().all():
                 what = "weight" if isinstance(carrier.tensor, nn.Parameter) else "scale"
                 why = "overflows" if block.isfinite().all() else "is not finite to begin with"
-                raise ValueError(
+                raise UsageError(
                     f"cannot absorb {fold.name}: {fold.whose} {what} {why} in {block.dtype}; nothing was changed"
                 )
             exact = block.double() * scale.double()

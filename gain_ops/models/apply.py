@@ -21,6 +21,7 @@ from gain_ops.models.record import (
     refuse_part,
 )
 from gain_ops.models.sites import Site, pattern_sites, preset_sites, refuse_bypassed
+from gain_ops.utils.errors import UsageError
 
 PRESETS = ("gain", "gain-ffn")
 MEMORIES = ("fast", "lean")
@@ -81,11 +82,11 @@ def apply(
     check_options(side, "auto", backend)
     _check_memory(memory)
     if mlp_chunk is not None and not fuse_mlp:
-        raise ValueError(f"mlp_chunk={mlp_chunk} needs fuse_mlp=True")
+        raise UsageError(f"mlp_chunk={mlp_chunk} needs fuse_mlp=True")
     if mlp_chunk is not None and mlp_chunk < 1:
-        raise ValueError(f"mlp_chunk={mlp_chunk} is a number of tokens, at least 1")
+        raise UsageError(f"mlp_chunk={mlp_chunk} is a number of tokens, at least 1")
     if fuse_mlp and side != "input":
-        raise ValueError("fuse_mlp folds the gain into the FFN's activation, so it goes with side='input'")
+        raise UsageError("fuse_mlp folds the gain into the FFN's activation, so it goes with side='input'")
     refuse_gained(model)
     if not isinstance(targets, str):
         targets = tuple(targets)
@@ -93,11 +94,11 @@ def apply(
     elif targets in PRESETS:
         sites = preset_sites(model, ffn=targets == "gain-ffn")
     else:
-        raise ValueError(
+        raise UsageError(
             f"targets={targets!r} is not one of {', '.join(map(repr, PRESETS))}; patterns go in a list: [{targets!r}]"
         )
     if not sites:
-        raise ValueError("targets is empty: give 'gain', 'gain-ffn' or at least one pattern")
+        raise UsageError("targets is empty: give 'gain', 'gain-ffn' or at least one pattern")
     applied = place(model, [(site, side) for site in sites], targets, memory, backend)
     if fuse_mlp:
         try:
@@ -122,7 +123,7 @@ def remove(model: nn.Module) -> None:
     """
     gained = all_gained(model)
     if not gained:
-        raise ValueError(f"{type(model).__name__} has no gains to remove")
+        raise UsageError(f"{type(model).__name__} has no gains to remove")
     refuse_part(model, "remove")
     refuse_fsdp(model, "remove gains")
     unfuse(model)
@@ -183,7 +184,7 @@ def _refuse_adapted(site: Site) -> None:
     """Raise ValueError for a PEFT layer: a gain round it would scale the adapter too, and could not be absorbed."""
     kind = type(site.module)
     if any(is_kind(site.module, name) for name in _PEFT_LAYERS):
-        raise ValueError(
+        raise UsageError(
             f"{site.name} is PEFT's {kind.__module__}.{kind.__qualname__}: merge it first (merge_and_unload()), or choose "
             "other targets"
         )
@@ -213,7 +214,7 @@ def _save(site: Site, side: str, memory: str) -> str:
 
 def _check_memory(memory: str) -> None:
     if memory not in MEMORIES:
-        raise ValueError(f"memory={memory!r} is not one of {', '.join(map(repr, MEMORIES))}")
+        raise UsageError(f"memory={memory!r} is not one of {', '.join(map(repr, MEMORIES))}")
 
 
 def _replace(model: nn.Module, replacements: Mapping[int, nn.Module]) -> None:

@@ -10,6 +10,9 @@ if TYPE_CHECKING:
     pass
 
 
+from gain_ops.utils.errors import GainOpsError
+
+
 @dataclass(frozen=True)
 class Carrier:
     """A tensor of a layer that takes its gain: dimension ``dim`` runs over the gain's features."""
@@ -29,5 +32,5 @@ class Foldable:
     prepare: Callable[[], None] | None = None
 
 
-class CannotFold(ValueError):
+class CannotFold(GainOpsError, ValueError):
     """Why a gain cannot be folded into the scales of a layer exactly, and what to do about it."""

@@ -26,6 +26,7 @@ from gain_ops.models.record import (
 )
 from gain_ops.models.sites import Site, linear_modules, names_attention_output
 from gain_ops.utils.dtensors import is_sharded
+from gain_ops.utils.errors import FileError, UsageError
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -73,7 +74,7 @@ def collect_gains(
     """
     layers = gained_modules(model)
     if not layers:
-        raise ValueError(f"{type(model).__name__} has no gains to save: put them on with gain_ops.apply()")
+        raise UsageError(f"{type(model).__name__} has no gains to save: put them on with gain_ops.apply()")
     refuse_outside(model, "save")
     refuse_base_active(model, "save")
     reshard(model)
@@ -205,7 +206,7 @@ def _write_once(file: GainFile, path: str | os.PathLike[str], mesh: "DeviceMesh 
     if error is not None:
         raise error
     if failures.item():
-        raise OSError(f"{path} could not be written; the error of the mesh's first rank says why")
+        raise FileError(f"{path} could not be written; the error of the mesh's first rank says why")
 
 
 def _saveable(name: str, layer: Gained) -> Tensor:
@@ -216,9 +217,9 @@ def _saveable(name: str, layer: Gained) -> Tensor:
             if delta.is_meta
             else "partitioned: call gain_ops.integrations.deepspeed.save_gains() on every process"
         )
-        raise ValueError(f"cannot save {name}: its delta is {where}")
+        raise UsageError(f"cannot save {name}: its delta is {where}")
     if not delta.isfinite().all():
-        raise ValueError(f"cannot save {name}: its delta is not finite; the training has diverged")
+        raise UsageError(f"cannot save {name}: its delta is not finite; the training has diverged")
     return delta.to("cpu", torch.float32, copy=True)
 
 

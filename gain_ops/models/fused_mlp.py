@@ -18,6 +18,7 @@ from gain_ops.models.ffn_layout import Layout, layout_of
 from gain_ops.models.sites import names_attention_output
 from gain_ops.ops.glu import gain_activation, gain_glu
 from gain_ops.ops.mlp import gain_mlp
+from gain_ops.utils.errors import UsageError
 
 _ACTIVATIONS = {
     "SiLU": "silu",
@@ -95,17 +96,17 @@ def fuse(module: nn.Module, *, recompute: bool, chunk: int | None) -> None:
     """
     layout = layout_of(module)
     if layout is None:
-        raise ValueError(
+        raise UsageError(
             f"fuse_mlp cannot serve {type(module).__name__}: its forward is none of those known "
             "(gain_ops/models/ffn_layout.py). Leave fuse_mlp off."
         )
     activation = _activation(module.get_submodule(layout.activation))
     projections = [module.get_submodule(name) for name in (layout.gate, layout.up, layout.down) if name is not None]
     if _hooked(projections[-1]):
-        raise ValueError(f"fuse_mlp does not call {layout.down}, which has hooks: remove them, or leave fuse_mlp off")
+        raise UsageError(f"fuse_mlp does not call {layout.down}, which has hooks: remove them, or leave fuse_mlp off")
     if (recompute or chunk is not None) and not _is_readable(module, layout):
         kinds = ", ".join(sorted({type(getattr(p, "base", p)).__name__ for p in projections}))
-        raise ValueError(
+        raise UsageError(
             f"memory='lean' and mlp_chunk with fuse_mlp need plain linear layers without hooks or gains of their own, and "
             f"{type(module).__name__} has {kinds}: use memory='fast' and no mlp_chunk"
         )
@@ -123,7 +124,7 @@ def fuse_all(model: nn.Module, *, recompute: bool, chunk: int | None) -> None:
     """
     found = [module for module in model.modules() if _is_gained_ffn(module)]
     if not found:
-        raise ValueError(
+        raise UsageError(
             "fuse_mlp found no FFN whose down projection has a gain: use targets='gain-ffn', or leave it off"
         )
     for module in found:
@@ -181,7 +182,7 @@ def _activation(module: nn.Module) -> str:
     if isinstance(module, nn.GELU):
         return "gelu_tanh" if module.approximate == "tanh" else "gelu"
     if name not in _ACTIVATIONS:
-        raise ValueError(
+        raise UsageError(
             f"fuse_mlp does not know the activation {name}: {', '.join(_ACTIVATIONS)}. Leave fuse_mlp off."
         )
     return _ACTIVATIONS[name]

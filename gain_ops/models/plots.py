@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gain_ops.models.statistics import GainStatistics, LayerGains
+from gain_ops.utils.errors import MissingPackageError, UsageError
 from gain_ops.utils.files import replace_file
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def write_gain_plot(statistics: GainStatistics, path: str | os.PathLike[str], *,
     """
     path = Path(path)
     if path.suffix not in FORMATS:
-        raise ValueError(f"{path} ends in {path.suffix or 'nothing'}: name a file that ends in {' or '.join(FORMATS)}")
+        raise UsageError(f"{path} ends in {path.suffix or 'nothing'}: name a file that ends in {' or '.join(FORMATS)}")
     figure = draw_gains(statistics, title=title)
     replace_file(path, lambda beside: figure.savefig(beside, dpi=150))
 
@@ -69,10 +70,10 @@ def draw_gains(statistics: GainStatistics, *, title: str = "") -> Figure:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError('plotting gains needs matplotlib: pip install "gain-ops[cli]"') from error
+        raise MissingPackageError('plotting gains needs matplotlib: pip install "gain-ops[cli]"') from error
     for layer in statistics.layers:
         if not math.isfinite(layer.gains.rms_from_one):
-            raise ValueError(f"cannot plot the gains of {layer.name}: they are not finite; the training has diverged")
+            raise UsageError(f"cannot plot the gains of {layer.name}: they are not finite; the training has diverged")
 
     panels = _panels(statistics.layers)
     longest = max(map(len, panels.values()))

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from gain_ops.layers.gained import Gained
+from gain_ops.utils.errors import UsageError
 
 # Components that torch.compile, activation checkpointing and FSDP1 put into module names.
 _WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
@@ -88,7 +89,7 @@ def refuse_base_active(model: nn.Module, action: str) -> None:
     """Raise ValueError if the model has named gain sets and the base is active: its deltas are no set's."""
     sets = kept_sets(model)
     if sets is not None and sets.active is None:
-        raise ValueError(
+        raise UsageError(
             f"cannot {action} while the base is active: choose one of the gain sets {', '.join(sets.deltas)} with "
             "gain_ops.set_gains()"
         )
@@ -97,7 +98,7 @@ def refuse_base_active(model: nn.Module, action: str) -> None:
 def refuse_part(model: nn.Module, action: str) -> None:
     """Raise ValueError if gains of the model were applied to a larger model: what was there before is known there."""
     if any(module.placed for module in all_gained(model).values()) and not record_holders(model):
-        raise ValueError(f"the gains were applied to a larger model: call {action}() on that one")
+        raise UsageError(f"the gains were applied to a larger model: call {action}() on that one")
 
 
 def refuse_outside(model: nn.Module, action: str) -> None:
@@ -106,7 +107,7 @@ def refuse_outside(model: nn.Module, action: str) -> None:
     outside = all_gained(model).keys() - all_gained(root).keys()
     if outside:
         name = next(canonical_name(name) for name, module in model.named_modules() if id(module) in outside)
-        raise ValueError(
+        raise UsageError(
             f"cannot {action} while {name} has a gain outside the module that apply() was called on, a "
             f"{type(root).__name__}: {action} that module by itself first"
         )
@@ -128,7 +129,7 @@ def refuse_gained(model: nn.Module) -> None:
     """Raise ValueError if the model has a gain somewhere."""
     count = sum(isinstance(module, Gained) for module in model.modules())
     if count:
-        raise ValueError(
+        raise UsageError(
             f"{type(model).__name__} already has gains on {count} layers: gain_ops.absorb() them into the weights or "
             "gain_ops.remove() them first"
         )

@@ -24,6 +24,7 @@ from gain_ops.models.files import named_linears, refuse_misfit, refuse_other_bas
 from gain_ops.models.record import Applied, GainSets, applied_record, gained_modules, keep_sets, kept_sets
 from gain_ops.models.sites import Site, names_attention_output
 from gain_ops.utils.dtensors import copy_delta, whole
+from gain_ops.utils.errors import UsageError
 
 __all__ = ["active_gains", "add_gains", "list_gains", "set_gains", "using_gains"]
 
@@ -61,13 +62,13 @@ def add_gains(
     check_options("output", "auto", backend)
     sets = kept_sets(model) or GainSets(deltas={}, active=None)
     if not files:
-        raise ValueError("give at least one gain file, as in add_gains(model, {'code': 'code.safetensors'})")
+        raise UsageError("give at least one gain file, as in add_gains(model, {'code': 'code.safetensors'})")
     if taken := [name for name in files if name in sets.deltas]:
-        raise ValueError(f"the model already has a gain set {', '.join(taken)}: give another name")
+        raise UsageError(f"the model already has a gain set {', '.join(taken)}: give another name")
     gained = gained_modules(model)
     present = [name for name, path in files.items() if path is None]
     if present and not gained:
-        raise ValueError(
+        raise UsageError(
             f"{present[0]} is to be the gains that the model has, and it has none: use gain_ops.apply() first"
         )
     now = _values(model) if present else {}
@@ -106,16 +107,16 @@ def set_gains(model: nn.Module, name: str | None) -> None:
     """
     sets = kept_sets(model)
     if sets is None:
-        raise ValueError(f"{type(model).__name__} has no gain sets: gain_ops.add_gains() adds some")
+        raise UsageError(f"{type(model).__name__} has no gain sets: gain_ops.add_gains() adds some")
     if name is not None and name not in sets.deltas:
-        raise ValueError(f"the model has no gain set {name!r}, it has {', '.join(sets.deltas)}")
+        raise UsageError(f"the model has no gain set {name!r}, it has {', '.join(sets.deltas)}")
     if name == sets.active:
         return
     before = _values(model)
     if sets.active is not None:
         sets.deltas[sets.active] = before
     elif any(bool(whole(delta).any()) for delta in before.values()):
-        raise ValueError(
+        raise UsageError(
             "the model has gains that no set has, and the switch would lose them: name them first, as in "
             "gain_ops.add_gains(model, {'mine': None}), or set every delta to 0"
         )
@@ -161,5 +162,5 @@ def _values(model: nn.Module) -> dict[str, Tensor]:
             where = (
                 "on the meta device" if layer.delta.is_meta else "partitioned: use deepspeed.zero.GatheredParameters"
             )
-            raise ValueError(f"cannot switch gains: the delta of {name} is {where}")
+            raise UsageError(f"cannot switch gains: the delta of {name} is {where}")
     return {name: layer.delta.detach().clone() for name, layer in layers.items()}

@@ -15,6 +15,7 @@ from typing import cast
 from torch import nn
 
 from gain_ops.layers.linears import sizes
+from gain_ops.utils.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def preset_sites(model: nn.Module, *, ffn: bool) -> list[Site]:
         if (attention or ffn) and not any(site.attention == attention for site in sites):
             model_types = ", ".join(sorted({model_type for _, _, model_type in parts}))
             how = f"model_type {model_types}" if parts else "no architecture known here, so searched by name and shape"
-            raise ValueError(
+            raise UsageError(
                 f"no {kind} projection found in {type(model).__name__} ({how}). Name them instead, as in "
                 f"targets=['o_proj', 'down_proj']. {candidates(model)}"
             )
@@ -105,7 +106,7 @@ def pattern_sites(model: nn.Module, patterns: Iterable[str]) -> list[Site]:
     for pattern in patterns:
         found = {name for name, _ in modules if _ends_in(pattern, name)}
         if not found:
-            raise ValueError(f"the target {pattern!r} matches no linear module. {candidates(model)}")
+            raise UsageError(f"the target {pattern!r} matches no linear module. {candidates(model)}")
         matched |= found
     return [Site(name, module, names_attention_output(name)) for name, module in modules if name in matched]
 
@@ -129,7 +130,7 @@ def refuse_bypassed(model: nn.Module, sites: Iterable[Site]) -> None:
             why = "with config.slow_but_exact Bloom uses slices of the weight without calling it; set it to False"
         else:
             continue
-        raise ValueError(f"a gain on {site.name} would be ignored: {why}. Leave it out of the targets.")
+        raise UsageError(f"a gain on {site.name} would be ignored: {why}. Leave it out of the targets.")
 
 
 def linear_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -221,7 +222,7 @@ def _ends_in(pattern: str, name: str) -> bool:
     try:
         return re.search(rf"(?:^|\.)(?:{pattern})$", name) is not None
     except re.error as error:
-        raise ValueError(f"the target {pattern!r} is not a regular expression: {error}") from error
+        raise UsageError(f"the target {pattern!r} is not a regular expression: {error}") from error
 
 
 def _refuse_fused_experts(model: nn.Module) -> None:
@@ -230,7 +231,7 @@ def _refuse_fused_experts(model: nn.Module) -> None:
             continue
         for parameter_name, parameter in module.named_parameters(recurse=False):
             if parameter.dim() >= 3:
-                raise ValueError(
+                raise UsageError(
                     f"targets='gain-ffn' cannot serve {type(model).__name__}: its FFN experts are fused into 3-D "
                     f"parameters ({name}.{parameter_name}, shape {tuple(parameter.shape)}), not linear modules. Use "
                     "targets='gain' for the attention output projections alone, or patterns that name its dense layers."

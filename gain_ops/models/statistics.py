@@ -19,6 +19,7 @@ from gain_ops.gainfiles.file import GainFile
 from gain_ops.layers.gained import Gained
 from gain_ops.models.record import gained_modules
 from gain_ops.utils.dtensors import whole
+from gain_ops.utils.errors import UsageError
 
 __all__ = ["DEAD_BELOW", "QUANTILES", "Distribution", "GainStatistics", "LayerGains", "gain_statistics"]
 
@@ -90,7 +91,7 @@ def gain_statistics(source: nn.Module | GainFile, *, dead_below: float = DEAD_BE
 
     """
     if not dead_below > 0:
-        raise ValueError(f"dead_below is {dead_below}: give a number above 0, such as {DEAD_BELOW:g}")
+        raise UsageError(f"dead_below is {dead_below}: give a number above 0, such as {DEAD_BELOW:g}")
     if isinstance(source, GainFile):
         deltas, sides = dict(source.deltas), source.sides
     else:
@@ -98,7 +99,7 @@ def gain_statistics(source: nn.Module | GainFile, *, dead_below: float = DEAD_BE
         deltas = {name: _delta(name, layer) for name, layer in layers.items()}
         sides = {name: layer.side for name, layer in layers.items()}
     if not deltas:
-        raise ValueError(f"{type(source).__name__} has no gains: put them on with gain_ops.apply()")
+        raise UsageError(f"{type(source).__name__} has no gains: put them on with gain_ops.apply()")
     return _statistics({name: delta.to("cpu", torch.float64) for name, delta in deltas.items()}, sides, dead_below)
 
 
@@ -131,5 +132,5 @@ def _delta(name: str, layer: Gained) -> Tensor:
     delta = whole(layer.delta.detach())
     if delta.is_meta or delta.numel() != layer.features:
         where = "on the meta device" if delta.is_meta else "partitioned: ask inside deepspeed.zero.GatheredParameters"
-        raise ValueError(f"cannot read the gains of {name}: its delta is {where}")
+        raise UsageError(f"cannot read the gains of {name}: its delta is {where}")
     return delta

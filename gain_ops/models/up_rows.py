@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from gain_ops.layers.linears import has_own_forward
 from gain_ops.models.ffn_layout import Layout, layout_of
 from gain_ops.models.fused_mlp import FusedMlp
+from gain_ops.utils.errors import GainOpsError
 
 
-class NotGated(ValueError):
+class NotGated(GainOpsError, ValueError):
     """Why there is no up projection whose rows could take the gain."""
 
 

@@ -23,13 +23,14 @@ import torch
 from torch import Tensor
 
 from gain_ops.backends import extension
+from gain_ops.utils.errors import GainOpsError, UsageError
 
 BACKENDS = ("auto", "eager", "triton", "cuda")
 
 _log = logging.getLogger("gain_ops")
 
 
-class BackendUnavailable(RuntimeError):
+class BackendUnavailable(GainOpsError, RuntimeError):
     """A backend was asked for by name and cannot run here; the message says why and what to do."""
 
 
@@ -113,7 +114,7 @@ def _first_that_runs(device_type: str, index: int | None, dtype: torch.dtype) ->
 def check_name(backend: str) -> None:
     """Raise ValueError for a backend that does not exist."""
     if backend not in BACKENDS:
-        raise ValueError(f"backend={backend!r} is not one of {', '.join(BACKENDS)} (argument or GAIN_OPS_BACKEND)")
+        raise UsageError(f"backend={backend!r} is not one of {', '.join(BACKENDS)} (argument or GAIN_OPS_BACKEND)")
 
 
 def _triton_obstacle(device_type: str, index: int | None, dtype: torch.dtype, by_name: bool) -> str | None:

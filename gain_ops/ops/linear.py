@@ -41,6 +41,7 @@ from gain_ops.ops.autograd import (
     remember,
 )
 from gain_ops.reference import SIDES
+from gain_ops.utils.errors import UsageError
 
 SAVES = ("auto", "output", "input")
 
@@ -166,9 +167,9 @@ def gain_scale(x: Tensor, delta: Tensor, *, backend: str = "auto") -> Tensor:
 def check_side_and_save(side: str, save: str) -> None:
     """Raise ValueError for a side or save that does not exist, or that do not go together."""
     if side not in SIDES:
-        raise ValueError(f"side={side!r} is not one of {', '.join(map(repr, SIDES))}")
+        raise UsageError(f"side={side!r} is not one of {', '.join(map(repr, SIDES))}")
     if save not in SAVES:
-        raise ValueError(f"save={save!r} is not one of {', '.join(map(repr, SAVES))}")
+        raise UsageError(f"save={save!r} is not one of {', '.join(map(repr, SAVES))}")
     if side == "input" and save == "output":
         raise ValueError("save='output' has no use on the input side, which keeps x: use save='auto' or 'input'")
 

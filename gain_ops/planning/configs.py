@@ -5,9 +5,13 @@ from __future__ import annotations
 import copy
 import fnmatch
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-from torch import nn
+from gain_ops.utils.errors import MissingFileError, UsageError
+
+if TYPE_CHECKING:
+    from torch import nn
+
 
 __all__ = ["BUNDLED", "read_config", "split_config", "split_weights", "summed_weights", "with_layers"]
 
@@ -49,20 +53,23 @@ def read_config(model: str) -> Any:
     """The transformers config of a bundled name, a config.json, or a folder with one; never from the network.
 
     Raises:
-        FileNotFoundError: none of these.
-        ValueError: a config that transformers cannot read.
+        MissingFileError: none of these.
+        UsageError: a config that transformers cannot read.
 
     """
+    path = Path(model)
+    if not (model in BUNDLED or path.is_file() or (path / "config.json").is_file()):
+        raise MissingFileError(
+            f"no config at {model}: give a config.json, the folder of a transformers model, or one of {', '.join(BUNDLED)}"
+        )
     from transformers import AutoConfig, LlamaConfig
 
     if model in BUNDLED:
         return LlamaConfig(vocab_size=128256, tie_word_embeddings=False, **BUNDLED[model])
-    path = Path(model)
-    if not (path.is_file() or (path / "config.json").is_file()):
-        raise FileNotFoundError(
-            f"no config at {model}: give a config.json, the folder of a transformers model, or one of {', '.join(BUNDLED)}"
-        )
-    return AutoConfig.from_pretrained(path, local_files_only=True)
+    try:
+        return AutoConfig.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"transformers cannot read the config at {model}: {error}") from error
 
 
 def with_layers(config: Any, layers: int) -> Any:
@@ -93,12 +100,12 @@ def split_config(config: Any, model: nn.Module, ranks: int) -> Any:
     kind = type(model).__name__
     plan = config.base_model_tp_plan or {}
     if not plan or set(plan.values()) - _SPLIT_IN_A_BLOCK - _WHOLE:
-        raise ValueError(f"transformers has no plan of tensor parallelism for {kind} whose parts are smaller layers")
+        raise UsageError(f"transformers has no plan of tensor parallelism for {kind} whose parts are smaller layers")
     sizes = {}
     for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
         size = getattr(config, name, None)
         if size is None or size % ranks:
-            raise ValueError(f"{name}={size} of {kind} is no multiple of {ranks}")
+            raise UsageError(f"{name}={size} of {kind} is no multiple of {ranks}")
         sizes[name] = size // ranks
     part = copy.deepcopy(config)
     part.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

@@ -53,6 +53,7 @@ from torch import nn
 from gain_ops.measure import meta_models
 from gain_ops.planning.configs import split_config, split_weights, summed_weights
 from gain_ops.planning.counts import METHODS, Counts, Method, blocks_alike, count
+from gain_ops.utils.errors import UsageError
 
 __all__ = [
     "GIB",
@@ -96,9 +97,9 @@ class Job:
     def __post_init__(self) -> None:
         for name in ("gpus", "memory", "tokens", "length"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} is not at least 1")
+                raise UsageError(f"{name}={getattr(self, name)} is not at least 1")
         if not 0 <= self.reserve < self.memory:
-            raise ValueError(f"a reserve of {self.reserve} bytes leaves nothing of {self.memory}")
+            raise UsageError(f"a reserve of {self.reserve} bytes leaves nothing of {self.memory}")
         meta_models.random_ids(self.tokens, self.length, 1)  # raises for tokens that are no whole number of windows
 
 
@@ -255,7 +256,7 @@ def sharded_traffic(sizes: Sizes, trained: int, ranks: int) -> int:
 def _obstacle(config: Any, model: nn.Module, ranks: int) -> str | None:
     try:
         split_config(config, model, ranks)
-    except ValueError as error:
+    except UsageError as error:
         return str(error)
     return None
 
@@ -266,7 +267,7 @@ def _counts(job: Job, config: Any, method: Method, checkpointed: bool, alike: bo
         return f"{method.package} is not installed"
     try:
         return count(config, method, job.tokens, job.length, job.dtype, checkpointed=checkpointed, alike=alike)
-    except ValueError as error:
+    except UsageError as error:
         return str(error)
 
 

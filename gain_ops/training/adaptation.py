@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import math
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -39,6 +38,8 @@ from gain_ops.training.report import (
     write_plot,
     written_here,
 )
+from gain_ops.training.settings import Settings
+from gain_ops.utils.errors import MissingPackageError, UsageError, file_errors
 from gain_ops.utils.files import replace_file
 
 __all__ = ["FILES", "Settings", "Watcher", "adapt"]
@@ -50,51 +51,6 @@ _VALIDATION_WINDOWS = 12
 _VALIDATION_SEED = 0  # not the user's: runs with different seeds are measured on the same windows
 _LOGIT_WINDOWS = 4
 _POOL = 16  # windows tokenised for each window drawn, so that a draw meets many documents
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What :func:`adapt` is asked to do; the command line's options by the same names.
-
-    ``model`` None is SmolLM2-135M-Instruct, ``data`` None is Python source. ``targets`` is a preset of
-    ``gain_ops.apply`` or patterns of module names, divided by commas. ``force`` lets a gain file of an earlier run be
-    replaced.
-
-    Raises:
-        ValueError: a number out of its range.
-    """
-
-    out: Path
-    model: Path | None = None
-    data: Path | None = None
-    targets: str = "gain-ffn"
-    side: str = "output"
-    memory: str = "fast"
-    steps: int = 24
-    batch_tokens: int = 1024
-    sequence_length: int = 256
-    lr: float = 1e-2
-    seed: int = 0
-    dtype: str = "float32"
-    device: str = "auto"
-    force: bool = False
-
-    def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"steps is {self.steps}: at least 1 is needed")
-        if self.sequence_length < 2:
-            raise ValueError(f"sequence length is {self.sequence_length}: at least 2 tokens are needed to predict one")
-        if self.batch_tokens < self.sequence_length or self.batch_tokens % self.sequence_length:
-            raise ValueError(
-                f"batch tokens is {self.batch_tokens}: it must be a multiple of the sequence length, {self.sequence_length}"
-            )
-        if not 0 < self.lr < math.inf:
-            raise ValueError(f"lr is {self.lr}: a finite learning rate above 0 is needed")
-
-    @property
-    def batch_size(self) -> int:
-        """Windows in one step."""
-        return self.batch_tokens // self.sequence_length
 
 
 class Watcher(Protocol):
@@ -129,21 +85,22 @@ def adapt(settings: Settings, watcher: Watcher) -> Report:
         The figures, as in ``report.json``; not ``finished`` where ``watcher`` stopped the training.
 
     Raises:
-        ValueError: settings or data that do not fit; a folder that holds a gain file, without ``force``; or one in which
+        UsageError: settings or data that do not fit; a folder that holds a gain file, without ``force``; or one in which
             files of these names are from something else.
-        OSError: files that cannot be read or written.
-        ImportError: a package that the plot or the model needs is missing.
-        FloatingPointError: the loss stopped being finite.
+        FileError: files that cannot be read or written.
+        MissingPackageError: a package that the plot or the model needs is missing.
+        DivergedError: the loss stopped being finite.
     """
     clock = _Clock()
     _check_folder(settings.out, force=settings.force)
     if importlib.util.find_spec("matplotlib") is None:
-        raise ImportError('the plot needs matplotlib: pip install "gain-ops[cli]"')
+        raise MissingPackageError('the plot needs matplotlib: pip install "gain-ops[cli]"')
     device, dtype = resolve_device(settings.device), resolve_dtype(settings.dtype)
     source = settings.model or bundled_model()
 
     watcher.phase("reading the text")
-    target = domains.python_source() if settings.data is None else domains.from_path(settings.data)
+    with file_errors():
+        target = domains.python_source() if settings.data is None else domains.from_path(settings.data)
     held_out = [domains.licence_texts(), domains.readme_bodies()]
     watcher.phase(f"loading {source.name}")
     loaded = load_model(source, dtype=dtype, device=device)
@@ -168,9 +125,10 @@ def adapt(settings: Settings, watcher: Watcher) -> Report:
         history = train(model, batches, lr=settings.lr, on_step=watcher.step, should_stop=watcher.should_stop)
     clock.lap("training")
 
-    settings.out.mkdir(parents=True, exist_ok=True)
     gains = settings.out / GAINS
-    save_gains(model, gains)
+    with file_errors():
+        settings.out.mkdir(parents=True, exist_ok=True)
+        save_gains(model, gains)
     report = Report(
         date=datetime.now(UTC).strftime("%Y-%m-%d"),
         model=loaded.name,
@@ -228,14 +186,14 @@ class _Clock:
 def _check_folder(out: Path, *, force: bool) -> None:
     """Refuse a folder in which writing would replace files that an adaptation did not write, or gains without ``force``."""
     if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is a file: name a folder to write into (--out)")
+        raise UsageError(f"{out} is a file: name a folder to write into (--out)")
     present = [name for name in FILES if (out / name).exists()]
     if present and not written_here(out / FIGURES):
-        raise ValueError(
+        raise UsageError(
             f"{out} holds {', '.join(present)} from something else than gain-ops adapt: name another folder (--out)"
         )
     if GAINS in present and not force:
-        raise ValueError(
+        raise UsageError(
             f"{out} holds the {GAINS} of an earlier run: name another folder (--out), or replace it with --force"
         )
 
@@ -255,7 +213,7 @@ def _tokenised(
     came, train_windows = _windows(target.train, tokenizer, length, wanted, settings.seed)
     held, validation = _windows(target.validation, tokenizer, length, _VALIDATION_WINDOWS, _VALIDATION_SEED)
     if came < settings.batch_tokens or held < length:
-        raise ValueError(
+        raise UsageError(
             f"too little text in {target.source}: {came} tokens came to train on and {held} to measure on, at least "
             f"{settings.batch_tokens} and {length} are needed: give more text, or lower --batch-tokens and "
             "--sequence-length"
@@ -300,6 +258,7 @@ def _measure_the_rest(report: Report, model: nn.Module, ids: Tensor, batch: Tens
     report.backward = BackwardBytes(batch.numel(), gain_bytes, lora_bytes)
 
 
+@file_errors()
 def _write(report: Report, out: Path) -> None:
     """The figures; with a finished run its table and plot, and otherwise neither, also not those of an earlier run."""
     replace_file(out / FIGURES, lambda path: write_json(report, path))

@@ -15,6 +15,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from gain_ops.utils.errors import MissingFileError, UsageError
+
 __all__ = [
     "Domain",
     "Tokenizer",
@@ -63,7 +65,7 @@ def python_source() -> Domain:
     files = [path for path in sorted(root.rglob("*.py")) if not _TEST_FOLDERS & set(path.relative_to(root).parts)]
     texts = [text for path in files if (text := _read_text(path)) is not None]
     if not texts:
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"no Python source in {root}: this interpreter ships without its standard library's source; "
             "give text of your own instead (from_path, or --data on the command line)"
         )
@@ -107,12 +109,12 @@ def from_path(path: Path, *, limit: int = _MAX_BYTES) -> Domain:
     if path.is_file():
         text = _read_text(path, limit=limit)
         if text is None:
-            raise ValueError(f"{path} is not UTF-8 text: convert it, or give a text file")
+            raise UsageError(f"{path} is not UTF-8 text: convert it, or give a text file")
         if not text.strip():
-            raise ValueError(f"{path} is empty: give a file with text")
+            raise UsageError(f"{path} is empty: give a file with text")
         return split_domain(path.stem, [text], source=str(path))
     if not path.is_dir():
-        raise FileNotFoundError(f"no such file or folder: {path}")
+        raise MissingFileError(f"no such file or folder: {path}")
     return _from_folder(path, limit)
 
 
@@ -194,7 +196,7 @@ def _from_folder(folder: Path, budget: int) -> Domain:
         texts.append(text)
         budget -= len(text.encode())
     if not any(text.strip() for text in texts):
-        raise ValueError(
+        raise UsageError(
             f"{folder} holds no UTF-8 text: {len(files)} files below it, {skipped} of them not text; "
             "give a folder with text files"
         )

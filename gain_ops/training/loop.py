@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gain_ops.measure.perplexity import in_mode, next_token_loss
+from gain_ops.utils.errors import DivergedError, UsageError
 
 __all__ = ["History", "Step", "draw_batches", "learning_rate", "train"]
 
@@ -72,7 +73,7 @@ def draw_batches(windows: Tensor, *, batch_size: int, steps: int, seed: int) -> 
         ValueError: there are fewer windows than one batch takes.
     """
     if len(windows) < batch_size:
-        raise ValueError(
+        raise UsageError(
             f"{len(windows)} training windows came, but one batch takes {batch_size}: "
             "give more text, or a smaller batch or window"
         )
@@ -135,7 +136,7 @@ def train(
             norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm).item()
             value = loss.item()
             if not (math.isfinite(value) and math.isfinite(norm)):
-                raise FloatingPointError(
+                raise DivergedError(
                     f"step {number}: loss {value}, gradient norm {norm}; both should be finite: "
                     f"try a learning rate below {lr:g}"
                 )

@@ -8,8 +8,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gain_ops.measure.step_bytes import LORA_RANK
-
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -261,6 +259,8 @@ def _log_ticks(low: float, high: float) -> list[float]:
 
 
 def _backward_rows(backward: BackwardBytes, layers: int) -> list[tuple[str, str]]:
+    from gain_ops.measure.step_bytes import LORA_RANK
+
     rows = [(f"kept for backward by a step of {backward.tokens} tokens", size_text(backward.gain))]
     what = f"the same with LoRA r={LORA_RANK} on the same {layers} layers"
     if backward.lora is None:

@@ -10,6 +10,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from gain_ops.utils.errors import BusyError
+
 __all__ = ["StagedFolder", "copy_file", "replace_file", "stage_of", "staged_folder"]
 
 _AT_ONCE = 64 << 20  # bytes that the system copies in one call, between two reports of progress
@@ -153,7 +155,7 @@ def _locked(stage: Path, path: Path) -> Iterator[None]:
 
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise BlockingIOError(f"another run is writing {path}: wait for it, or name another folder") from None
+            raise BusyError(f"another run is writing {path}: wait for it, or name another folder") from None
         except (ImportError, OSError):  # Windows, and file systems without locks: two runs are not kept apart
             pass
         yield

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from gain_ops.commands.console import STDOUT, clear_errors, quiet_libraries
+from gain_ops.commands.console import STDOUT, clear_errors
 from gain_ops.commands.interrupts import StopRequest
-from gain_ops.training.loop import Step
+from gain_ops.utils.errors import MissingPackageError, UsageError
 from gain_study.engine import records
 from gain_study.engine.methods import METHODS
-from gain_study.engine.running import RESULTS, Stopped, Unit
-from gain_study.engine.running import study as run_study
 from gain_study.engine.settings import BUILT_IN, Settings
-from gain_study.report.report import write_report
+
+if TYPE_CHECKING:
+    from gain_ops.training.loop import Step
+    from gain_study.engine.running import Unit
+
 
 __all__ = ["study"]
 
@@ -106,8 +108,11 @@ def study(
             device=device,
         )
         if importlib.util.find_spec("matplotlib") is None:  # said now, not after hours
-            raise ImportError('the report needs matplotlib: pip install "gain-ops[cli]"')
-        quiet_libraries()
+            raise MissingPackageError('the report needs matplotlib: pip install "gain-ops[cli]"')
+        from gain_study.engine.running import Stopped
+        from gain_study.engine.running import study as run_study
+        from gain_study.report.report import write_report
+
         stopped = False
         with _ConsoleWatcher() as watcher:
             try:
@@ -115,7 +120,7 @@ def study(
             except Stopped:
                 stopped = True
         STDOUT.print("written:")
-        for path in [out / RESULTS, *write_report(records.read(out / RESULTS), out)]:
+        for path in [out / records.RESULTS, *write_report(records.read(out / records.RESULTS), out)]:
             STDOUT.print(f"  {escape(str(path))}", soft_wrap=True)
         if stopped:
             raise KeyboardInterrupt
@@ -185,11 +190,11 @@ def _time_text(seconds: float) -> str:
 
 
 def _kept(out: Path) -> str:
-    if not (out / RESULTS).exists():
+    if not (out / records.RESULTS).exists():
         return "Nothing was written."
-    done = records.read(out / RESULTS)
+    done = records.read(out / records.RESULTS)
     return (
-        f"{len(done.rates)} learning rates and {len(done.stages)} stages are in {escape(str(out / RESULTS))}: "
+        f"{len(done.rates)} learning rates and {len(done.stages)} stages are in {escape(str(out / records.RESULTS))}: "
         "the same command goes on from there."
     )
 
@@ -200,7 +205,7 @@ def _names(text: str) -> tuple[str, ...]:
 
 def _seed(text: str) -> int:
     if not text.isdecimal():
-        raise ValueError(f"--seeds: {text!r} came; whole numbers are needed, as in 0,1,2")
+        raise UsageError(f"--seeds: {text!r} came; whole numbers are needed, as in 0,1,2")
     return int(text)
 
 
@@ -209,4 +214,4 @@ def _grid(text: str) -> tuple[str, tuple[float, ...]]:
     try:
         return method.strip(), tuple(map(float, _names(grid)))
     except ValueError:
-        raise ValueError(f"--rates {text!r} came: a method and its learning rates, as in lora=1e-4,3e-4") from None
+        raise UsageError(f"--rates {text!r} came: a method and its learning rates, as in lora=1e-4,3e-4") from None

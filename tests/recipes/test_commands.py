@@ -27,6 +27,7 @@ from gain_ops.measure.perplexity import perplexity
 from gain_ops.training import domains
 from gain_ops.training.loading import load_model
 from gain_ops.training.loop import Step
+from gain_ops.utils.errors import DivergedError
 from gain_ops.utils.files import stage_of
 
 CPU = torch.device("cpu")
@@ -343,7 +344,7 @@ def test_a_loss_that_stops_being_finite_is_said_without_a_traceback(
     tiny_model: Path, code_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     def diverge(*arguments: object, **options: object) -> None:
-        raise FloatingPointError("step 3: loss nan")
+        raise DivergedError("step 3: loss nan")
 
     monkeypatch.setattr("gain_ops.training.adaptation.train", diverge)
     assert _one_line(_adapt(tiny_model, code_folder, tmp_path / "out", "--steps", 4)) == "step 3: loss nan"

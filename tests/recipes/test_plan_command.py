@@ -1,6 +1,7 @@
 """gain-ops plan, as a user calls it."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -131,8 +132,8 @@ def test_as_many_processes_start_as_there_are_gpus_and_none_of_a_group_elsewhere
 
 def test_a_row_says_what_step_its_traffic_is_of(config: Path) -> None:
     done = call("--model", config, "--gpus", 2, "--memory", 4, "--tokens", 128)
-    shown = {line.split("│")[1].strip(): line for line in done.output.splitlines() if " full fine-tuning " in line}
-    assert {name: line.split("│")[-3].strip() for name, line in shown.items()} == {
+    rows = [re.split(r" {2,}", line.strip()) for line in done.output.splitlines() if " full fine-tuning " in line]
+    assert {row[0]: row[-2] for row in rows} == {
         "replicated x 2": "256",
         "FSDP 2": "256",
         "TP 2": "128",

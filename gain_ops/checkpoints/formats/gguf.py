@@ -36,6 +36,7 @@ from gain_ops.checkpoints.schemes.exact import scaled
 from gain_ops.gainfiles.file import GainFile
 from gain_ops.gainfiles.fingerprints import digest, step
 from gain_ops.gainfiles.rounding import lost_gains
+from gain_ops.utils.errors import MissingPackageError
 from gain_ops.utils.wording import some_of
 
 if TYPE_CHECKING:
@@ -346,7 +347,7 @@ def read_gguf(file: Path) -> "tuple[Mapping[str, ReaderField], dict[str, _Tensor
     try:
         import gguf
     except ImportError as error:
-        raise ImportError('reading a GGUF file needs the package gguf: pip install "gain-ops[cli]"') from error
+        raise MissingPackageError('reading a GGUF file needs the package gguf: pip install "gain-ops[cli]"') from error
     try:
         reader = gguf.GGUFReader(file)
     except (ValueError, KeyError, IndexError, OverflowError) as error:

@@ -11,6 +11,7 @@ from torch import nn
 
 from gain_ops.measure.perplexity import in_mode, logits
 from gain_ops.training.domains import Tokenizer
+from gain_ops.utils.errors import DivergedError, UsageError
 from gain_study.engine.items import AGREEMENT, FACTS, NOUNS, SENSE, WORDS, Relation
 
 __all__ = ["Item", "Task", "accuracy", "tasks"]
@@ -75,7 +76,7 @@ def accuracy(model: nn.Module, tokenizer: Tokenizer, task: Task, *, batch_size: 
     for item, choices in zip(task.items, encoded, strict=True):
         scores = [likelihoods[choice] for choice in choices]
         if not all(map(math.isfinite, scores)):
-            raise FloatingPointError(f"the choices after {item.context!r} score {scores}: try the model in float32")
+            raise DivergedError(f"the choices after {item.context!r} score {scores}: try the model in float32")
         right += scores.index(max(scores)) == item.answer
     return right / len(task.items)
 
@@ -90,7 +91,7 @@ def _encode(tokenizer: Tokenizer, context: str, choice: str) -> _Choice:
     # A tokenizer may join the two where they meet: the choice then begins with the first token that differs.
     start = next((place for place, (a, b) in enumerate(zip(alone, both, strict=False)) if a != b), len(alone))
     if not 0 < start < len(both):
-        raise ValueError(f"{choice!r} after {context!r} has no tokens of its own, or the context has none")
+        raise UsageError(f"{choice!r} after {context!r} has no tokens of its own, or the context has none")
     return tuple(both), start
 
 

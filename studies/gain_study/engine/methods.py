@@ -6,13 +6,14 @@ import importlib.util
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 import gain_ops
-from gain_ops.measure.step_bytes import LORA_RANK
-from gain_ops.models.sites import preset_sites
+from gain_ops.utils.errors import MissingPackageError
+
+if TYPE_CHECKING:
+    from torch import nn
+
 
 __all__ = ["METHODS", "Adapter", "Method", "check_packages"]
 
@@ -69,7 +70,7 @@ def check_packages(names: tuple[str, ...]) -> None:
     """Raise ImportError where one of the methods needs PEFT and it is not installed."""
     needing = [name for name in names if METHODS[name].put_on in _BY_PEFT]
     if needing and importlib.util.find_spec("peft") is None:
-        raise ImportError(
+        raise MissingPackageError(
             f'{", ".join(needing)}: PEFT is needed: pip install "gain-ops[peft]", or leave them out (--methods)'
         )
 
@@ -93,6 +94,8 @@ def _lora(model: nn.Module) -> Adapter:
     """On PEFT's choice of layers: queries and values."""
     import peft
 
+    from gain_ops.measure.step_bytes import LORA_RANK
+
     return _by_peft(model, peft.LoraConfig(r=LORA_RANK))
 
 
@@ -100,12 +103,17 @@ def _lora_same(model: nn.Module) -> Adapter:
     """On the layers of gain-ffn."""
     import peft
 
+    from gain_ops.measure.step_bytes import LORA_RANK
+    from gain_ops.models.sites import preset_sites
+
     names = [site.name for site in preset_sites(model, ffn=True)]
     return _by_peft(model, peft.LoraConfig(r=LORA_RANK, target_modules=names))
 
 
 def _dora(model: nn.Module) -> Adapter:
     import peft
+
+    from gain_ops.measure.step_bytes import LORA_RANK
 
     return _by_peft(model, peft.LoraConfig(r=LORA_RANK, use_dora=True))
 

@@ -12,10 +12,12 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
+from gain_ops.utils.errors import UsageError, file_errors
 from gain_ops.utils.files import replace_file
 
 __all__ = [
     "BASE",
+    "RESULTS",
     "Base",
     "Curve",
     "Header",
@@ -28,6 +30,9 @@ __all__ = [
     "read",
     "replace_header",
 ]
+
+RESULTS = "results.jsonl"
+"""The results file in a study's folder."""
 
 BASE = "base"
 """The name of the unadapted model where methods are listed."""
@@ -135,6 +140,7 @@ class Study:
     stages: list[Stage]
 
 
+@file_errors()
 def append(path: Path, record: Record) -> None:
     """Write a record behind the others and flush it to the disk."""
     line = _line(record)
@@ -144,6 +150,7 @@ def append(path: Path, record: Record) -> None:
         os.fsync(file.fileno())
 
 
+@file_errors()
 def replace_header(path: Path, header: Header) -> None:
     """Give a results file another header; everything behind it stays."""
     rest = path.read_bytes().split(b"\n", 1)[1]
@@ -154,6 +161,7 @@ def _line(record: Record) -> bytes:
     return json.dumps({"kind": record.kind, **asdict(record)}, allow_nan=False).encode() + b"\n"
 
 
+@file_errors()
 def mend(path: Path) -> None:
     """Cut off half a last line, of a study that was killed while it wrote. Only who may append may call this."""
     whole = path.read_bytes().rfind(b"\n") + 1
@@ -161,6 +169,7 @@ def mend(path: Path) -> None:
         os.truncate(path, whole)
 
 
+@file_errors()
 def read(path: Path) -> Study:
     """A results file, also of a study that runs or was killed: half a last line does not count.
 
@@ -171,7 +180,7 @@ def read(path: Path) -> Study:
     """
     records = [_record(line, path) for line in path.read_bytes().split(b"\n")[:-1]]
     if not records or not isinstance(records[0], Header):
-        raise ValueError(f"{path} is not the results file of a study: its first line is no header")
+        raise UsageError(f"{path} is not the results file of a study: its first line is no header")
     return Study(records[0], next(_of(records, Base), None), list(_of(records, Rate)), list(_of(records, Stage)))
 
 
@@ -188,4 +197,4 @@ def _record(line: bytes, path: Path) -> Record:
         known = {field.name for field in fields(kind)}
         return cast(Record, kind(**{name: value for name, value in found.items() if name in known}))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is not the results file of a study: {line[:60]!r} ({error!r})") from None
+        raise UsageError(f"{path} is not the results file of a study: {line[:60]!r} ({error!r})") from None

@@ -29,23 +29,18 @@ from gain_ops.training.loading import (
     resolve_dtype,
 )
 from gain_ops.training.loop import History, Step, train
+from gain_ops.utils.errors import BusyError, DivergedError, UsageError, file_errors
 from gain_ops.utils.files import replace_file
 from gain_study.engine import chosen_rates, downstream, ewc, records, replay
 from gain_study.engine.methods import METHODS, Adapter, check_packages
 from gain_study.engine.peak import Peak
-from gain_study.engine.records import Curve, Header, Rate, Stage, Study
+from gain_study.engine.records import RESULTS, Curve, Header, Rate, Stage, Study
 from gain_study.engine.settings import TOY, Settings
 from gain_study.engine.texts import Text, draw_orders, find_domains, seed_of, tokenise
 from gain_study.engine.toy import save_toy_model
 from gain_study.engine.weights import Base, State, load_state, put, save_state
 
 __all__ = ["RESULTS", "Stopped", "Unit", "Watcher", "study"]
-
-RESULTS = "results.jsonl"
-"""The results file in a study's folder."""
-
-_DIVERGED = (FloatingPointError, OverflowError)
-"""What training and measuring raise then; the second where a loss is finite and its exponential is not."""
 
 _LISTS = ("methods", "seeds")
 """The settings, beside the number of orders, that a study may have more of, or less, when it goes on."""
@@ -112,12 +107,13 @@ def study(settings: Settings, watcher: Watcher) -> Study:
     check_packages(tuple(settings.methods))
     device, dtype = resolve_device(settings.device), resolve_dtype(settings.dtype)
     if settings.out.exists() and not settings.out.is_dir():
-        raise ValueError(f"{settings.out} is a file: name a folder (--out)")
+        raise UsageError(f"{settings.out} is a file: name a folder (--out)")
     watcher.phase("reading the text")
     domains = find_domains([*settings.domains, *settings.held_out])
     found, held_out = domains[: len(settings.domains)], domains[len(settings.domains) :]
     orders = draw_orders([domain.name for domain in found], settings.orders)
-    settings.out.mkdir(parents=True, exist_ok=True)
+    with file_errors():
+        settings.out.mkdir(parents=True, exist_ok=True)
     with _locked(settings.out):
         _tidy(settings.out)
         source = _model_source(settings, found, watcher)
@@ -189,7 +185,7 @@ class _Running:
             try:
                 self._go_on(method, rate, seed, order, done)
                 return
-            except _DIVERGED as error:
+            except DivergedError as error:
                 text = f"{_called(method, seed, order)} diverged, and its remaining stages are left out: {error}"
                 self._states.mkdir(exist_ok=True)
                 replace_file(diverged, lambda beside: beside.write_text(text, encoding="utf-8"))
@@ -228,7 +224,7 @@ class _Running:
         try:
             self._train(method, lr, seed, 0, number, {})
             found = perplexity(self._model, self._texts[domain].selection)
-        except _DIVERGED:
+        except DivergedError:
             found = None
         finally:
             adapter.remove()
@@ -503,6 +499,7 @@ def _described(task: downstream.Task) -> dict[str, object]:
     return {"items": len(task.items), "choices": len(task.items[0].choices), "source": task.source}
 
 
+@file_errors()
 def _open(path: Path, header: Header, watcher: Watcher) -> None:
     """Begin a results file, or see that the one there is of this study; what this one has more of is put into its header."""
     if not path.exists():
@@ -525,7 +522,7 @@ def _open(path: Path, header: Header, watcher: Watcher) -> None:
         differing = [key for key in dict.fromkeys([*old, *new]) if old.get(key) != new.get(key)]
         if differing:
             shown = "; ".join(f"{key} was {old.get(key)}, is {new.get(key)}" for key in differing)
-            raise ValueError(f"{path} is of a study with other {what}: {shown}. Name another folder (--out)")
+            raise UsageError(f"{path} is of a study with other {what}: {shown}. Name another folder (--out)")
     for what, before, now in (
         ("device", {"device": there.device}, {"device": header.device}),
         ("versions", there.environment, header.environment),
@@ -566,6 +563,7 @@ def _model_of(header: Header) -> dict[str, object]:
     return {"name": header.model, "parameters": header.model_parameters, "weights": header.model_fingerprint}
 
 
+@file_errors()
 def _tidy(folder: Path) -> None:
     """Remove what a killed process was writing beside its place."""
     for path in [*folder.glob(".part-*"), *(folder / _STATES).glob(".part-*")]:
@@ -581,9 +579,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise BlockingIOError(
-                f"another study is at work in {folder}: wait for it, or name another folder"
-            ) from None
+            raise BusyError(f"another study is at work in {folder}: wait for it, or name another folder") from None
         except (ImportError, OSError):  # Windows, and file systems without locks: two runs are not kept apart
             pass
         yield

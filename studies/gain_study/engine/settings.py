@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from gain_ops.utils.errors import UsageError
 from gain_study.engine.methods import METHODS
 
 __all__ = ["BUILT_IN", "TOY", "Settings"]
@@ -84,12 +85,12 @@ class Settings:
         if self.replayed < 1 or self.replayed >= self.batch_size:
             replaying = [name for name in self.methods if METHODS[name].replays]
             if replaying:
-                raise ValueError(
+                raise UsageError(
                     f"{', '.join(replaying)}: {self.replay_share:g} of a batch of {self.batch_size} windows came to replay; at "
                     "least one window has to be, and one not: give more batch tokens or another share"
                 )
         if self.dtype != "float32" and any(METHODS[name].weights for name in self.methods):
-            raise ValueError(
+            raise UsageError(
                 f"full and ewc in {self.dtype}: a step of theirs is smaller than the spacing of its numbers and would be lost: "
                 "use float32, or leave them out (--methods)"
             )
@@ -132,39 +133,39 @@ class Settings:
     def _check_numbers(self) -> None:
         for name in ("orders", "steps", "validation_windows", "selection_windows", "curve_windows", "fisher_windows"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name.replace('_', ' ')} is {getattr(self, name)}: at least 1 is needed")
+                raise UsageError(f"{name.replace('_', ' ')} is {getattr(self, name)}: at least 1 is needed")
         if not 0 <= self.curve_points <= self.steps:
-            raise ValueError(f"curve points is {self.curve_points}: 0 for none, at most one a step ({self.steps})")
+            raise UsageError(f"curve points is {self.curve_points}: 0 for none, at most one a step ({self.steps})")
         if self.sequence_length < 2:
-            raise ValueError(f"sequence length is {self.sequence_length}: at least 2 tokens are needed to predict one")
+            raise UsageError(f"sequence length is {self.sequence_length}: at least 2 tokens are needed to predict one")
         if self.batch_tokens < self.sequence_length or self.batch_tokens % self.sequence_length:
-            raise ValueError(
+            raise UsageError(
                 f"batch tokens is {self.batch_tokens}: it must be a multiple of the sequence length, {self.sequence_length}"
             )
         if not 0 <= self.ewc_lambda < math.inf:
-            raise ValueError(f"ewc lambda is {self.ewc_lambda}: a finite strength, 0 or more, is needed")
+            raise UsageError(f"ewc lambda is {self.ewc_lambda}: a finite strength, 0 or more, is needed")
 
     def _check_names(self) -> None:
         measured = [*self.domains, *self.held_out]
         for what, given in (("methods", self.methods), ("seeds", self.seeds), ("domains", measured)):
             if not given:
-                raise ValueError(f"no {what} came: at least one is needed")
+                raise UsageError(f"no {what} came: at least one is needed")
             if len(set(given)) < len(given):
-                raise ValueError(f"{what} holds one twice: {', '.join(map(str, given))}")
+                raise UsageError(f"{what} holds one twice: {', '.join(map(str, given))}")
         if not self.domains:
-            raise ValueError("no domains came: at least one is needed")
+            raise UsageError("no domains came: at least one is needed")
         for name in self.methods:
             if name not in METHODS:
-                raise ValueError(f"method {name!r} is unknown: choose among {', '.join(METHODS)}")
+                raise UsageError(f"method {name!r} is unknown: choose among {', '.join(METHODS)}")
         possible = math.factorial(len(self.domains))
         if self.orders > possible:
-            raise ValueError(
+            raise UsageError(
                 f"orders is {self.orders}: {possible} is all that {len(self.domains)} domains have (--orders)"
             )
         for name, grid in self.rates.items():
             owners = [method for method, found in METHODS.items() if found.rates]
             if name not in owners:
                 also = f" ({name} takes those of {METHODS[name].rates_of})" if name in METHODS else ""
-                raise ValueError(f"rates for {name!r} came: choose among {', '.join(owners)}{also}")
+                raise UsageError(f"rates for {name!r} came: choose among {', '.join(owners)}{also}")
             if not grid or len(set(grid)) < len(grid) or not all(0 < rate < math.inf for rate in grid):
-                raise ValueError(f"rates for {name}: {list(grid)} came; different finite rates above 0 are needed")
+                raise UsageError(f"rates for {name}: {list(grid)} came; different finite rates above 0 are needed")

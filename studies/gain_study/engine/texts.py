@@ -14,6 +14,7 @@ from torch import Tensor
 from gain_ops.training import domains
 from gain_ops.training.domains import Domain, Tokenizer
 from gain_ops.training.loop import draw_batches
+from gain_ops.utils.errors import UsageError, file_errors
 from gain_study.engine.settings import Settings
 
 __all__ = ["Text", "draw_orders", "find_domains", "seed_of", "tokenise"]
@@ -70,6 +71,7 @@ def seed_of(*parts: str | int) -> int:
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7], "big")
 
 
+@file_errors()
 def find_domains(names: Sequence[str]) -> list[Domain]:
     """The domains by name or path, see :data:`gain_study.engine.settings.BUILT_IN`.
 
@@ -87,7 +89,7 @@ def find_domains(names: Sequence[str]) -> list[Domain]:
     for domain in found:
         if called.count(domain.name) > 1:
             same = ", ".join(name for name, other in zip(names, found, strict=True) if other.name == domain.name)
-            raise ValueError(
+            raise UsageError(
                 f"several domains are called {domain.name!r}: {same}; a file's or folder's own name counts"
             )
     return found
@@ -138,7 +140,7 @@ def _text(
     held = domains.cut_windows(stream, length=length, count=count, seed=_HELD_SEED)
     needed = 2 if first else 1
     if len(pool) < batch_size or len(held) < needed:
-        raise ValueError(
+        raise UsageError(
             f"too little text in {domain.source}: {train.numel()} tokens came to train on and {stream.numel()} to measure on, "
             f"at least {batch_size * length} and {needed * length} are needed: give more text, or lower --batch-tokens and "
             "--sequence-length"

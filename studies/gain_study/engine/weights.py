@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from gain_ops.utils.errors import MissingFileError, file_errors
 from gain_ops.utils.files import replace_file
 
 __all__ = ["Base", "State", "load_state", "put", "save_state"]
@@ -48,6 +49,7 @@ def put(model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
             own[name].copy_(value)
 
 
+@file_errors()
 def save_state(state: State, path: Path) -> None:
     """Write it as a safetensors file that is whole or absent."""
     from safetensors.torch import save_file
@@ -57,6 +59,7 @@ def save_state(state: State, path: Path) -> None:
     replace_file(path, lambda beside: save_file(tensors, beside))
 
 
+@file_errors()
 def load_state(path: Path) -> State:
     """Read what :func:`save_state` wrote.
 
@@ -66,7 +69,7 @@ def load_state(path: Path) -> State:
     from safetensors.torch import load_file
 
     if not path.exists():
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{path} is missing, without which this study cannot go on: start one in another folder (--out)"
         )
     tensors = load_file(path)

@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, NamedTuple
 
+from gain_ops.utils.errors import MissingPackageError
 from gain_ops.utils.files import replace_file
 from gain_study.engine import chosen_rates
 from gain_study.engine.records import Study
@@ -65,7 +66,7 @@ def write_plots(study: Study, folder: Path) -> list[Plot]:
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
-        raise ImportError('plotting a study needs matplotlib: pip install "gain-ops[cli]"') from error
+        raise MissingPackageError('plotting a study needs matplotlib: pip install "gain-ops[cli]"') from error
     drawn: list[tuple[str, str, str, Figure | None]] = [
         (
             "trade-off",

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from gain_ops.utils.errors import file_errors
 from gain_ops.utils.files import replace_file
 from gain_study.engine.records import Study
 from gain_study.report import metrics, sentences, tables
@@ -32,6 +33,7 @@ _PAIRS = (
 )
 
 
+@file_errors()
 def write_report(study: Study, folder: Path) -> list[Path]:
     """Write report.html, report.md and the plots of what a study has so far; files of the same names are replaced.
 

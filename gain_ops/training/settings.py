@@ -1,0 +1,56 @@
+"""What ``gain-ops adapt`` is asked to do; without torch, as the command's options are declared by it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from gain_ops.utils.errors import UsageError
+
+__all__ = ["Settings"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What :func:`gain_ops.training.adaptation.adapt` is asked to do; the command line's options by the same names.
+
+    ``model`` None is SmolLM2-135M-Instruct, ``data`` None is Python source. ``targets`` is a preset of
+    ``gain_ops.apply`` or patterns of module names, divided by commas. ``force`` lets a gain file of an earlier run be
+    replaced.
+
+    Raises:
+        ValueError: a number out of its range.
+    """
+
+    out: Path
+    model: Path | None = None
+    data: Path | None = None
+    targets: str = "gain-ffn"
+    side: str = "output"
+    memory: str = "fast"
+    steps: int = 24
+    batch_tokens: int = 1024
+    sequence_length: int = 256
+    lr: float = 1e-2
+    seed: int = 0
+    dtype: str = "float32"
+    device: str = "auto"
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise UsageError(f"steps is {self.steps}: at least 1 is needed")
+        if self.sequence_length < 2:
+            raise UsageError(f"sequence length is {self.sequence_length}: at least 2 tokens are needed to predict one")
+        if self.batch_tokens < self.sequence_length or self.batch_tokens % self.sequence_length:
+            raise UsageError(
+                f"batch tokens is {self.batch_tokens}: it must be a multiple of the sequence length, {self.sequence_length}"
+            )
+        if not 0 < self.lr < math.inf:
+            raise UsageError(f"lr is {self.lr}: a finite learning rate above 0 is needed")
+
+    @property
+    def batch_size(self) -> int:
+        """Windows in one step."""
+        return self.batch_tokens // self.sequence_length

@@ -1,0 +1,71 @@
+"""What gain_ops raises about what it was given: errors with one base, each beside the built-in that it is a kind of.
+
+Messages say what came, what was expected and what to do. Of tensors that do not fit each other, gain_linear and its kind
+raise plain ValueError and TypeError, as torch does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+__all__ = [
+    "BusyError",
+    "DivergedError",
+    "FileError",
+    "GainOpsError",
+    "MissingFileError",
+    "MissingPackageError",
+    "UsageError",
+    "file_errors",
+]
+
+
+class GainOpsError(Exception):
+    """The base of gain_ops' own errors: its message is for the caller, who can mend what it names."""
+
+
+class UsageError(GainOpsError, ValueError):
+    """An argument, an option or a model that does not fit."""
+
+
+class FileError(GainOpsError, OSError):
+    """A file that cannot be read or written."""
+
+
+class BusyError(FileError, BlockingIOError):
+    """A file or folder that another process is writing."""
+
+
+class MissingFileError(FileError, FileNotFoundError):
+    """A file or folder that is not there."""
+
+
+class MissingPackageError(GainOpsError, ImportError):
+    """A package that is needed and not installed."""
+
+
+class DivergedError(GainOpsError, FloatingPointError):
+    """Numbers that are no longer finite."""
+
+
+@contextmanager
+def file_errors() -> Iterator[None]:
+    """Turn what the system says of a file that the caller named into a FileError.
+
+    Raises:
+        FileError: in the place of any OSError.
+
+    """
+    try:
+        yield
+    except GainOpsError:
+        raise
+    except OSError as error:
+        raise FileError(_said(error)) from error
+
+
+def _said(error: OSError) -> str:
+    if error.filename is None or error.strerror is None:
+        return str(error)
+    return f"{error.filename}: {error.strerror}"
