@@ -29,7 +29,11 @@ CHARACTER = 6.8  # the width of one in the widest of the usual sans-serif fonts,
 def layers(root: Path = ROOT) -> list[list[str]]:
     """The floors from the top down, each a list of names below the package: the contract of import-linter."""
     settings = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))
-    (contract,) = [c for c in settings["tool"]["importlinter"]["contracts"] if c["type"] == "layers"]
+    (contract,) = [
+        c
+        for c in settings["tool"]["importlinter"]["contracts"]
+        if c["type"] == "layers" and c["containers"] == ["gain_ops"]
+    ]
     return [line.split(" | ") for line in contract["layers"]]
 
 

@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
