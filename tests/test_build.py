@@ -187,4 +187,4 @@ def test_a_wheel_carries_the_built_kernels_for_every_python(tmp_path: Path) -> N
     told = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
     )
-    assert told.stdout == f"None {installed / 'gain_ops' / 'extension.py'} gain_ops_cuda.linear.default\n"
+    assert told.stdout == f"None {installed / 'gain_ops' / 'backends' / 'extension.py'} gain_ops_cuda.linear.default\n"

@@ -39,7 +39,7 @@ class Method:
 
 def _gain(name: str, targets: str, **options: Any) -> Method:
     arguments = "".join(f", {key}={value!r}" for key, value in options.items())
-    line = f'apply(model, "{targets}"{arguments})'.replace("'", '"')
+    line = f'gain_ops.apply(model, "{targets}"{arguments})'.replace("'", '"')
     fused = "fuse_mlp" in options
     return Method(name, lambda model: apply(model, targets, **options), line, fused=fused)
 
