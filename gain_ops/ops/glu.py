@@ -158,8 +158,7 @@ class Glu(Function):
         ctx.device_type, ctx.delta_dtype = gate.device.type, delta.dtype
         ctx.activation, ctx.packed, ctx.backend = activation, packed, backend
         ctx.save_for_backward(gate, up, delta)
-        h: Tensor = raw.glu(*halves(gate, up, packed), delta, activation, backend)
-        return h
+        return raw.glu(*halves(gate, up, packed), delta, activation, backend)
 
     @staticmethod
     @outside_autocast

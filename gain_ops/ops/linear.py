@@ -255,7 +255,7 @@ class KeepOutput(Function):
             return (None,) * 6
         dy = dy.to(z.dtype)
         dx = None
-        if ctx.needs_input_grad[0]:
+        if weight is not None and ctx.needs_input_grad[0]:
             dz, ddelta = raw.backward(dy, z, delta, ctx.backend)
             dx = dz @ weight
         else:
@@ -307,8 +307,7 @@ class KeepInput(Function):
             delta if needs_x else None,
         )
         op = raw.linear if side == "output" else raw.linear_input
-        y: Tensor = op(x, cast_to(weight, compute_dtype), delta, bias, backend)
-        return y
+        return op(x, cast_to(weight, compute_dtype), delta, bias, backend)
 
     @staticmethod
     @outside_autocast
@@ -336,11 +335,11 @@ def _output_side_gradients(
             None if delta is None else reference.composite_scale(dy, delta) @ weight,
             None if x is None else reference.ddelta_recompute(dy, x, weight),
         )
+    if delta is None:
+        return None, None if x is None else raw.ddelta_recompute(dy, x, weight, backend)
     if x is None:
         # (dy * gain) @ W is the input side's forward on the transposed weight
         return raw.linear_input(dy, weight.t(), delta, None, backend), None
-    if delta is None:
-        return None, raw.ddelta_recompute(dy, x, weight, backend)
     dz, ddelta = raw.backward_recompute(dy, x, weight, delta, backend)
     return dz @ weight, ddelta
 
@@ -355,13 +354,12 @@ def _input_side_gradients(
             None if delta is None else reference.composite_scale(dxs, delta),
             None if x is None else reference.ddelta(dxs, x),
         )
+    if delta is None:
+        return None, None if x is None else raw.ddelta_recompute(x, dy, weight.t(), backend)
     if x is None:
         # gain * (dy @ W) is the output side's forward on the transposed weight
         return raw.linear(dy, weight.t(), delta, None, backend), None
-    if delta is None:
-        return None, raw.ddelta_recompute(x, dy, weight.t(), backend)
-    dx, ddelta = raw.backward_input(dy, x, weight, delta, backend)
-    return dx, ddelta
+    return raw.backward_input(dy, x, weight, delta, backend)
 
 
 class Scale(Function):
@@ -373,8 +371,7 @@ class Scale(Function):
         remember(ctx, x, delta, None, backend)
         needs_x, needs_delta, _ = ctx.needs_input_grad
         ctx.save_for_backward(x if needs_delta else None, delta if needs_x else None)
-        y: Tensor = raw.scale(x, delta, backend)
-        return y
+        return raw.scale(x, delta, backend)
 
     @staticmethod
     @outside_autocast

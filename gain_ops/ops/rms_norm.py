@@ -88,7 +88,6 @@ class RmsNorm(Function):
         """x [T, n], weight [n], delta [n] -> y [T, n]."""
         ctx.set_materialize_grads(False)
         ctx.device_type, ctx.delta_dtype, ctx.eps, ctx.backend = x.device.type, delta.dtype, eps, backend
-        y: Tensor
         y, r = raw.rms_norm(x, weight, delta, eps, backend)
         ctx.save_for_backward(x, weight, delta, r)
         return y
