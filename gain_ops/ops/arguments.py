@@ -6,6 +6,8 @@ from torch.autograd import forward_ad
 
 from gain_ops.utils.dtensors import is_sharded
 
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
 
 def flatten(x: Tensor) -> Tensor:
     """[..., n] -> [T, n], before autograd, so that one compiled graph serves every rank."""
@@ -42,10 +44,10 @@ def check_device(x: Tensor, other: Tensor, name: str) -> None:
 def check_floating(**tensors: Tensor) -> None:
     """Raise TypeError for a dtype that no backend computes in."""
     for name, tensor in tensors.items():
-        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        if tensor.dtype not in _DTYPES:
             raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {tensor.dtype}")
 
 
-def any_sharded(*tensors: Tensor | None) -> bool:
+def any_sharded(*arguments: object) -> bool:
     """Whether one of them is a DTensor."""
-    return any(tensor is not None and is_sharded(tensor) for tensor in tensors)
+    return any(map(is_sharded, arguments))

@@ -39,9 +39,9 @@ def differentiable() -> bool:
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
-def cast_to(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """The tensor in a dtype, None for its own."""
-    return tensor if dtype is None else tensor.to(dtype)
+def cast_to(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in a dtype, without asking torch where it has that already."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def bias_gradient(ctx: Any, dy: Tensor) -> Tensor | None:

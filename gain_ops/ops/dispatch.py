@@ -12,16 +12,16 @@ runs, by the tensors it gets, so a compiled or exported graph holds no decision 
 """
 
 import functools
-import importlib
 import importlib.util
 import logging
 import os
 from collections.abc import Callable
-from typing import Protocol, cast
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from gain_ops import reference
 from gain_ops.backends import extension
 from gain_ops.utils.errors import GainOpsError, UsageError
 
@@ -96,7 +96,23 @@ def _implementation(backend: str, device_type: str, index: int | None, dtype: to
             _log.log(level, "gain_ops runs its eager backend on %s in %s: %s", device_type, dtype, reason)
     elif backend in _OBSTACLES and (obstacle := _OBSTACLES[backend](device_type, index, dtype, True)):
         raise BackendUnavailable(f"backend={backend!r} cannot run here: {obstacle}. Use backend='auto' or 'eager'.")
-    return cast(Backend, importlib.import_module(_MODULES[backend]))
+    return _LOADERS[backend]()
+
+
+def _eager() -> Backend:
+    return reference
+
+
+def _triton() -> Backend:
+    from gain_ops import kernels  # imports triton
+
+    return kernels
+
+
+def _cuda() -> Backend:
+    from gain_ops.backends import cuda
+
+    return cuda
 
 
 def _first_that_runs(device_type: str, index: int | None, dtype: torch.dtype) -> tuple[str, str]:
@@ -163,7 +179,7 @@ def _device_obstacle(device_type: str, index: int | None) -> str | None:
 
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_MODULES = {"eager": "gain_ops.reference", "triton": "gain_ops.kernels", "cuda": "gain_ops.backends.cuda"}
+_LOADERS: dict[str, Callable[[], Backend]] = {"eager": _eager, "triton": _triton, "cuda": _cuda}
 # in the order of ``auto``: neither has been measured against the other, and triton needs no build
 _OBSTACLES: dict[str, Callable[[str, int | None, torch.dtype, bool], str | None]] = {
     "triton": _triton_obstacle,

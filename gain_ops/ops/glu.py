@@ -1,6 +1,5 @@
 """The gain in an FFN's activation: the public functions, and the autograd Function of both."""
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -9,16 +8,9 @@ from torch.autograd import Function
 
 from gain_ops import reference
 from gain_ops.ops import raw
-from gain_ops.ops.arguments import (
-    any_sharded,
-    check_device,
-    check_features,
-    check_floating,
-    flatten,
-    transformed,
-    unflatten,
-)
+from gain_ops.ops.arguments import check_device, check_features, check_floating, flatten
 from gain_ops.ops.autograd import Gradients, differentiable, outside_autocast
+from gain_ops.ops.entering import entry
 
 
 def gain_glu(
@@ -115,22 +107,28 @@ def _activated(gate: Tensor, up: Tensor | None, delta: Tensor, activation: str, 
     check_floating(gate=gate, delta=delta)
     width = gate.shape[-1] if gate.dim() else 0
     check_features(gate, width // 2 if packed else width, delta, "the hidden neurons")
-    if any_sharded(gate, up, delta):
-        from gain_ops.ops import sharding
+    return _glu(gate, up, delta, activation, packed, backend)
 
-        function = partial(_activated, activation=activation, packed=packed, backend=backend)
-        operands = {"gate": gate, "up": up, "delta": delta}
-        return sharding.on_shards("glu_packed" if packed else "glu", function, operands, delta.shape[0])
-    if transformed():
-        g, u = gate.chunk(2, -1) if packed else (gate, up)
-        return reference.composite_glu(g, u, delta, activation)
-    flat, flat_up = flatten(gate), None if up is None else flatten(up)
+
+def _sharding(
+    gate: Tensor, up: Tensor | None, delta: Tensor, activation: str, packed: bool, backend: str
+) -> tuple[str, int]:
+    return "glu_packed" if packed else "glu", delta.shape[0]
+
+
+def _composite(gate: Tensor, up: Tensor | None, delta: Tensor, activation: str, packed: bool, backend: str) -> Tensor:
+    g, u = gate.chunk(2, -1) if packed else (gate, up)
+    return reference.composite_glu(g, u, delta, activation)
+
+
+@entry(_sharding, _composite)
+def _glu(gate: Tensor, up: Tensor | None, delta: Tensor, activation: str, packed: bool, backend: str) -> Tensor:
+    up = None if up is None else flatten(up)
     wants_grad = gate.requires_grad or delta.requires_grad or (up is not None and up.requires_grad)
     if torch.is_grad_enabled() and wants_grad:
-        h = Glu.apply(flat, flat_up, delta, activation, packed, backend)
-    else:
-        h = raw.glu(*halves(flat, flat_up, packed), delta, activation, backend)
-    return unflatten(h, gate)
+        h: Tensor = Glu.apply(gate, up, delta, activation, packed, backend)
+        return h
+    return raw.glu(*halves(gate, up, packed), delta, activation, backend)
 
 
 def _check_activation(activation: str) -> None:
@@ -158,8 +156,7 @@ class Glu(Function):
         ctx.device_type, ctx.delta_dtype = gate.device.type, delta.dtype
         ctx.activation, ctx.packed, ctx.backend = activation, packed, backend
         ctx.save_for_backward(gate, up, delta)
-        h: Tensor = raw.glu(*halves(gate, up, packed), delta, activation, backend)
-        return h
+        return raw.glu(*halves(gate, up, packed), delta, activation, backend)
 
     @staticmethod
     @outside_autocast

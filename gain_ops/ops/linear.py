@@ -8,12 +8,11 @@
 Each also saves an alias of W (the caller's own tensor: never a copy, under autocast neither) and delta. A gradient that nobody
 needs is not computed and nothing is saved for it: only delta -> no dx GEMM and no W; only x -> no activation at all.
 
-``compute_dtype`` is autocast's dtype or None: W is cast inside, forward and backward, so that no cast copy outlives the call.
+Under autocast x comes in autocast's dtype. W is cast to it inside, forward and backward: no cast copy outlives the call.
 Double backward recomputes with reference.py's differentiable lines; KeepOutput returns z as a second output for that reason:
 a saved output carries the graph back to x.
 """
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -22,24 +21,9 @@ from torch.autograd import Function
 
 from gain_ops import reference
 from gain_ops.ops import raw
-from gain_ops.ops.arguments import (
-    any_sharded,
-    check_device,
-    check_features,
-    check_floating,
-    flatten,
-    transformed,
-    unflatten,
-)
-from gain_ops.ops.autograd import (
-    Gradients,
-    autocast_enabled,
-    bias_gradient,
-    cast_to,
-    differentiable,
-    outside_autocast,
-    remember,
-)
+from gain_ops.ops.arguments import check_device, check_features, check_floating
+from gain_ops.ops.autograd import Gradients, bias_gradient, cast_to, differentiable, outside_autocast, remember
+from gain_ops.ops.entering import entry, gemm
 from gain_ops.reference import SIDES
 from gain_ops.utils.errors import UsageError
 
@@ -102,27 +86,7 @@ def gain_linear(
 
     """
     _check(x, weight, delta, bias, side, save)
-    if any_sharded(x, weight, delta, bias):
-        from gain_ops.ops import sharding
-
-        function = partial(gain_linear, side=side, save=save, backend=backend)
-        rule = "linear" if side == "output" else "linear_input"
-        operands = {"x": x, "weight": weight, "delta": delta, "bias": bias}
-        return sharding.on_shards(rule, function, operands, weight.shape[0])
-    device_type = x.device.type
-    if transformed():
-        return reference.composite(x, weight, delta, bias, side)
-    if autocast_enabled(device_type) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device_type)
-        with torch.autocast(device_type, enabled=False):
-            return _apply(
-                x.to(dtype), weight, delta, bias, None if weight.dtype == dtype else dtype, side, save, backend
-            )
-    if weight.dtype != x.dtype:
-        raise TypeError(
-            f"x is {x.dtype} and weight is {weight.dtype}: they must agree outside autocast. Cast one, or use torch.autocast."
-        )
-    return _apply(x, weight, delta, bias, None, side, save, backend)
+    return _linear(x, weight, delta, bias, side, save, backend)
 
 
 def gain_scale(x: Tensor, delta: Tensor, *, backend: str = "auto") -> Tensor:
@@ -150,18 +114,7 @@ def gain_scale(x: Tensor, delta: Tensor, *, backend: str = "auto") -> Tensor:
     """
     check_floating(x=x, delta=delta)
     check_features(x, x.shape[-1] if x.dim() else 0, delta, "x.shape[-1]")
-    if any_sharded(x, delta):
-        from gain_ops.ops import sharding
-
-        return sharding.on_shards("scale", partial(gain_scale, backend=backend), {"x": x, "delta": delta}, x.shape[-1])
-    if transformed():
-        return reference.composite_scale(x, delta)
-    flat = flatten(x)
-    if torch.is_grad_enabled() and (x.requires_grad or delta.requires_grad):
-        y = Scale.apply(flat, delta, backend)
-    else:
-        y = raw.scale(flat, delta, backend)
-    return unflatten(y, x)
+    return _scale(x, delta, backend)
 
 
 def check_side_and_save(side: str, save: str) -> None:
@@ -174,26 +127,49 @@ def check_side_and_save(side: str, save: str) -> None:
         raise ValueError("save='output' has no use on the input side, which keeps x: use save='auto' or 'input'")
 
 
-def _apply(
-    x: Tensor,
-    weight: Tensor,
-    delta: Tensor,
-    bias: Tensor | None,
-    compute_dtype: torch.dtype | None,
-    side: str,
-    save: str,
-    backend: str,
+def _linear_sharding(
+    x: Tensor, weight: Tensor, delta: Tensor, bias: Tensor | None, side: str, save: str, backend: str
+) -> tuple[str, int]:
+    return "linear" if side == "output" else "linear_input", weight.shape[0]
+
+
+def _linear_composite(
+    x: Tensor, weight: Tensor, delta: Tensor, bias: Tensor | None, side: str, save: str, backend: str
 ) -> Tensor:
-    flat = flatten(x)
+    return reference.composite(x, weight, delta, bias, side)
+
+
+@entry(_linear_sharding, _linear_composite)
+@gemm("weight is")
+def _linear(
+    x: Tensor, weight: Tensor, delta: Tensor, bias: Tensor | None, side: str, save: str, backend: str
+) -> Tensor:
     wants_grad = x.requires_grad or delta.requires_grad or (bias is not None and bias.requires_grad)
     if not (wants_grad and torch.is_grad_enabled()):
         op = raw.linear if side == "output" else raw.linear_input
-        y = op(flat, weight if compute_dtype is None else weight.to(compute_dtype), delta, bias, backend)
-    elif side == "output" and save != "input" and delta.requires_grad:
-        y, _ = KeepOutput.apply(flat, weight, delta, bias, compute_dtype, backend)
+        return op(x, cast_to(weight, x.dtype), delta, bias, backend)
+    y: Tensor
+    if side == "output" and save != "input" and delta.requires_grad:
+        y, _ = KeepOutput.apply(x, weight, delta, bias, backend)
     else:
-        y = KeepInput.apply(flat, weight, delta, bias, compute_dtype, side, backend)
-    return unflatten(y, x)
+        y = KeepInput.apply(x, weight, delta, bias, side, backend)
+    return y
+
+
+def _scale_sharding(x: Tensor, delta: Tensor, backend: str) -> tuple[str, int]:
+    return "scale", delta.shape[0]
+
+
+def _scale_composite(x: Tensor, delta: Tensor, backend: str) -> Tensor:
+    return reference.composite_scale(x, delta)
+
+
+@entry(_scale_sharding, _scale_composite)
+def _scale(x: Tensor, delta: Tensor, backend: str) -> Tensor:
+    if torch.is_grad_enabled() and (x.requires_grad or delta.requires_grad):
+        y: Tensor = Scale.apply(x, delta, backend)
+        return y
+    return raw.scale(x, delta, backend)
 
 
 def _check(x: Tensor, weight: Tensor, delta: Tensor, bias: Tensor | None, side: str, save: str) -> None:
@@ -233,13 +209,11 @@ class KeepOutput(Function):
         weight: Tensor,
         delta: Tensor,
         bias: Tensor | None,
-        compute_dtype: torch.dtype | None,
         backend: str,
     ) -> tuple[Tensor, Tensor]:
         """x [T, in], weight [out, in], delta [out], bias [out] -> y [T, out], z [T, out]. delta needs a gradient."""
         remember(ctx, x, delta, bias, backend)
-        ctx.compute_dtype = compute_dtype
-        y, z = raw.linear_z(x, cast_to(weight, compute_dtype), delta, bias, backend)
+        y, z = raw.linear_z(x, cast_to(weight, x.dtype), delta, bias, backend)
         needs_x = ctx.needs_input_grad[0]
         ctx.save_for_backward(z, weight if needs_x else None, delta if needs_x else None)
         return y, z
@@ -249,19 +223,19 @@ class KeepOutput(Function):
     def backward(ctx: Any, dy: Tensor | None, dz_kept: Tensor | None) -> Gradients:
         """dy [T, out] -> dx, None, ddelta, dbias. dz_kept comes only from a double backward."""
         z, weight, delta = ctx.saved_tensors
-        weight = None if weight is None else cast_to(weight, ctx.compute_dtype)
+        weight = None if weight is None else cast_to(weight, z.dtype)
         if dz_kept is not None or differentiable():
             return _keep_output_composite(ctx, dy, dz_kept, z, weight, delta)
         if dy is None:
-            return (None,) * 6
-        dy = dy.to(z.dtype)
+            return (None,) * 5
+        dy = cast_to(dy, z.dtype)
         dx = None
-        if ctx.needs_input_grad[0]:
+        if weight is not None and ctx.needs_input_grad[0]:
             dz, ddelta = raw.backward(dy, z, delta, ctx.backend)
             dx = dz @ weight
         else:
             ddelta = raw.ddelta(dy, z, ctx.backend)
-        return dx, None, ddelta.to(ctx.delta_dtype), bias_gradient(ctx, dy), None, None
+        return dx, None, ddelta.to(ctx.delta_dtype), bias_gradient(ctx, dy), None
 
 
 def _keep_output_composite(
@@ -277,7 +251,7 @@ def _keep_output_composite(
             dz = scaled if dz is None else dz + scaled
     if weight is not None and dz is not None:
         dx = dz @ weight
-    return dx, None, ddelta, dbias, None, None
+    return dx, None, ddelta, dbias, None
 
 
 class KeepInput(Function):
@@ -293,14 +267,12 @@ class KeepInput(Function):
         weight: Tensor,
         delta: Tensor,
         bias: Tensor | None,
-        compute_dtype: torch.dtype | None,
         side: str,
         backend: str,
     ) -> Tensor:
         """x [T, in], weight [out, in], delta [out] or [in], bias [out] -> y [T, out]."""
         remember(ctx, x, delta, bias, backend)
-        ctx.compute_dtype = compute_dtype
-        ctx.side = side
+        ctx.side, ctx.compute_dtype = side, x.dtype
         needs_x, _, needs_delta, *_ = ctx.needs_input_grad
         ctx.save_for_backward(
             x if needs_delta else None,
@@ -308,24 +280,23 @@ class KeepInput(Function):
             delta if needs_x else None,
         )
         op = raw.linear if side == "output" else raw.linear_input
-        y: Tensor = op(x, cast_to(weight, compute_dtype), delta, bias, backend)
-        return y
+        return op(x, cast_to(weight, x.dtype), delta, bias, backend)
 
     @staticmethod
     @outside_autocast
     def backward(ctx: Any, dy: Tensor | None) -> Gradients:
         """dy [T, out] -> dx, None, ddelta, dbias."""
         if dy is None:
-            return (None,) * 7
+            return (None,) * 6
         x, weight, delta = ctx.saved_tensors
         dx = ddelta = None
         if weight is not None:
             weight = cast_to(weight, ctx.compute_dtype)
-            dy = dy.to(weight.dtype)
+            dy = cast_to(dy, ctx.compute_dtype)
             gradients = _output_side_gradients if ctx.side == "output" else _input_side_gradients
             dx, ddelta = gradients(dy, x, weight, delta, ctx.backend)
             ddelta = None if ddelta is None else ddelta.to(ctx.delta_dtype)
-        return dx, None, ddelta, bias_gradient(ctx, dy), None, None, None
+        return dx, None, ddelta, bias_gradient(ctx, dy), None, None
 
 
 def _output_side_gradients(
@@ -337,11 +308,11 @@ def _output_side_gradients(
             None if delta is None else reference.composite_scale(dy, delta) @ weight,
             None if x is None else reference.ddelta_recompute(dy, x, weight),
         )
+    if delta is None:
+        return None, None if x is None else raw.ddelta_recompute(dy, x, weight, backend)
     if x is None:
         # (dy * gain) @ W is the input side's forward on the transposed weight
         return raw.linear_input(dy, weight.t(), delta, None, backend), None
-    if delta is None:
-        return None, raw.ddelta_recompute(dy, x, weight, backend)
     dz, ddelta = raw.backward_recompute(dy, x, weight, delta, backend)
     return dz @ weight, ddelta
 
@@ -356,13 +327,12 @@ def _input_side_gradients(
             None if delta is None else reference.composite_scale(dxs, delta),
             None if x is None else reference.ddelta(dxs, x),
         )
+    if delta is None:
+        return None, None if x is None else raw.ddelta_recompute(x, dy, weight.t(), backend)
     if x is None:
         # gain * (dy @ W) is the output side's forward on the transposed weight
         return raw.linear(dy, weight.t(), delta, None, backend), None
-    if delta is None:
-        return None, raw.ddelta_recompute(x, dy, weight.t(), backend)
-    dx, ddelta = raw.backward_input(dy, x, weight, delta, backend)
-    return dx, ddelta
+    return raw.backward_input(dy, x, weight, delta, backend)
 
 
 class Scale(Function):
@@ -374,8 +344,7 @@ class Scale(Function):
         remember(ctx, x, delta, None, backend)
         needs_x, needs_delta, _ = ctx.needs_input_grad
         ctx.save_for_backward(x if needs_delta else None, delta if needs_x else None)
-        y: Tensor = raw.scale(x, delta, backend)
-        return y
+        return raw.scale(x, delta, backend)
 
     @staticmethod
     @outside_autocast

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -12,16 +11,9 @@ from torch.autograd import Function
 
 from gain_ops import reference
 from gain_ops.ops import raw
-from gain_ops.ops.arguments import (
-    any_sharded,
-    check_device,
-    check_features,
-    check_floating,
-    flatten,
-    transformed,
-    unflatten,
-)
-from gain_ops.ops.autograd import Gradients, autocast_enabled, differentiable, outside_autocast
+from gain_ops.ops.arguments import check_device, check_features, check_floating
+from gain_ops.ops.autograd import Gradients, cast_to, differentiable, outside_autocast
+from gain_ops.ops.entering import entry, gemm
 from gain_ops.ops.glu import halves
 
 
@@ -33,8 +25,11 @@ class Options:
     packed: bool
     recompute: bool
     chunk: int | None
-    compute_dtype: torch.dtype | None
     backend: str
+
+
+# delta, three biases and the options, after x and three weights
+_Rest = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Options]
 
 
 def gain_mlp(
@@ -98,33 +93,37 @@ def gain_mlp(
     weights = (gate_weight, up_weight, down_weight)
     biases = (gate_bias, up_bias, down_bias)
     packed = _check(x, weights, biases, delta, activation, chunk)
-    if any_sharded(x, delta, *weights, *biases):
-        from gain_ops.ops import sharding
+    options = Options(activation, packed, recompute, chunk, backend)
+    return _mlp(x, gate_weight, up_weight, down_weight, delta, gate_bias, up_bias, down_bias, options)
 
-        function = partial(gain_mlp, activation=activation, recompute=recompute, chunk=chunk, backend=backend)
-        operands = {
-            "x": x,
-            "gate_weight": gate_weight,
-            "up_weight": up_weight,
-            "down_weight": down_weight,
-            "delta": delta,
-        }
-        operands |= {"gate_bias": gate_bias, "up_bias": up_bias, "down_bias": down_bias}
-        return sharding.on_shards("mlp_packed" if packed else "mlp", function, operands, down_weight.shape[0])
-    device_type = x.device.type
-    if transformed():
-        return _composite(x, weights, biases, delta, activation, packed)
-    if autocast_enabled(device_type) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device_type)
-        with torch.autocast(device_type, enabled=False):
-            options = Options(activation, packed, recompute, chunk, dtype, backend)
-            return _apply(x.to(dtype), weights, biases, delta, options)
-    if gate_weight.dtype != x.dtype:
-        raise TypeError(
-            f"x is {x.dtype} and the weights are {gate_weight.dtype}: they must agree outside autocast. Cast one, or use "
-            "torch.autocast."
-        )
-    return _apply(x, weights, biases, delta, Options(activation, packed, recompute, chunk, None, backend))
+
+def _sharding(x: Tensor, gate: Tensor, up: Tensor | None, down: Tensor, *rest: *_Rest) -> tuple[str, int]:
+    options = rest[-1]
+    return "mlp_packed" if options.packed else "mlp", down.shape[0]
+
+
+def _composite(x: Tensor, gate: Tensor, up: Tensor | None, down: Tensor, *rest: *_Rest) -> Tensor:
+    delta, gate_bias, up_bias, down_bias, options = rest
+    g = _linear(x, gate, gate_bias)
+    u = None if up is None else _linear(x, up, up_bias)
+    if options.packed:
+        g, u = g.chunk(2, -1)
+    return _linear(reference.composite_glu(g, u, delta, options.activation), down, down_bias)
+
+
+@entry(_sharding, _composite)
+@gemm("the weights are")
+def _mlp(x: Tensor, gate: Tensor, up: Tensor | None, down: Tensor, *rest: *_Rest) -> Tensor:
+    delta, *biases, options = rest
+    if torch.is_grad_enabled() and (x.requires_grad or delta.requires_grad):
+        y: Tensor = Mlp.apply(x, delta, options, gate, up, down, *biases)[0]
+        return y
+    ffn = _Ffn((gate, up, down, *biases), options, x.dtype)
+    y = x.new_empty(x.shape[0], ffn.down.shape[0])
+    for rows in _chunks(x.shape[0], options.chunk):
+        g, u = ffn.halves(ffn.project(x[rows]))
+        ffn.finish(raw.glu(g, u, delta, options.activation, options.backend), y[rows])
+    return y
 
 
 class Mlp(Function):
@@ -135,7 +134,7 @@ class Mlp(Function):
         """x [T, in], delta [n], three weights, three biases -> y [T, out] and g, u (or g and u packed, or nothing)."""
         ctx.set_materialize_grads(False)
         ctx.device_type, ctx.delta_dtype, ctx.options = x.device.type, delta.dtype, options
-        ffn = _Ffn(parameters, options)
+        ffn = _Ffn(parameters, options, x.dtype)
         y = x.new_empty(x.shape[0], ffn.down.shape[0])
         kept = () if options.recompute else tuple(x.new_empty(x.shape[0], w.shape[0]) for w in ffn.projections)
         for rows in _chunks(x.shape[0], options.chunk):
@@ -151,7 +150,7 @@ class Mlp(Function):
         options: Options = ctx.options
         saved = ctx.saved_tensors  # once: non-reentrant checkpointing recomputes for it
         kept, delta, parameters = saved[:-7], saved[-7], saved[-6:]
-        ffn = _Ffn(parameters, options)
+        ffn = _Ffn(parameters, options, kept[0].dtype)
         needs_x, needs_delta = ctx.needs_input_grad[:2]
         if differentiable() or any(part is not None for part in dkept):
             dx, ddelta = _composite_gradients(ffn, dy, dkept, kept, delta)
@@ -164,12 +163,10 @@ class Mlp(Function):
 
 
 class _Ffn:
-    """Weights and biases in the compute dtype, and the GEMMs on them."""
+    """Weights and biases in the dtype to compute in, x's, and the GEMMs on them."""
 
-    def __init__(self, parameters: Sequence[Tensor | None], options: Options) -> None:
-        dtype = options.compute_dtype
-        computed = [p if p is None or dtype is None else p.to(dtype) for p in parameters]
-        gate, up, down, *biases = computed
+    def __init__(self, parameters: Sequence[Tensor | None], options: Options, dtype: torch.dtype) -> None:
+        gate, up, down, *biases = (None if p is None else cast_to(p, dtype) for p in parameters)
         assert gate is not None  # gain_mlp has checked
         assert down is not None
         self.options = options
@@ -236,41 +233,6 @@ def _composite_gradients(
         if part is not None:
             dx = part @ w if dx is None else dx + part @ w
     return dx, ddelta
-
-
-def _apply(
-    x: Tensor,
-    weights: tuple[Tensor, Tensor | None, Tensor],
-    biases: tuple[Tensor | None, ...],
-    delta: Tensor,
-    options: Options,
-) -> Tensor:
-    flat = flatten(x)
-    if torch.is_grad_enabled() and (x.requires_grad or delta.requires_grad):
-        y = Mlp.apply(flat, delta, options, *weights, *biases)[0]
-    else:
-        ffn = _Ffn((*weights, *biases), options)
-        y = flat.new_empty(flat.shape[0], ffn.down.shape[0])
-        for rows in _chunks(flat.shape[0], options.chunk):
-            gate, up = ffn.halves(ffn.project(flat[rows]))
-            ffn.finish(raw.glu(gate, up, delta, options.activation, options.backend), y[rows])
-    return unflatten(y, x)
-
-
-def _composite(
-    x: Tensor,
-    weights: tuple[Tensor, Tensor | None, Tensor],
-    biases: tuple[Tensor | None, ...],
-    delta: Tensor,
-    activation: str,
-    packed: bool,
-) -> Tensor:
-    """gain_mlp for x of any rank, out of differentiable torch calls alone."""
-    gate = _linear(x, weights[0], biases[0])
-    up = None if weights[1] is None else _linear(x, weights[1], biases[1])
-    if packed:
-        gate, up = gate.chunk(2, -1)
-    return _linear(reference.composite_glu(gate, up, delta, activation), weights[2], biases[2])
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

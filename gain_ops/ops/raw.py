@@ -4,58 +4,123 @@ Each op is one function of reference.py, with the backend's name as its last arg
 on. They know nothing of autograd, which lives in the file of each family, such as linear.py: a plain ``define``/``impl``
 costs a third of the host time of ``torch.library.custom_op`` with ``register_autograd``. No output aliases an input, and
 every output is contiguous. Their rules for DTensors are in sharding.py.
+
+A function below is what the dispatcher runs; its name in this module is the op, ``torch.ops.gain_ops.<name>.default``, which
+mypy checks as the function it runs.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
 
 import torch
+from torch import Tensor
 
 from gain_ops.backends import fakes
-from gain_ops.ops import dispatch
+from gain_ops.ops.dispatch import Backend, implementation
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _library = torch.library.Library("gain_ops", "DEF")
+_fakes: Backend = fakes  # mypy checks them as it checks a backend
 
 
-def _register(schema: str) -> Any:
-    name = schema.split("(")[0]
+def _op(schema: str, fake: Callable[..., R]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Register the decorated function as the op of its name; the op itself, typed as the function, takes its place."""
 
-    def run(*args: Any) -> Any:
-        *tensors, backend = args
-        return getattr(dispatch.implementation(backend, tensors[0]), name)(*tensors)
+    def register(run: Callable[P, R]) -> Callable[P, R]:
+        name = run.__name__
+        _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
+        # for every device: dispatch.py finds the backend that serves it
+        _library.impl(name, run, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"gain_ops::{name}", lambda *args: fake(*args[:-1]), lib=_library)
+        op: Callable[P, R] = getattr(torch.ops.gain_ops, name).default
+        return op
 
-    def fake(*args: Any) -> Any:
-        *tensors, _ = args
-        return getattr(fakes, name)(*tensors)
-
-    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
-    _library.impl(name, run, "CompositeExplicitAutograd")  # every device: dispatch.py finds the backend that serves it
-    torch.library.register_fake(f"gain_ops::{name}", fake, lib=_library)
-    return getattr(torch.ops.gain_ops, name).default
+    return register
 
 
-_LINEAR = "(Tensor x, Tensor weight, Tensor delta, Tensor? bias, str backend)"
+@_op("(Tensor x, Tensor delta, str backend) -> Tensor", _fakes.scale)
+def scale(x: Tensor, delta: Tensor, backend: str) -> Tensor:
+    return implementation(backend, x).scale(x, delta)
 
-scale = _register("scale(Tensor x, Tensor delta, str backend) -> Tensor")
-linear = _register(f"linear{_LINEAR} -> Tensor")
-linear_z = _register(f"linear_z{_LINEAR} -> (Tensor y, Tensor z)")
-linear_input = _register(f"linear_input{_LINEAR} -> Tensor")
-backward = _register("backward(Tensor dy, Tensor z, Tensor delta, str backend) -> (Tensor dz, Tensor ddelta)")
-ddelta = _register("ddelta(Tensor dy, Tensor z, str backend) -> Tensor")
-backward_recompute = _register(
-    "backward_recompute(Tensor dy, Tensor x, Tensor weight, Tensor delta, str backend) -> (Tensor dz, Tensor ddelta)"
+
+@_op("(Tensor x, Tensor weight, Tensor delta, Tensor? bias, str backend) -> Tensor", _fakes.linear)
+def linear(x: Tensor, weight: Tensor, delta: Tensor, bias: Tensor | None, backend: str) -> Tensor:
+    return implementation(backend, x).linear(x, weight, delta, bias)
+
+
+@_op("(Tensor x, Tensor weight, Tensor delta, Tensor? bias, str backend) -> (Tensor y, Tensor z)", _fakes.linear_z)
+def linear_z(x: Tensor, weight: Tensor, delta: Tensor, bias: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
+    return implementation(backend, x).linear_z(x, weight, delta, bias)
+
+
+@_op("(Tensor x, Tensor weight, Tensor delta, Tensor? bias, str backend) -> Tensor", _fakes.linear_input)
+def linear_input(x: Tensor, weight: Tensor, delta: Tensor, bias: Tensor | None, backend: str) -> Tensor:
+    return implementation(backend, x).linear_input(x, weight, delta, bias)
+
+
+@_op("(Tensor dy, Tensor z, Tensor delta, str backend) -> (Tensor dz, Tensor ddelta)", _fakes.backward)
+def backward(dy: Tensor, z: Tensor, delta: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    return implementation(backend, dy).backward(dy, z, delta)
+
+
+@_op("(Tensor dy, Tensor z, str backend) -> Tensor", _fakes.ddelta)
+def ddelta(dy: Tensor, z: Tensor, backend: str) -> Tensor:
+    return implementation(backend, dy).ddelta(dy, z)
+
+
+@_op(
+    "(Tensor dy, Tensor x, Tensor weight, Tensor delta, str backend) -> (Tensor dz, Tensor ddelta)",
+    _fakes.backward_recompute,
 )
-ddelta_recompute = _register("ddelta_recompute(Tensor dy, Tensor x, Tensor weight, str backend) -> Tensor")
-backward_input = _register(
-    "backward_input(Tensor dy, Tensor x, Tensor weight, Tensor delta, str backend) -> (Tensor dx, Tensor ddelta)"
+def backward_recompute(dy: Tensor, x: Tensor, weight: Tensor, delta: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    return implementation(backend, dy).backward_recompute(dy, x, weight, delta)
+
+
+@_op("(Tensor dy, Tensor x, Tensor weight, str backend) -> Tensor", _fakes.ddelta_recompute)
+def ddelta_recompute(dy: Tensor, x: Tensor, weight: Tensor, backend: str) -> Tensor:
+    return implementation(backend, dy).ddelta_recompute(dy, x, weight)
+
+
+@_op(
+    "(Tensor dy, Tensor x, Tensor weight, Tensor delta, str backend) -> (Tensor dx, Tensor ddelta)",
+    _fakes.backward_input,
 )
-glu = _register("glu(Tensor gate, Tensor? up, Tensor delta, str activation, str backend) -> Tensor")
-glu_backward = _register(
-    "glu_backward(Tensor dh, Tensor gate, Tensor? up, Tensor delta, str activation, str backend)"
-    " -> (Tensor dgate_up, Tensor ddelta)"
+def backward_input(dy: Tensor, x: Tensor, weight: Tensor, delta: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    return implementation(backend, dy).backward_input(dy, x, weight, delta)
+
+
+@_op("(Tensor gate, Tensor? up, Tensor delta, str activation, str backend) -> Tensor", _fakes.glu)
+def glu(gate: Tensor, up: Tensor | None, delta: Tensor, activation: str, backend: str) -> Tensor:
+    return implementation(backend, gate).glu(gate, up, delta, activation)
+
+
+@_op(
+    "(Tensor dh, Tensor gate, Tensor? up, Tensor delta, str activation, str backend) -> (Tensor dgate_up, Tensor ddelta)",
+    _fakes.glu_backward,
 )
-glu_ddelta = _register("glu_ddelta(Tensor dh, Tensor gate, Tensor? up, str activation, str backend) -> Tensor")
-rms_norm = _register("rms_norm(Tensor x, Tensor weight, Tensor delta, float eps, str backend) -> (Tensor y, Tensor r)")
-rms_norm_backward = _register(
-    "rms_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor delta, Tensor r, str backend)"
-    " -> (Tensor dx, Tensor ddelta)"
+def glu_backward(
+    dh: Tensor, gate: Tensor, up: Tensor | None, delta: Tensor, activation: str, backend: str
+) -> tuple[Tensor, Tensor]:
+    return implementation(backend, dh).glu_backward(dh, gate, up, delta, activation)
+
+
+@_op("(Tensor dh, Tensor gate, Tensor? up, str activation, str backend) -> Tensor", _fakes.glu_ddelta)
+def glu_ddelta(dh: Tensor, gate: Tensor, up: Tensor | None, activation: str, backend: str) -> Tensor:
+    return implementation(backend, dh).glu_ddelta(dh, gate, up, activation)
+
+
+@_op("(Tensor x, Tensor weight, Tensor delta, float eps, str backend) -> (Tensor y, Tensor r)", _fakes.rms_norm)
+def rms_norm(x: Tensor, weight: Tensor, delta: Tensor, eps: float, backend: str) -> tuple[Tensor, Tensor]:
+    return implementation(backend, x).rms_norm(x, weight, delta, eps)
+
+
+@_op(
+    "(Tensor dy, Tensor x, Tensor weight, Tensor delta, Tensor r, str backend) -> (Tensor dx, Tensor ddelta)",
+    _fakes.rms_norm_backward,
 )
+def rms_norm_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, delta: Tensor, r: Tensor, backend: str
+) -> tuple[Tensor, Tensor]:
+    return implementation(backend, dy).rms_norm_backward(dy, x, weight, delta, r)

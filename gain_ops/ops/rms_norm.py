@@ -1,6 +1,5 @@
 """The gain in an RMSNorm: the public function and its autograd Function."""
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -9,16 +8,9 @@ from torch.autograd import Function
 
 from gain_ops import reference
 from gain_ops.ops import raw
-from gain_ops.ops.arguments import (
-    any_sharded,
-    check_device,
-    check_features,
-    check_floating,
-    flatten,
-    transformed,
-    unflatten,
-)
+from gain_ops.ops.arguments import check_device, check_features, check_floating
 from gain_ops.ops.autograd import Gradients, differentiable, outside_autocast
+from gain_ops.ops.entering import entry
 
 
 def gain_rms_norm(x: Tensor, weight: Tensor, delta: Tensor, eps: float = 1e-6, *, backend: str = "auto") -> Tensor:
@@ -65,19 +57,23 @@ def gain_rms_norm(x: Tensor, weight: Tensor, delta: Tensor, eps: float = 1e-6, *
             "weight requires a gradient, but the norm of a gained layer is frozen: call weight.requires_grad_(False) "
             "(gain_ops.apply does), or train it with torch.nn.functional.rms_norm"
         )
-    if any_sharded(x, weight, delta):
-        from gain_ops.ops import sharding
+    return _rms_norm(x, weight, delta, eps, backend)
 
-        function = partial(gain_rms_norm, eps=eps, backend=backend)
-        return sharding.on_shards("rms_norm", function, {"x": x, "weight": weight, "delta": delta}, n)
-    if transformed():
-        return reference.composite_rms_norm(x, weight, delta, eps)
-    flat = flatten(x)
+
+def _sharding(x: Tensor, weight: Tensor, delta: Tensor, eps: float, backend: str) -> tuple[str, int]:
+    return "rms_norm", delta.shape[0]
+
+
+def _composite(x: Tensor, weight: Tensor, delta: Tensor, eps: float, backend: str) -> Tensor:
+    return reference.composite_rms_norm(x, weight, delta, eps)
+
+
+@entry(_sharding, _composite)
+def _rms_norm(x: Tensor, weight: Tensor, delta: Tensor, eps: float, backend: str) -> Tensor:
     if torch.is_grad_enabled() and (x.requires_grad or delta.requires_grad):
-        y = RmsNorm.apply(flat, weight, delta, eps, backend)
-    else:
-        y = raw.rms_norm(flat, weight, delta, eps, backend)[0]
-    return unflatten(y, x)
+        y: Tensor = RmsNorm.apply(x, weight, delta, eps, backend)
+        return y
+    return raw.rms_norm(x, weight, delta, eps, backend)[0]
 
 
 class RmsNorm(Function):
@@ -88,7 +84,6 @@ class RmsNorm(Function):
         """x [T, n], weight [n], delta [n] -> y [T, n]."""
         ctx.set_materialize_grads(False)
         ctx.device_type, ctx.delta_dtype, ctx.eps, ctx.backend = x.device.type, delta.dtype, eps, backend
-        y: Tensor
         y, r = raw.rms_norm(x, weight, delta, eps, backend)
         ctx.save_for_backward(x, weight, delta, r)
         return y

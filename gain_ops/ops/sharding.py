@@ -98,16 +98,14 @@ class _Row:
         return any(letter not in "R-" for letter in self.operands.values())
 
 
-def on_shards(
-    rule: str, function: Callable[..., Tensor], operands: Mapping[str, Tensor | None], features: int
-) -> Tensor:
-    """``function(**operands)`` on every rank's own shards, differentiable: what the public functions do with DTensors.
+def on_shards(rule: str, features: int, function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    """``function(*arguments)`` on every rank's own shards, differentiable: what the public functions do with DTensors.
 
     Args:
         rule: the name of the rule in the table.
-        function: the public function itself, with its options bound. It gets plain tensors.
-        operands: the tensors by their names in the rule, the first an activation [..., n].
         features: the last size of the result.
+        function: what computes it from plain tensors.
+        arguments: the rule's operands in its order, the first an activation [..., n]; then options, handed on as they are.
 
     Returns:
         A DTensor [..., features]. In backward the gradient of a parameter arrives in the parameter's own placements: its sum
@@ -118,13 +116,13 @@ def on_shards(
         RuntimeError: in a double backward.
 
     """
+    names = _TABLE[rule][0].operands
+    operands: dict[str, Tensor | None] = dict(zip(names, arguments, strict=False))
     layout = _Layout(rule, operands)
-    y = function(**layout.local(operands))
+    y = function(*layout.local(operands).values(), *arguments[len(names) :])
     if y.requires_grad and not torch.compiler.is_compiling():
         y.register_hook(_refuse_double_backward)
-    activation = next(iter(operands.values()))
-    assert activation is not None
-    return layout.distributed(0, y, (*activation.shape[:-1], features))
+    return layout.distributed(0, y, (*arguments[0].shape[:-1], features))
 
 
 class _Layout:

@@ -8,9 +8,9 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 
-def is_sharded(tensor: Tensor) -> bool:
+def is_sharded(argument: object) -> bool:
     """Whether it is a DTensor; asks without importing torch.distributed."""
-    return type(tensor).__name__ == "DTensor"
+    return type(argument).__name__ == "DTensor"
 
 
 def whole(tensor: Tensor) -> Tensor:

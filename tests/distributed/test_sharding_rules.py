@@ -9,6 +9,7 @@ import math
 import subprocess
 import sys
 from functools import partial
+from unittest import mock
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.placement_types import _StridedShard
 
 import gain_ops
-from gain_ops.ops import dispatch
+from gain_ops.ops import dispatch, linear
 
 T, IN, OUT = 5, 6, 7  # no multiples of the number of ranks
 TOKENS = (2, 4)  # where torch 2.10 accumulates the gradient of an uneven leaf it gathers it
@@ -343,6 +344,18 @@ def test_errors_say_what_came_and_what_to_do(two):
     assert "gate Shard(0), up Shard(1)" in tokens
     assert "requires_grad_(False)" in trained
     assert "x _S" in strided
+
+
+def checks_of_one_call() -> int:
+    mesh = init_device_mesh("cpu", (2,))
+    x, weight, delta = (distribute(t, mesh, [Replicate()]) for t in (whole(T, IN), whole(OUT, IN), whole(OUT)))
+    with mock.patch.object(linear, "_check", wraps=linear._check) as check:
+        gain_ops.gain_linear(x, weight, delta)
+    return check.call_count
+
+
+def test_shards_are_not_checked_again(two):
+    assert two(checks_of_one_call) == [1, 1]
 
 
 def twice() -> None:
