@@ -5,6 +5,8 @@ import functools
 import importlib
 import importlib.util
 import inspect
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -118,7 +120,8 @@ def register_fakes(namespace: str) -> None:
     def scale(x: Tensor, delta: Tensor, bias: Tensor | None) -> Tensor:
         return fakes.scale(x, delta)
 
-    functions = dict(inspect.getmembers(fakes, inspect.isfunction)) | {"scale": scale, "scale_rows": fakes.scale}
+    functions: dict[str, Callable[..., Any]] = dict(inspect.getmembers(fakes, inspect.isfunction))
+    functions |= {"scale": scale, "scale_rows": fakes.scale}
     for name, function in functions.items():
         if hasattr(getattr(torch.ops, namespace), name):
             torch.library.register_fake(f"{namespace}::{name}", function)
