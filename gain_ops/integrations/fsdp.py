@@ -23,7 +23,7 @@ __all__ = ["shard_gains"]
 
 
 def shard_gains(model: nn.Module, **options: Any) -> None:
-    """Call fully_shard() on every layer with a gain, before you call it on the blocks round them with a policy.
+    """Call fully_shard() on every layer with a gain, before you call it on the blocks around them with a policy.
 
     ::
 

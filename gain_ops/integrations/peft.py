@@ -279,7 +279,7 @@ if is_bnb_available():
     from peft.tuners.ia3.bnb import Linear8bitLt
 
     class FusedLinear8bitLt(Linear8bitLt, _FusedLayer):
-        """peft.tuners.ia3's layer round an 8-bit base, with gain_scale; made by fuse(), not by hand."""
+        """peft.tuners.ia3's layer around an 8-bit base, with gain_scale; made by fuse(), not by hand."""
 
         plain = Linear8bitLt
 
@@ -293,7 +293,7 @@ if is_bnb_4bit_available():
     from peft.tuners.ia3.bnb import Linear4bit
 
     class FusedLinear4bit(Linear4bit, _FusedLayer):
-        """peft.tuners.ia3's layer round a 4-bit base, with gain_scale; made by fuse(), not by hand."""
+        """peft.tuners.ia3's layer around a 4-bit base, with gain_scale; made by fuse(), not by hand."""
 
         plain = Linear4bit
 

@@ -41,7 +41,7 @@ def place_gains(model: nn.Module) -> None:
     tensors at once (``foreach``, ``clip_grad_norm_``) takes no DTensors among plain ones.
 
     Raises:
-        ValueError: after fully_shard(); a gain round a sharded linear map that is not a plain one (GainWrapper); or a fused FFN
+        ValueError: after fully_shard(); a gain around a sharded linear map that is no plain one (GainWrapper); or a fused FFN
             whose projections have got styles, which only FusedMlpParallel serves. Nothing has been changed then.
 
     """

@@ -61,7 +61,7 @@ class GainLinear(Gained, nn.Linear):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, *, side: str = "output", save: str = "auto", backend: str = "auto") -> Self:
-        """A GainLinear round linear's own weight and bias: the same Parameters, now frozen; nothing is copied.
+        """A GainLinear around linear's own weight and bias: the same Parameters, now frozen; nothing is copied.
 
         Training mode and hooks are kept. A linear on the meta device gives a layer on the meta device.
 

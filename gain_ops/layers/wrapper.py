@@ -12,7 +12,7 @@ from gain_ops.utils.dtensors import is_sharded
 
 
 class GainWrapper(Gained):
-    """A gain round a linear map that is not a plain nn.Linear: a quantised one, say, or one with a forward of its own.
+    """A gain around a linear map that is not a plain nn.Linear: a quantised one, say, or one with a forward of its own.
 
     ::
 
@@ -30,9 +30,9 @@ class GainWrapper(Gained):
         backend: "auto", "triton", "cuda" or "eager"; see gain_ops.ops.dispatch.
 
     Shapes: x [..., in_features] -> y [..., out_features] in base's output dtype; delta [out_features] or [in_features].
-    Besides what base keeps, backward keeps one activation: base(x) - b on the output side, x on the input side. Round
+    Besides what base keeps, backward keeps one activation: base(x) - b on the output side, x on the input side. Around
     bitsandbytes' 4-bit linear, which keeps nothing, that is all, where QLoRA keeps x, in float32 by PEFT's default, and
-    T x r. Round torchao's weight-only linears there is a copy of the unpacked weight, with a gain or without.
+    T x r. Around torchao's weight-only linears there is a copy of the unpacked weight, with a gain or without.
 
     Raises:
         ValueError: a side or backend that does not exist, or a base already sharded; in a forward on DTensors, a base with a

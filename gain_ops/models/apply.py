@@ -181,7 +181,7 @@ def _restore_flags(model: nn.Module, flags: Mapping[str, bool]) -> None:
 
 
 def _refuse_adapted(site: Site) -> None:
-    """Raise ValueError for a PEFT layer: a gain round it would scale the adapter too, and could not be absorbed."""
+    """Raise ValueError for a PEFT layer: a gain around it would scale the adapter too, and could not be absorbed."""
     kind = type(site.module)
     if any(is_kind(site.module, name) for name in _PEFT_LAYERS):
         raise UsageError(

@@ -99,7 +99,7 @@ def lasting_tensors(module: nn.Module) -> dict[str, Tensor] | None:
 
 
 def _finder(base: nn.Module) -> Callable[[Any], Foldable] | None:
-    """What finds the scales of a layer whose forward is its package's own; accelerate's hook may be round it."""
+    """What finds the scales of a layer whose forward is its package's own; accelerate's hook may be around it."""
     package = type(base).forward.__module__.partition(".")[0]
     if has_own_forward(base):
         return None

@@ -96,7 +96,7 @@ def gain_scale(x: Tensor, delta: Tensor, *, backend: str = "auto") -> Tensor:
 
         dx = dy * (1 + delta)        ddelta = sum over tokens of dy * x
 
-    The gain round a linear map that is not ours (a quantised one, say): scale its output, or its input.
+    The gain around a linear map that is not ours (a quantised one, say): scale its output, or its input.
 
     Args:
         x: [..., n], any strides; float64, float32, bfloat16 or float16. It is kept for backward when delta needs a gradient.

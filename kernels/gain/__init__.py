@@ -1,12 +1,12 @@
 """The Triton backend, installed as ``gain_ops.kernels``: the functions of gain_ops.reference, fused.
 
 linear_forward.py   y = gain * (x @ W.T) + b in a GEMM's epilogue
-matmul_reduce.py   a GEMM that writes dz or dx and the partials of ddelta: the backwards that keep x
-fused_backward.py  dx and ddelta from a kept z in one GEMM: measured by benchmarks/, not yet chosen
+matmul_reduce.py   a GEMM that writes dz or dx and the partials of ddelta: the backwards from a saved x
+fused_backward.py  dx and ddelta from a saved z in one GEMM: measured by benchmarks/, not yet chosen
 activations.py     the gain in an FFN's activation, forward and backward
 norm.py            the gain in an RMSNorm, forward and backward
 norm_wide.py       the same for rows that do not fit the registers
-rows.py            one bandwidth-bound pass: the backward from a kept z, and the scaling of an operand
+rows.py            one bandwidth-bound pass: the backward from a saved z, and the scaling of an operand
 partials.py        the second stage of every ddelta, in fixed order
 config.py          launch configurations and their heuristics
 devices.py         the device that a kernel is launched on

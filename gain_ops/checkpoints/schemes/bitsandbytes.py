@@ -7,7 +7,7 @@
 
 SCB takes row gains of either sign. absmax does where blocks end with rows, in_features being a multiple of blocksize,
 and where it is stored as float32: one that is quantised itself ("double quantisation") is refused, as are gains on the
-inputs of 4-bit weights. Gains on the inputs of int8 round it anew.
+inputs of 4-bit weights. Gains on the inputs of int8 round it again.
 
 Source: bitsandbytes/functional.py (QuantState, int8_vectorwise_dequant), nn/modules.py.
 """
