@@ -6,8 +6,7 @@ from typing import Protocol
 
 from gain_ops.checkpoints.edits import CheckpointError, Edit
 from gain_ops.gainfiles.file import GainFile
-
-_SHOWN = 4
+from gain_ops.utils.wording import first_of
 
 
 class Container(Protocol):
@@ -50,5 +49,4 @@ class Container(Protocol):
 def refuse(what: str, problems: Sequence[str]) -> None:
     """Raise one CheckpointError with all problems, the first few in full; return where there are none."""
     if problems:
-        more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-        raise CheckpointError(f"{what}: {'; '.join(problems[:_SHOWN])}{more}")
+        raise CheckpointError(f"{what}: {first_of(problems, '; ')}")

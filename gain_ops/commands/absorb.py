@@ -12,7 +12,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from gain_ops.commands.console import STDOUT, clear_errors, print_table
 from gain_ops.utils.errors import file_errors
 from gain_ops.utils.files import stage_of
-from gain_ops.utils.wording import size_text
+from gain_ops.utils.wording import first_of, size_text
 
 if TYPE_CHECKING:
     from gain_ops.checkpoints.absorb import Absorbed
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
 
 __all__ = ["absorb"]
-
-_SHOWN = 4
 
 
 def absorb(
@@ -161,6 +159,5 @@ def _files(work: Plan) -> str:
 def _print_left_out(work: Plan) -> None:
     """Names of files that a user may miss."""
     if work.left_out:
-        names = ", ".join(work.left_out[:_SHOWN])
-        more = f" and {len(work.left_out) - _SHOWN} more" if len(work.left_out) > _SHOWN else ""
-        STDOUT.print(f"[yellow]not copied, as no gain is folded into it:[/] {escape(names)}{more}", soft_wrap=True)
+        names = first_of(work.left_out)
+        STDOUT.print(f"[yellow]not copied, as no gain is folded into it:[/] {escape(names)}", soft_wrap=True)

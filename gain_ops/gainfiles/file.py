@@ -14,7 +14,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,10 +23,6 @@ from gain_ops._version import __version__
 from gain_ops.reference import SIDES
 from gain_ops.utils.errors import GainOpsError, MissingFileError
 from gain_ops.utils.files import replace_file
-
-if TYPE_CHECKING:
-    pass
-
 from gain_ops.utils.wording import some_of
 
 FORMAT = "gain_ops.gains"

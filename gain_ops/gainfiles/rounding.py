@@ -1,12 +1,7 @@
 """Which gains a dtype cannot hold."""
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    pass
 
 
 def lost_gains(delta: Tensor, dtype: torch.dtype) -> int:

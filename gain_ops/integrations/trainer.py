@@ -31,13 +31,12 @@ from gain_ops.models.record import gained_modules
 from gain_ops.models.statistics import DEAD_BELOW, GainStatistics, gain_statistics
 from gain_ops.utils.dtensors import is_sharded
 from gain_ops.utils.errors import MissingPackageError, UsageError
+from gain_ops.utils.wording import first_of
 
 __all__ = ["GAIN_FILE", "GAIN_PLOT", "GainCallback", "GainTrainerMixin", "gain_metrics"]
 
 GAIN_FILE = "gains.safetensors"
 GAIN_PLOT = "gains.png"
-
-_SHOWN = 4
 
 
 def gain_metrics(statistics: GainStatistics) -> dict[str, float]:
@@ -239,10 +238,9 @@ def _refuse_other_trained(model: nn.Module) -> None:
     gains = {id(layer.delta) for layer in layers.values()}
     others = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in gains]
     if others:
-        shown = ", ".join(others[:_SHOWN]) + (f" and {len(others) - _SHOWN} more" if len(others) > _SHOWN else "")
         raise UsageError(
-            f"parameters are trained that are not gains, and checkpoints of gains would lose them: {shown}. Freeze them, "
-            "or use the trainer without GainTrainerMixin, which saves the whole model."
+            "parameters are trained that are not gains, and checkpoints of gains would lose them: "
+            f"{first_of(others)}. Freeze them, or use the trainer without GainTrainerMixin, which saves the whole model."
         )
 
 

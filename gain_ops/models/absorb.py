@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
+from gain_ops.gainfiles.rounding import lost_gains
 from gain_ops.layers.gained import Gained
 from gain_ops.layers.linears import computes_from_weight, own_tensors, refuse_fsdp, sizes, weight_dim
 from gain_ops.layers.wrapper import GainWrapper
 from gain_ops.models.apply import remove
+from gain_ops.models.carriers import Carrier, Foldable
 from gain_ops.models.record import gained_modules, refuse_base_active, refuse_outside, refuse_part
 from gain_ops.models.up_rows import NotGated, up_rows
 from gain_ops.utils.dtensors import is_sharded
@@ -19,8 +21,6 @@ from gain_ops.utils.errors import UsageError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-from gain_ops.gainfiles.rounding import lost_gains
-from gain_ops.models.carriers import Carrier, Foldable
 
 _CHUNK = 1 << 22  # weights worked on at a time: bounds the fp64 scratch at 100 MB
 

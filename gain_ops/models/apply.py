@@ -22,14 +22,13 @@ from gain_ops.models.record import (
 )
 from gain_ops.models.sites import Site, pattern_sites, preset_sites, refuse_bypassed
 from gain_ops.utils.errors import UsageError
+from gain_ops.utils.wording import first_of
 
 PRESETS = ("gain", "gain-ffn")
 MEMORIES = ("fast", "lean")
 
 # Adapted layers, and the wrapper that trains a copy of a whole module (modules_to_save).
 _PEFT_LAYERS = ("peft.BaseTunerLayer", "peft.AuxiliaryTrainingWrapper")
-
-_SHOWN = 4
 
 
 def apply(
@@ -196,9 +195,8 @@ def _warn_of_adapters(model: nn.Module) -> None:
         return
     trained = [canonical_name(name) for name, parameter in model.named_parameters() if parameter.requires_grad]
     if trained:
-        more = f" and {len(trained) - _SHOWN} more" if len(trained) > _SHOWN else ""
         warnings.warn(
-            f"gains alone are trained from now on, and no longer what PEFT trained: {', '.join(trained[:_SHOWN])}{more}. "
+            f"gains alone are trained from now on, and no longer what PEFT trained: {first_of(trained)}. "
             "To train both, call requires_grad_(True) on these parameters again.",
             stacklevel=4,  # who called apply() or load_gains()
         )

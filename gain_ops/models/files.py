@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from gain_ops._version import __version__
+from gain_ops.gainfiles.file import GainFile, GainFileError, read_gains, write_gains
 from gain_ops.gainfiles.fingerprints import digest, sample
 from gain_ops.layers.gained import Gained, check_options
-from gain_ops.layers.linears import has_plain_weight, sizes
+from gain_ops.layers.linears import has_plain_weight, own_tensors, sizes
 from gain_ops.layers.wrapper import GainWrapper
 from gain_ops.models.apply import place
 from gain_ops.models.record import (
@@ -25,18 +26,13 @@ from gain_ops.models.record import (
     refuse_outside,
 )
 from gain_ops.models.sites import Site, linear_modules, names_attention_output
-from gain_ops.utils.dtensors import is_sharded
+from gain_ops.utils.dtensors import copy_delta, is_sharded, whole
 from gain_ops.utils.errors import FileError, UsageError
+from gain_ops.utils.wording import first_of, some_of
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
-
-
-from gain_ops.gainfiles.file import GainFile, GainFileError, read_gains, write_gains
-from gain_ops.layers.linears import own_tensors
-from gain_ops.utils.dtensors import copy_delta, whole
-from gain_ops.utils.wording import _SHOWN, some_of
 
 
 def save_gains(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -258,10 +254,7 @@ def refuse_misfit(file: GainFile, found: dict[str, nn.Module], *, exact: bool, p
                 f"{name} takes {features} gains on the {side} side, the file has {file.deltas[name].numel()}"
             )
     if problems:
-        shown = "; ".join(problems[:_SHOWN]) + (
-            f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-        )
-        raise GainFileError(f"{path} does not fit the model: {shown}")
+        raise GainFileError(f"{path} does not fit the model: {first_of(problems, '; ')}")
 
 
 def refuse_other_base(file: GainFile, found: dict[str, nn.Module], model: nn.Module, path: object) -> None:

@@ -8,10 +8,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gain_ops.utils.wording import size_text, time_text
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-from gain_ops.utils.wording import size_text, time_text
 
 __all__ = [
     "AbsorbFigures",

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
-
-
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
-
+from collections.abc import Iterable, Sequence
 
 _SHOWN = 4
 
 
+def first_of(texts: Sequence[str], separator: str = ", ") -> str:
+    """The first few of some texts, in their order, and how many more."""
+    more = f"{separator.rstrip(', ')} and {len(texts) - _SHOWN} more" if len(texts) > _SHOWN else ""
+    return separator.join(texts[:_SHOWN]) + more
+
+
 def some_of(names: Iterable[str]) -> str:
-    """The first few names, and how many more."""
-    ordered = sorted(names)
-    return ", ".join(ordered[:_SHOWN]) + (f" and {len(ordered) - _SHOWN} more" if len(ordered) > _SHOWN else "")
+    """The first few names in alphabetical order, and how many more."""
+    return first_of(sorted(names))
 
 
 def size_text(nbytes: int) -> str:
