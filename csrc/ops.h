@@ -1,6 +1,6 @@
 // The ops of the dispatcher's namespace gain_ops_cuda; the functions of gain_ops/reference.py that a kernel computes
-// whole. gain_ops/backends/cuda.py composes the rest. Activations [T, in] or [T, out], delta fp32 contiguous; results are
-// contiguous.
+// whole. gain_ops/backends/cuda.py composes the rest. Activations [T, in] or [T, out], delta fp32 contiguous; results
+// are contiguous.
 #pragma once
 
 #include <torch/csrc/stable/library.h>

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 def save_gains(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Write the gains of a model to a gain file (a few hundred kilobytes; the format is in this module's docstring).
+    """Write the gains of a model to a gain file (a few hundred kilobytes; its format: gain_ops.gainfiles.file).
 
     The file is written beside ``path`` and moved into place, so an interrupted save leaves an old file whole. Deltas of
     other dtypes are rounded to float32.
