@@ -1,5 +1,6 @@
 # make demo    adapt a real language model, from nothing (ARGS="--data FILE" for your own text)
-# make test    the whole test suite, from nothing
+# make test    the tests that take seconds, from nothing; of csrc/ what `make cuda` has built
+# make test-full   all tests, csrc/ compiled first where there is nvcc
 # make bench   measure what this machine can, in under five minutes, and print the tables
 # make cuda    csrc/ compiled into the package, where there is nvcc
 # make lint    ruff, mypy, the floors of the imports, clang-format
@@ -13,12 +14,15 @@ PACKAGING := pyproject.toml studies/pyproject.toml setup.py constraints.txt
 # two workers, a file at a time, the longest (tests/kernels/test_aot.py) first, as it is collected first
 PYTEST := $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test bench cuda docs lint triton36 clean
+.PHONY: demo test test-full bench cuda docs lint triton36 clean
 
 demo: $(VENV)/.cli
 	$(VENV)/bin/gain-ops adapt --out demo-out --force $(ARGS)
 
-test: cuda
+test: $(VENV)/.dev
+	$(PYTEST) -m "not slow" $(ARGS)
+
+test-full: cuda
 	$(PYTEST) $(ARGS)
 
 bench: $(VENV)/.dev

@@ -1,6 +1,7 @@
 """Settings of every test: Triton's interpreter where there is no GPU, a fixed seed, and NaN in every fresh output."""
 
 import os
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,33 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs a GPU, and torch sees none"))
+
+
+_left_out = pytest.StashKey[int]()
+
+
+def pytest_deselected(items: list[pytest.Item]) -> None:
+    """Count the slow tests that -m leaves out."""
+    for item in items:
+        item.config.stash[_left_out] = item.config.stash.get(_left_out, 0) + ("slow" in item.keywords)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A worker tells the run how many it left out."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["left_out"] = session.config.stash.get(_left_out, 0)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Every worker collects the same tests, so one number is that of the run."""
+    node.config.stash[_left_out] = getattr(node, "workeroutput", {}).get("left_out", 0)
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Say how many slow tests were left out."""
+    if count := config.stash.get(_left_out, 0):
+        terminalreporter.write_line(f"left out: {count} slow tests (make test-full)")
 
 
 @pytest.fixture(autouse=True)

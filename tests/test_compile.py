@@ -41,6 +41,7 @@ def _check(compiled, eager, x: Tensor, delta: Tensor) -> None:
 
 
 # inductor's C++ takes a minute on two cores: once is enough for what it does to an opaque op
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("side", "save", "compiler"), [(*each, "aot_eager") for each in SIDE_AND_SAVE] + [("output", "output", "inductor")]
 )

@@ -101,6 +101,7 @@ def _from_the_root(*arguments: str, path: Path | None = None) -> list[str]:
     return run.stdout.split()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("interpreter", [["-c"], ["-P", "-c"]])
 def test_transformers_is_unharmed_from_the_root_with_an_editable_install(interpreter: list[str]) -> None:
     """From the repository's root a kernels folder is on the path, and transformers asks for a package of that name."""
@@ -108,6 +109,7 @@ def test_transformers_is_unharmed_from_the_root_with_an_editable_install(interpr
     assert _from_the_root(*interpreter, "import gain_ops.kernels as k; print(k.__name__)") == ["gain_ops.kernels"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("interpreter", [["-c"], ["-P", "-c"]])
 def test_transformers_is_unharmed_from_the_root_with_a_plain_install(interpreter: list[str], installed: Path) -> None:
     where = installed if "-P" in interpreter else ROOT  # without -P the root itself comes first

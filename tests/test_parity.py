@@ -53,6 +53,7 @@ def test_empty(call: str, backend: str, shape: tuple[int, int, int]) -> None:
         compare(_module(backend), call, tensors(*shape, dtype))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("backend", BACKENDS)
 @settings(max_examples=25, deadline=None)

@@ -221,6 +221,7 @@ CHECKPOINTING = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("checkpointing", list(CHECKPOINTING))
 def test_trainer(tmp_path, bf16, checkpointing):
@@ -336,6 +337,7 @@ is_kernels_available()
 IMPORT = "import gain_ops; from transformers import LlamaForCausalLM, Trainer, TrainingArguments; import peft"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", [FIND, IMPORT], ids=["find", "import"])
 def test_transformers_is_unharmed_by_the_kernels_folder(code):
     assert (ROOT / "kernels").is_dir()

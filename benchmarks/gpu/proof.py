@@ -46,20 +46,9 @@ def tests(step: str, limit_s: float) -> Outcome:
     """The tests of PARITY or DRAWN that this machine can run, on the cores that are left; what failed is in the details."""
     if importlib.util.find_spec("pytest") is None:
         return Outcome(step, None, "pytest is not installed")
-    chosen = _DRAWN if step == DRAWN else f"not {_DRAWN}"
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-m",
-        "gpu or not slow",
-        "-k",
-        chosen,
-        *TESTS,
-    ]
+    # the drawn shapes are slow, and a step of their own
+    chosen = ["-k", _DRAWN] if step == DRAWN else ["-k", f"not {_DRAWN}", "-m", "gpu or not slow"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *chosen, *TESTS]
     if importlib.util.find_spec("hypothesis") is None:
         command += ["-p", "benchmarks.gpu.without_hypothesis"]
     if importlib.util.find_spec("xdist") is not None:

@@ -66,6 +66,7 @@ def test_a_model_on_meta_keeps_what_it_keeps_on_a_cpu(kind: str, checkpointed: b
         assert (meta.new, meta.inputs) == (cpu.new + wider, cpu.inputs), (name, dtype)
 
 
+@pytest.mark.slow
 @needs_peft
 def test_layers_keep_what_is_promised_or_follows_from_their_formulas() -> None:
     rows = list(memory.layer_rows([SITE], T, torch.bfloat16))
@@ -182,6 +183,7 @@ def test_checkpointing_keeps_a_block_input_each_and_runs_one_block_again() -> No
         assert again == a.layers * T * 64 * 2 + memory.block_saved(model, T).new
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["Llama-3-8B", "Llama-3-70B"])
 def test_the_gains_of_a_true_model_are_exact(name: str) -> None:
     a, kept = ARCHITECTURES[name], {}

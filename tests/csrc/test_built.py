@@ -124,6 +124,7 @@ def _cuobjdump() -> str:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90a", "sm_100a"])
 def test_the_row_kernels_move_16_bytes_at_once_and_keep_nothing_in_local_memory(architecture: str) -> None:
     code = {name: text for name, text in _sass(architecture).items() if "rows_kernel" in name}

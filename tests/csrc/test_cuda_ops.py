@@ -56,6 +56,7 @@ def _call(name: str, **changed: Any) -> object:
     return _op(name)(*(given[argument] for argument in ARGUMENTS[name]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ARGUMENTS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_opcheck(name: str, dtype: torch.dtype) -> None:
@@ -225,6 +226,7 @@ def test_another_card_is_referred_to_triton() -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("margin", "multiprocessors"), [("0", 132), ("16", 116), ("200", 1)])
 def test_a_margin_leaves_multiprocessors_to_others(margin: str, multiprocessors: int) -> None:
     assert _in_a_new_process(_LINEAR_ON_THE_HOST, GAIN_OPS_SM_MARGIN=margin) == f"128 {multiprocessors}\n"

@@ -40,6 +40,7 @@ def _cast(how, dtype):
     assert model.float()[0].delta.to_local().dtype == torch.float32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["fully_shard", "distribute_tensor"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_sharded_delta_is_not_rounded(two, how, dtype):

@@ -34,6 +34,7 @@ def _ten_steps(options):
     return losses, first, _unwrapped(whole(deltas(model)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [

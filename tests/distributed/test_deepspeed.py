@@ -93,6 +93,7 @@ def flat(tensors):
 FUSED = {"side": "input", "fuse_mlp": True, "memory": "lean"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "options"), [(1, {}), (2, {}), (3, {}), (3, FUSED)], ids=["1", "2", "3", "3-fused-mlp"]
 )

@@ -134,6 +134,7 @@ def trained_alone(script, settings):
     return model, losses
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_and_go_on_from_a_checkpoint(two, script, place):
     settings = settings_of(script, "toy.toml")
     printed = torchrun()

@@ -61,6 +61,7 @@ def alone(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_two_processes_train_as_one_with_the_whole_batch(alone, launcher, tmp_path):
     (tmp_path / "start.py").write_text(FIRST_WRITES)

@@ -48,6 +48,7 @@ def _run(folder, first, last, how, options):
 FUSED = {"side": "input", "fuse_mlp": True}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("before", "after", "options"),
     [

@@ -63,6 +63,7 @@ def assert_absorbed(tiny, out, absorbed):
     assert (absorbed / "tokenizer.json").is_file()
 
 
+@pytest.mark.slow
 def test_trainer_from_the_command_line_to_a_plain_model(tiny, tmp_path):
     texts = tmp_path / "texts"
     texts.mkdir()

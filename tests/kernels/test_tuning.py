@@ -105,6 +105,7 @@ def test_candidates_fit_and_do_not_spill() -> None:
     assert 163_864 <= tuning._shared_memory(whole) <= 163_864 + 1024
 
 
+@pytest.mark.slow
 def test_candidates_are_compiled_side_by_side_and_nothing_is_launched() -> None:
     """In a process of its own, where the kernels are compiled for an sm_90 that is not there."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}

@@ -202,6 +202,7 @@ class _Interrupt:
         patch.setattr(commands._ConsoleWatcher, "step", step)
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_the_process_with_130_and_a_gain_file(tiny_model: Path, code_folder: Path, tmp_path: Path):
     out = tmp_path / "out"
     program = "from gain_ops.commands.cli import main; main()"

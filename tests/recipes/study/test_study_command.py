@@ -44,6 +44,7 @@ def _stop_at(patch: pytest.MonkeyPatch, step: int) -> None:
     patch.setattr(command._ConsoleWatcher, "step", interrupt)
 
 
+@pytest.mark.slow
 def test_a_study_is_stopped_goes_on_and_ends_in_a_report(
     tiny_model: Path, domain_folders: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -105,6 +105,7 @@ def _kill(settings: Settings, prepare: Kill) -> None:
     assert process.exitcode == -signal.SIGKILL
 
 
+@pytest.mark.slow
 def test_a_study_killed_again_and_again_has_the_numbers_of_one_that_was_not(small, tmp_path: Path):
     call = {"methods": METHODS, "rates": RATES}
     whole = study(small(tmp_path / "whole", **call), Watcher())
@@ -169,6 +170,7 @@ def test_a_stopped_study_has_what_was_done_and_goes_on_to_the_same_numbers(small
     assert _numbers(study(settings, Watcher())) == _numbers(whole)
 
 
+@pytest.mark.slow
 def test_methods_seeds_and_orders_may_be_added(small, tmp_path: Path):
     rates = {"gain": (1e-2, 3e-2), "lora": (1e-3, 1e-2)}
     all_of_it = {"methods": ("gain", "lora"), "seeds": (0, 1), "orders": 2, "rates": rates}

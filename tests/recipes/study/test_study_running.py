@@ -59,6 +59,7 @@ def _run(found: Study, method: str, order: int = 0, seed: int = 0) -> list[Stage
     return [stage for stage in found.stages if (stage.method, stage.order, stage.seed) == (method, order, seed)]
 
 
+@pytest.mark.slow
 def test_every_method_learns_every_domain_in_both_orders(done):
     _, _, found = done
     assert found.header.orders == [["fox", "sums"], ["sums", "fox"]]
