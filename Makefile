@@ -3,7 +3,7 @@
 # make test-full   all tests, csrc/ compiled first where there is nvcc
 # make bench   measure what this machine can, in under five minutes, and print the tables
 # make cuda    csrc/ compiled into the package, where there is nvcc
-# make lint    ruff, mypy, the floors of the imports, clang-format
+# make lint    ruff, mypy, the floors of the imports (make imports), clang-format
 # make triton36   the kernel tests again, under Triton 3.6
 PYTHON ?= python3
 VENV := .venv
@@ -14,7 +14,7 @@ PACKAGING := pyproject.toml studies/pyproject.toml setup.py constraints.txt
 # two workers, a file at a time, the longest (tests/kernels/test_aot.py) first, as it is collected first
 PYTEST := $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-full bench cuda docs lint triton36 clean
+.PHONY: demo test test-full bench cuda docs lint imports triton36 clean
 
 demo: $(VENV)/.cli
 	$(VENV)/bin/gain-ops adapt --out demo-out --force $(ARGS)
@@ -35,14 +35,17 @@ cuda: $(VENV)/.dev
 docs: $(VENV)/.dev
 	$(VENV)/bin/sphinx-build -q -W --keep-going docs build/docs
 
-# mypy does not follow package_dir: it is shown the package as it is installed
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/clang-format --dry-run -Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
+	$(MAKE) imports
+	cd build/types && $(CURDIR)/$(VENV)/bin/mypy -p gain_ops -p gain_study
+
+# import-linter and mypy do not follow package_dir: they are shown the packages as they are installed
+imports: $(VENV)/.dev
 	rm -rf build/types && mkdir -p build/types
 	cp -r gain_ops studies/gain_study benchmarks pyproject.toml build/types/ && cp -r kernels/gain build/types/gain_ops/kernels
-	cd build/types && $(CURDIR)/$(VENV)/bin/mypy -p gain_ops -p gain_study
 	cd build/types && PYTHONPATH=. $(CURDIR)/$(VENV)/bin/lint-imports
 
 triton36: $(VENV)/.dev .triton36/.done
