@@ -5,10 +5,12 @@ import os
 import subprocess
 import sys
 from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import triton
 
 from gain_ops.kernels import aot, config
 from gain_ops.kernels.recording import DEVICES
@@ -33,6 +35,9 @@ ONE_PASS = {
 # the arguments of all kernels that are [T, n] or a weight
 MATRICES = {"a", "b", "c", "out", "x", "y", "z", "dx", "dy", "dz", "gate", "up", "h", "dh", "dgate_up"}
 VECTORS = {"delta", "bias", "weight", "r", "partials", "sums"}
+
+NEEDS = Path(__file__).with_name(f"needs-triton-{'.'.join(triton.__version__.split('.')[:2])}.json")
+"""Registers, spilled bytes and shared memory of every kernel, as they were accepted."""
 
 Kernel = dict[str, Any]
 
@@ -170,6 +175,32 @@ def test_both_operands_of_a_wgmma_have_a_buffer_a_stage(compiled: dict[str, list
         assert kernel["wgmma_rings"], _name(kernel)
         for rings in kernel["wgmma_rings"]:
             assert rings == [None if in_registers else stages, stages], _name(kernel)
+
+
+@pytest.mark.slow
+def test_no_kernel_needs_more_than_was_accepted(compiled: dict[str, list[Kernel]]) -> None:
+    """ACCEPT=1 makes the file anew: look at its diff, and say in benchmarks/NOTES.md why it grew."""
+    found = {
+        " ".join(map(str, (kernel["target"], kernel["kernel"], *kernel["problem"].values()))): [
+            kernel[need] for need in ("registers", "spilled_bytes", "shared_bytes")
+        ]
+        for kernels in compiled.values()
+        for kernel in kernels
+    }
+    if os.environ.get("ACCEPT"):
+        lines = (f"{json.dumps(name)}: {json.dumps(needs)}" for name, needs in sorted(found.items()))
+        NEEDS.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    if not NEEDS.exists():
+        pytest.skip(f"nothing was accepted for Triton {triton.__version__}")
+    accepted = json.loads(NEEDS.read_text())
+    grown = {
+        name: f"{accepted.get(name)} -> {needs}"
+        for name, needs in found.items()
+        if any(now > before for now, before in zip(needs, accepted.get(name, [0, 0, 0]), strict=True))
+    }
+    accept = f"to accept: ACCEPT=1 pytest {Path(__file__).name}"
+    assert not grown, f"registers, spilled bytes, shared bytes; {accept}"
+    assert accepted.keys() == found.keys(), accept
 
 
 def test_a_short_ring_is_seen() -> None:
