@@ -23,9 +23,8 @@ from typing import TYPE_CHECKING
 
 from benchmarks.report.report import update_page
 from gain_ops.commands.app import app
-from gain_ops.recipes.study.running import RESULTS
 from gain_ops.training.domains import from_path
-from gain_study.engine.records import Study, read
+from gain_study.engine.records import RESULTS, Study, read
 from gain_study.engine.toy import save_toy_model
 from gain_study.report import matched, metrics
 from gain_study.report.metrics import Run, Spread, Values

@@ -11,9 +11,8 @@ pytest.importorskip("typer")
 
 from benchmarks.report import forgetting
 from benchmarks.report.report import update_page
-from gain_ops.recipes.study.running import RESULTS
 from gain_study import command
-from gain_study.engine.records import read
+from gain_study.engine.records import RESULTS, read
 from gain_study.engine.settings import Settings
 from gain_study.report import metrics, sentences
 

@@ -9,10 +9,10 @@ from typer.testing import CliRunner, Result
 
 from gain_ops.commands import console
 from gain_ops.commands.app import app
-from gain_ops.recipes.study.running import RESULTS
 from gain_ops.training.loop import Step
 from gain_study import command
 from gain_study.engine import records
+from gain_study.engine.records import RESULTS
 
 SMALL = [
     *("--seeds", "0", "--orders", "1", "--methods", "gain,lora", "--rates", "gain=1e-2,3e-2", "--rates", "lora=2e-3"),

@@ -12,9 +12,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from gain_ops.recipes.study.running import RESULTS
 from gain_study.engine import records, running, weights
-from gain_study.engine.records import Rate, Stage, Study
+from gain_study.engine.records import RESULTS, Rate, Stage, Study
 from gain_study.engine.running import Stopped, study
 from gain_study.engine.settings import Settings
 

@@ -10,12 +10,11 @@ import pytest
 import torch
 
 from gain_ops.measure.perplexity import perplexity
-from gain_ops.recipes.study.running import RESULTS
 from gain_ops.training.loading import load_model
 from gain_ops.training.loop import History, train
 from gain_study.engine import chosen_rates, downstream, records, running
 from gain_study.engine.methods import METHODS
-from gain_study.engine.records import Stage, Study
+from gain_study.engine.records import RESULTS, Stage, Study
 from gain_study.engine.running import study
 from gain_study.engine.settings import Settings
 from gain_study.engine.texts import find_domains, tokenise
