@@ -11,7 +11,7 @@ pytest.importorskip("typer")
 
 from benchmarks.report import forgetting
 from benchmarks.report.report import update_page
-from gain_study import command
+from gain_study.engine import running
 from gain_study.engine.records import RESULTS, read
 from gain_study.engine.settings import Settings
 from gain_study.report import metrics, sentences
@@ -50,7 +50,7 @@ def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, trained: object) -> C
             found.append(settings)
             raise _Asked
 
-        monkeypatch.setattr(command, "run_study", keep)
+        monkeypatch.setattr(running, "study", keep)
         with pytest.raises(_Asked):
             forgetting.run(name, tmp_path, more)
         return found[0]
