@@ -869,7 +869,7 @@ def test_without_peft_the_import_says_what_to_install() -> None:
     code = "import sys; sys.modules['peft'] = None; import gain_ops.integrations.peft"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.returncode != 0
-    assert "ImportError: gain_ops.integrations.peft needs PEFT: pip install peft" in run.stderr
+    assert "MissingPackageError: gain_ops.integrations.peft needs PEFT: pip install peft" in run.stderr
 
 
 # ---------------------------------------------------------------- quantised bases

@@ -12,6 +12,7 @@ import torch
 from gain_ops.measure.perplexity import perplexity
 from gain_ops.training.loading import load_model
 from gain_ops.training.loop import History, train
+from gain_ops.utils.errors import DivergedError
 from gain_study.engine import chosen_rates, downstream, records, running
 from gain_study.engine.methods import METHODS
 from gain_study.engine.records import RESULTS, Stage, Study
@@ -50,7 +51,7 @@ def done(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Se
 def _diverging(*arguments: Any, lr: float, **options: Any) -> History:
     """Training that diverges at a learning rate of 1: that of a model with norms rarely does by itself."""
     if lr == 1.0:
-        raise FloatingPointError("step 2: loss nan")
+        raise DivergedError("step 2: loss nan")
     return train(*arguments, lr=lr, **options)
 
 
@@ -226,7 +227,7 @@ def test_a_run_that_diverges_is_left_and_not_begun_again(
 
     def diverge(*arguments: object, **options: object) -> object:
         if next(calls) == 3:  # after the trial, in the second stage
-            raise FloatingPointError("step 1: loss nan")
+            raise DivergedError("step 1: loss nan")
         return train(*arguments, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(running, "train", diverge)
