@@ -36,8 +36,8 @@ _TALKATIVE = {
 }
 """Loggers whose warnings no caller of a command can act on, and what they say."""
 
-_SWITCHES = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
-"""What huggingface_hub and transformers read when they are imported, unless it is set already."""
+_SWITCHES = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+"""What huggingface_hub, tqdm and transformers read when they are imported, unless it is set already."""
 
 _tracebacks = False
 

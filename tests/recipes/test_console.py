@@ -243,6 +243,14 @@ class TestStreams:
         assert done.stderr == ""
         assert not any(line.startswith("[") for line in done.stdout.splitlines()), "a log of another package"
 
+    def test_no_bar_of_another_package_is_drawn(self) -> None:
+        """transformers unpacks a GGUF under a bar of tqdm's, which reads its switch when it is imported."""
+        bar = "from tqdm.auto import tqdm; print(sum(tqdm(range(3), desc='unpacking')))"
+        quiet = "from gain_ops.commands import console; console.quiet_libraries()"
+        program = f"import sys; sys.argv = ['gain-ops']; {quiet}; {bar}"
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+        assert (done.stdout, done.stderr) == ("3\n", "")
+
     @pytest.mark.parametrize("command", [[], ["plan"], ["adapt"], ["study"]])
     def test_help_waits_for_nothing(self, command: list[str]) -> None:
         heavy = ("torch", "transformers", "numpy", "safetensors", "matplotlib", "peft")
