@@ -18,11 +18,11 @@ def fuses(a: Tensor, weight: Tensor, *tiles: Tensor) -> bool:
         a.dtype in (torch.bfloat16, torch.float16)
         and a.shape[1] % 8 == 0
         and weight.shape[0] % 8 == 0
-        and aligned(a, weight, *tiles)
+        and _aligned(a, weight, *tiles)
     )
 
 
-def aligned(a: Tensor, weight: Tensor, *tiles: Tensor) -> bool:
+def _aligned(a: Tensor, weight: Tensor, *tiles: Tensor) -> bool:
     """Whether TMA and wide loads can read all of a GEMM's tensors: weight in either orientation, the others row-major."""
     return (_row_major(weight) or _row_major(weight.t())) and all(_row_major(t) for t in (a, *tiles))
 

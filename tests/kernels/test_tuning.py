@@ -115,23 +115,18 @@ def test_candidates_are_compiled_side_by_side_and_nothing_is_launched() -> None:
 
 
 _COMPILED = """
-from types import SimpleNamespace
 import torch
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
 from gain_ops.kernels import linear_forward, tuning
 from gain_ops.kernels.config import GemmConfig
+from gain_ops.kernels.recording import recording
 
-target = GPUTarget("cuda", 90, 32)
-driver.set_active(SimpleNamespace(
-    get_current_device=lambda: 0, get_current_stream=lambda device: 0, get_current_target=lambda: target,
-    utils=SimpleNamespace(get_device_properties=lambda device: {"multiprocessor_count": 132}),
-))
 x, w, y = (torch.empty(256, 256, dtype=torch.bfloat16, device="meta") for _ in range(3))
 delta = torch.empty(256, device="meta")
 configs = [GemmConfig(64, 64, 64, 4, stages) for stages in (2, 3)] + [GemmConfig(63, 64, 64, 4, 2)]
-tuning._compile_at_once(lambda config: linear_forward.launch(x, w, delta, None, y, None, config), configs)
-print(*(len(kernels) for kernels, *_ in linear_forward.linear_kernel.device_caches.values()))
+with recording("sm_90") as launches:
+    tuning._compile_at_once(lambda config: linear_forward.launch(x, w, delta, None, y, None, config), configs)
+    assert not launches
+    print(*(len(kernels) for kernels, *_ in linear_forward.linear_kernel.device_caches.values()))
 """
 
 
