@@ -30,7 +30,7 @@ std::tuple<Tensor, Tensor> glu_backward(
     int64_t activation);  // dg and du side by side [T, 2n], without up dg [T, n]; ddelta [n]
 Tensor glu_ddelta(const Tensor& dh, const Tensor& gate, const std::optional<Tensor>& up, int64_t activation);  // [n]
 
-// norm.cpp: any strides, at most kNormColumns columns, weight fp32 contiguous
+// rms_norm.cpp: any strides, at most kRmsNormColumns columns, weight fp32 contiguous
 std::tuple<Tensor, Tensor> rms_norm(
     const Tensor& x, const Tensor& weight, const Tensor& delta, double eps);  // y [T, n], r [T]
 std::tuple<Tensor, Tensor> rms_norm_backward(
@@ -40,7 +40,7 @@ std::tuple<Tensor, Tensor> rms_norm_backward(
     const Tensor& delta,
     const Tensor& r);  // dx [T, n], ddelta [n]
 
-// matmul.cpp: sm_90, 16 bits, 16-byte aligned rows, weight [out, in] or a transposed view of [in, out]
+// linear.cpp: sm_90, 16 bits, 16-byte aligned rows, weight [out, in] or a transposed view of [in, out]
 Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& delta, const std::optional<Tensor>& bias);
 std::tuple<Tensor, Tensor> linear_z(
     const Tensor& x, const Tensor& weight, const Tensor& delta, const std::optional<Tensor>& bias);

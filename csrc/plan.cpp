@@ -38,14 +38,16 @@ Tile choose_tile(int64_t m, int64_t n, int multiprocessors) {
   return large ? Tile::large_128x256 : Tile::small_128x128;
 }
 
-PartialLayout matmul_partials(int64_t m, int64_t n, Tile tile) {
+PartialLayout linear_partials(int64_t m, int64_t n, Tile tile) {
   const TileShape shape = tile_shape(tile);
   return {ceil_div(m, shape.m), round_up(n, shape.n)};
 }
 
 PartialLayout row_partials(int64_t rows, int64_t cols) { return {ceil_div(rows, rows_per_chunk(rows)), cols}; }
 
-PartialLayout norm_partials(int64_t rows, int64_t cols) { return {ceil_div(rows, norm_rows_per_chunk(rows)), cols}; }
+PartialLayout rms_norm_partials(int64_t rows, int64_t cols) {
+  return {ceil_div(rows, rms_norm_rows_per_chunk(rows)), cols};
+}
 
 int vector_width(Dtype dtype, int64_t cols, bool all_aligned) {
   const int64_t width = 16 / element_size(dtype);

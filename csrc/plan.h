@@ -67,7 +67,7 @@ struct PartialLayout {
 };
 
 // One row a tile row, padded to whole tiles: the kernel stores its tile's sums without a mask.
-PartialLayout matmul_partials(int64_t m, int64_t n, Tile tile);
+PartialLayout linear_partials(int64_t m, int64_t n, Tile tile);
 
 // ---- one-pass row kernels ----
 
@@ -89,9 +89,9 @@ constexpr int64_t rows_per_chunk(int64_t rows) { return chunk_of(rows, kWarps, 1
 PartialLayout row_partials(int64_t rows, int64_t cols);
 
 // Of a pass by blocks of whole rows, one row after the other.
-constexpr int64_t norm_rows_per_chunk(int64_t rows) { return chunk_of(rows, 1, 32, 256); }
+constexpr int64_t rms_norm_rows_per_chunk(int64_t rows) { return chunk_of(rows, 1, 32, 256); }
 
-PartialLayout norm_partials(int64_t rows, int64_t cols);
+PartialLayout rms_norm_partials(int64_t rows, int64_t cols);
 
 // Elements that a thread moves at once: 16 bytes when every row of every matrix, and every vector over the columns, can
 // be read so, otherwise one.

@@ -35,8 +35,8 @@ class CannotBuild(RuntimeError):
     """The CUDA kernels cannot be built here; the message says what is missing and what to do."""
 
 
-_CPP = ("device.cpp", "glu.cpp", "norm.cpp", "ops.cpp", "plan.cpp", "rows.cpp", "tensor.cpp")
-_CUDA = ("glu.cu", "norm.cu", "partials.cu", "rows.cu")
+_CPP = ("device.cpp", "glu.cpp", "rms_norm.cpp", "ops.cpp", "plan.cpp", "rows.cpp", "tensor.cpp")
+_CUDA = ("glu.cu", "rms_norm.cu", "partials.cu", "rows.cu")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +116,7 @@ class Parameters:
             *(Unit(self.csrc / name, every) for name in _CUDA),
         ]
         if self.fuses:
-            units.append(Unit(self.csrc / "matmul.cpp"))
+            units.append(Unit(self.csrc / "linear.cpp"))
             units += [Unit(path) for path in sorted((self.csrc / "sm90").glob("*.cpp"))]
             gemm = _gencode((GEMM_ARCHITECTURE,))
             units += [Unit(path, gemm) for path in sorted((self.csrc / "sm90").glob("*.cu"))]

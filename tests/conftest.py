@@ -1,16 +1,22 @@
 """Settings of every test: Triton's interpreter where there is no GPU, a fixed seed, and NaN in every fresh output."""
 
 import os
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
+if TYPE_CHECKING:
+    from gain_study.engine.settings import Settings
+
 # cuBLAS asks for it under deterministic algorithms, which `poisoned` turns on
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-if "PYTEST_XDIST_WORKER" in os.environ:
-    # the workers share the cores
-    torch.set_num_threads(1)
+# threads cost more than they save on tensors this small; of the commands that tests start too
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 if not torch.cuda.is_available():
     # read when a kernel is decorated, so before gain_ops.kernels is imported
     os.environ["TRITON_INTERPRET"] = "1"
@@ -62,3 +68,40 @@ def poisoned():
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a Llama with two layers and a byte-level tokenizer."""
+    from support.tiny_llama import save_tiny_llama
+
+    folder = tmp_path_factory.mktemp("model") / "tiny-llama"
+    save_tiny_llama(folder)
+    return folder
+
+
+@pytest.fixture
+def code_folder(tmp_path: Path) -> Path:
+    """Forty small files of Python, to adapt to."""
+    folder = tmp_path / "code"
+    folder.mkdir()
+    for number in range(40):
+        text = f"def function_{number}(x):\n    return x + {number}\n\n\nclass Class{number}:\n    value = {number}\n"
+        (folder / f"file_{number}.py").write_text(text * 4, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def domain_folders(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Three small domains."""
+    from support.small_studies import write_domains
+
+    return write_domains(tmp_path_factory.mktemp("domains"))
+
+
+@pytest.fixture
+def small(tiny_model: Path, domain_folders: list[str]) -> "Callable[..., Settings]":
+    """``small(out, **changes)``: the settings of a study of the tiny model."""
+    from support.small_studies import small_settings
+
+    return partial(small_settings, model=tiny_model, domains=domain_folders)

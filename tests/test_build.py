@@ -12,9 +12,9 @@ import pytest
 
 from gain_ops import build
 
-import host_extension
+from support import host_extension
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture

@@ -11,9 +11,9 @@ import torch
 
 import gain_ops
 
-from tiny_llama import ENGLISH, save_tiny_llama
+from support.tiny_llama import ENGLISH, save_tiny_llama
 
-DOCS = Path(__file__).resolve().parent.parent / "docs"
+DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGES = sorted(page for page in DOCS.rglob("*.md") if "```" in page.read_text(encoding="utf-8"))
 BLOCK = re.compile(r"^```(\S*)\n(.*?)^```$", flags=re.DOTALL | re.MULTILINE)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_no_kernels_package_at_the_root() -> None:
@@ -71,7 +71,7 @@ def test_the_sdist_holds_what_a_build_and_a_reader_need(archives: tuple[Path, Pa
     expected = {
         "kernels/gain/__init__.py",
         "kernels/README.md",
-        "csrc/matmul_sm90.h",
+        "csrc/linear_sm90.h",
         "csrc/tests/test_plan.cpp",
         "LICENSE",
         "CHANGELOG.md",

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
+README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
 BLOCKS = dict(re.findall(r"<!-- test: (\w+) -->\n```python\n(.*?)```", README, flags=re.DOTALL))
 
 
@@ -51,6 +51,6 @@ def test_block(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_every_file_that_it_links_to_is_there() -> None:
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[1]
     for target in re.findall(r"\]\((?!http)([^)#]+)", README):
         assert (root / target).exists(), target

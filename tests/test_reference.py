@@ -8,9 +8,9 @@ from torch import Tensor
 from benchmarks.suites.memory import allocator_peak
 from gain_ops import reference
 from gain_ops.measure.peak_bytes import peak_bytes
+from gain_ops.testing import assert_no_worse_than_torch
 
-from parity import run, tensors
-from rules import assert_no_worse_than_torch
+from support.parity import run, tensors
 
 T, IN, OUT = 7, 5, 4
 

@@ -37,7 +37,7 @@ def call(backend: str, dtype: torch.dtype, device: torch.device, t: int, i: int,
     for name in dispatch.OPS:
         getattr(raw, name)(*(given[argument] for argument in ARGUMENTS[name]), backend)
     if backend == "triton":
-        from gain_ops.kernels.fused_backward import backward_dx
+        from benchmarks.experiments.fused_backward import backward_dx
 
         for delta in (given["delta_out"], None):
             backward_dx(given["dy"], given["z"], given["weight"], delta)

@@ -78,12 +78,14 @@ def pointer_modes(budget_s: float, before: list[Row], out: Path) -> Iterator[Row
 
 def tune(budget_s: float, before: list[Row], out: Path) -> Iterator[Row]:
     """Tuning of the Triton GEMMs at 8192 tokens: the table OUT/tuned.json is the result."""
+    from benchmarks.experiments import fused_backward
     from gain_ops.kernels import tuning
 
     for site in TUNED:
         if any(row.group == "tuning" and row.site == site.name for row in before):
             continue
-        found = tuning.tune_layer(8192, site.out_features, site.in_features, DTYPE, out / "tuned.json")
+        sizes, table = (8192, site.out_features, site.in_features, DTYPE), out / "tuned.json"
+        found = [*tuning.tune_layer(*sizes, table), *fused_backward.tune(*sizes, table)]
         yield _note("tuning", site.name, None, " | ".join(f"{kernel}: {winner}" for kernel, winner in found))
 
 

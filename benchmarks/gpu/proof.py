@@ -13,7 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 # those that run something on the GPU
-TESTS = ("tests/test_parity.py", "tests/kernels", "tests/test_dispatch.py::test_auto_is_triton_on_a_gpu")
+TESTS = ("tests/backends/test_parity.py", "tests/kernels", "tests/ops/test_dispatch.py::test_auto_is_triton_on_a_gpu")
 PARITY = "parity tests"
 DRAWN = "parity tests of drawn shapes"  # nearly each of which is compiled: minutes, and so a step of its own
 _DRAWN = "test_any_shape_and_strides"

@@ -7,7 +7,6 @@ start and are held to that.
 
 import dataclasses
 import functools
-import runpy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,22 +17,13 @@ from torch import Tensor, nn
 from benchmarks.contestants.contestants import Contestant
 from benchmarks.contestants.scaled import Scaled
 from benchmarks.contestants.sites import Site
-from benchmarks.harness.results import ROOT
 from benchmarks.harness.timing import first_line
 from gain_ops import reference
 from gain_ops.layers.gained import Gained
 from gain_ops.ops import raw
+from gain_ops.testing import assert_no_worse_than_torch
 
 NOISE = 0.3
-
-
-@functools.cache
-def _rule() -> Callable[..., None]:
-    """The rule of tests/rules.py, run by its path: tests/ is no package, and a copy could come to differ from it."""
-    if not __debug__:
-        raise RuntimeError("the gate's rule is made of assert statements: run Python without -O")
-    rule: Callable[..., None] = runpy.run_path(str(ROOT / "tests" / "rules.py"))["assert_no_worse_than_torch"]
-    return rule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,7 +207,7 @@ def compare(
         if result.dtype != torchs.dtype:
             found.append(f"{name}: dtype {result.dtype}, expected {torchs.dtype}")
         try:
-            _rule()(name, result, torchs, exact, magnitude)
+            assert_no_worse_than_torch(name, result, torchs, exact, magnitude)
         except AssertionError as reason:
             found.append(str(reason))
     return found

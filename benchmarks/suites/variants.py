@@ -75,19 +75,19 @@ class _Varied(Function):
 
 
 def _in_registers(layer: Varied, dy: Tensor, z: Tensor) -> Gradients:
-    from gain_ops.kernels.fused_backward import backward_dx
+    from benchmarks.experiments.fused_backward import backward_dx
 
     return backward_dx(dy, z, layer.weight, layer.delta)
 
 
 def _made(layer: Varied, dy: Tensor, z: Tensor) -> Gradients:
-    from gain_ops.kernels.fused_backward import backward_dx
+    from benchmarks.experiments.fused_backward import backward_dx
 
     return backward_dx(dy, z, layer.make_scaled_weight(), None)
 
 
 def _kept(layer: Varied, dy: Tensor, z: Tensor) -> Gradients:
-    from gain_ops.kernels.fused_backward import backward_dx
+    from benchmarks.experiments.fused_backward import backward_dx
 
     return backward_dx(dy, z, layer.scaled_weight(), None)
 
@@ -179,7 +179,8 @@ def _kernels(given: dict[str, Tensor | None]) -> Iterator[tuple[str, str, Any, l
     assert weight is not None
     if backend_obstacle("triton", x) is not None:
         return
-    from gain_ops.kernels import fused_backward, linear_forward
+    from benchmarks.experiments import fused_backward
+    from gain_ops.kernels import linear_forward
 
     def forward(config: GemmConfig) -> Tensor:
         y = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device)

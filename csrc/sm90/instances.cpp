@@ -4,7 +4,7 @@
 
 namespace gain_ops {
 
-MatmulKernel sm90_kernel(Epilogue epilogue, Dtype dtype, Tile tile, bool b_is_kn) {
+LinearKernel sm90_kernel(Epilogue epilogue, Dtype dtype, Tile tile, bool b_is_kn) {
   if (dtype == Dtype::float32) throw std::logic_error("gain_ops: no fused GEMM computes in float32");
   const bool half = dtype == Dtype::float16;
   switch (epilogue) {

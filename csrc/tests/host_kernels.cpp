@@ -1,5 +1,5 @@
 // The launchers on a CPU, for tests. The row kernels are the functions that the device runs (blocks.h), a block and a
-// thread at a time; the GEMMs are loops over what `Matmul` says, with sums that fall where CUTLASS puts them.
+// thread at a time; the GEMMs are loops over what `LinearProblem` says, with sums that fall where CUTLASS puts them.
 #include <algorithm>
 #include <initializer_list>
 #include <stdexcept>
@@ -8,8 +8,8 @@
 
 #include "../blocks.h"
 #include "../glu_blocks.h"
-#include "../matmul.h"
-#include "../norm_blocks.h"
+#include "../linear.h"
+#include "../rms_norm_blocks.h"
 
 // The last GEMM's tile and multiprocessors, for tests.
 extern "C" {
@@ -77,8 +77,8 @@ void fold(RowSum& shared) {
 }
 
 template <class T, int kWidth>
-void norm_rows(const NormRows& problem) {
-  using Block = NormBlock<T, kWidth>;
+void rms_norm_rows(const RmsNormRows& problem) {
+  using Block = RmsNormBlock<T, kWidth>;
   for (int64_t row = 0; row < problem.rows; ++row) {
     RowSum shared;
     for (int thread = 0; thread < kRowThreads; ++thread) Block::squares(problem, row, thread, shared);
@@ -88,8 +88,8 @@ void norm_rows(const NormRows& problem) {
 }
 
 template <class T, int kWidth>
-void norm_backward_rows(const NormBackwardRows& problem) {
-  using Block = NormBackwardBlock<T, kWidth>;
+void rms_norm_backward_rows(const RmsNormBackwardRows& problem) {
+  using Block = RmsNormBackwardBlock<T, kWidth>;
   for (int64_t block = 0; block < Block::blocks(problem); ++block) {
     RowSum shared;
     std::vector<float> columns(Block::Places::size(static_cast<int>(problem.cols)), std::nanf(""));
@@ -126,25 +126,26 @@ void launch_glu_backward_rows(const GluBackwardRows& problem, Dtype dtype, int w
   }
 }
 
-void launch_norm_rows(const NormRows& problem, Dtype dtype, int width, cudaStream_t) {
+void launch_rms_norm_rows(const RmsNormRows& problem, Dtype dtype, int width, cudaStream_t) {
   check_vectors(width, {problem.weight, problem.delta});
   switch (dtype) {
-    case Dtype::float32: return width == 1 ? norm_rows<float, 1>(problem) : norm_rows<float, 4>(problem);
-    case Dtype::float16: return width == 1 ? norm_rows<__half, 1>(problem) : norm_rows<__half, 8>(problem);
+    case Dtype::float32: return width == 1 ? rms_norm_rows<float, 1>(problem) : rms_norm_rows<float, 4>(problem);
+    case Dtype::float16: return width == 1 ? rms_norm_rows<__half, 1>(problem) : rms_norm_rows<__half, 8>(problem);
     case Dtype::bfloat16:
-      return width == 1 ? norm_rows<__nv_bfloat16, 1>(problem) : norm_rows<__nv_bfloat16, 8>(problem);
+      return width == 1 ? rms_norm_rows<__nv_bfloat16, 1>(problem) : rms_norm_rows<__nv_bfloat16, 8>(problem);
   }
 }
 
-void launch_norm_backward_rows(const NormBackwardRows& problem, Dtype dtype, int width, cudaStream_t) {
+void launch_rms_norm_backward_rows(const RmsNormBackwardRows& problem, Dtype dtype, int width, cudaStream_t) {
   check_vectors(width, {problem.weight, problem.delta});
   switch (dtype) {
     case Dtype::float32:
-      return width == 1 ? norm_backward_rows<float, 1>(problem) : norm_backward_rows<float, 4>(problem);
+      return width == 1 ? rms_norm_backward_rows<float, 1>(problem) : rms_norm_backward_rows<float, 4>(problem);
     case Dtype::float16:
-      return width == 1 ? norm_backward_rows<__half, 1>(problem) : norm_backward_rows<__half, 8>(problem);
+      return width == 1 ? rms_norm_backward_rows<__half, 1>(problem) : rms_norm_backward_rows<__half, 8>(problem);
     case Dtype::bfloat16:
-      return width == 1 ? norm_backward_rows<__nv_bfloat16, 1>(problem) : norm_backward_rows<__nv_bfloat16, 8>(problem);
+      return width == 1 ? rms_norm_backward_rows<__nv_bfloat16, 1>(problem)
+                        : rms_norm_backward_rows<__nv_bfloat16, 8>(problem);
   }
 }
 
@@ -183,10 +184,10 @@ void launch_sum_partials(const float* partials, PartialLayout layout, int64_t co
 namespace {
 
 template <class T>
-struct HostMatmul {
+struct HostLinear {
   static float at(const void* data, int64_t offset) { return to_float(static_cast<const T*>(data)[offset]); }
 
-  static float accumulator(const Matmul& p, int64_t row, int64_t col) {
+  static float accumulator(const LinearProblem& p, int64_t row, int64_t col) {
     float sum = 0.0f;
     for (int64_t k = 0; k < p.k; ++k) {
       sum += at(p.a, row * p.a_stride + k) * at(p.b, p.b_is_kn ? k * p.b_stride + col : col * p.b_stride + k);
@@ -195,7 +196,7 @@ struct HostMatmul {
   }
 
   template <Epilogue kEpilogue, Tile kTile>
-  static void run(const Matmul& p, void*, cudaStream_t) {
+  static void run(const LinearProblem& p, void*, cudaStream_t) {
     host_gemm_columns = static_cast<int>(tile_shape(kTile).n);
     host_gemm_multiprocessors = p.multiprocessors;
     // what cuTensorMapEncodeTiled asks for
@@ -227,18 +228,18 @@ struct HostMatmul {
     }
   }
 
-  static size_t workspace(const Matmul&) { return 16; }
+  static size_t workspace(const LinearProblem&) { return 16; }
 
-  static bool can_run(const Matmul& p) { return p.n % 8 == 0 && p.k % 8 == 0; }
+  static bool can_run(const LinearProblem& p) { return p.n % 8 == 0 && p.k % 8 == 0; }
 
   template <Epilogue kEpilogue>
-  static MatmulKernel kernel(Tile tile) {
+  static LinearKernel kernel(Tile tile) {
     return {
         workspace, can_run,
         tile == Tile::large_128x256 ? run<kEpilogue, Tile::large_128x256> : run<kEpilogue, Tile::small_128x128>};
   }
 
-  static MatmulKernel kernel(Epilogue epilogue, Tile tile) {
+  static LinearKernel kernel(Epilogue epilogue, Tile tile) {
     switch (epilogue) {
       case Epilogue::linear: return kernel<Epilogue::linear>(tile);
       case Epilogue::linear_z: return kernel<Epilogue::linear_z>(tile);
@@ -251,9 +252,9 @@ struct HostMatmul {
 
 }  // namespace
 
-MatmulKernel sm90_kernel(Epilogue epilogue, Dtype dtype, Tile tile, bool) {
-  return dtype == Dtype::float16 ? HostMatmul<__half>::kernel(epilogue, tile)
-                                 : HostMatmul<__nv_bfloat16>::kernel(epilogue, tile);
+LinearKernel sm90_kernel(Epilogue epilogue, Dtype dtype, Tile tile, bool) {
+  return dtype == Dtype::float16 ? HostLinear<__half>::kernel(epilogue, tile)
+                                 : HostLinear<__nv_bfloat16>::kernel(epilogue, tile);
 }
 
 }  // namespace gain_ops

@@ -177,7 +177,7 @@ TEST_CASE("choose_swizzle: the widest walk whose padding costs no wave") {
   static_assert(choose_swizzle(int64_t{1} << 33, 28672, 132, Tile::large_128x256) == 8);
 }
 
-TEST_CASE("matmul_partials: a row a tile row, whole tiles wide, no more than needed") {
+TEST_CASE("linear_partials: a row a tile row, whole tiles wide, no more than needed") {
   for (Tile tile : {Tile::large_128x256, Tile::small_128x128}) {
     const TileShape shape = tile_shape(tile);
     CAPTURE(shape.n);
@@ -185,7 +185,7 @@ TEST_CASE("matmul_partials: a row a tile row, whole tiles wide, no more than nee
       for (int64_t n : {int64_t{1}, shape.n - 1, shape.n, shape.n + 1, 3 * shape.n, (int64_t{1} << 33) + 8}) {
         CAPTURE(m);
         CAPTURE(n);
-        const PartialLayout layout = matmul_partials(m, n, tile);
+        const PartialLayout layout = linear_partials(m, n, tile);
         CHECK(layout.rows * shape.m >= m);
         CHECK((layout.rows - 1) * shape.m < m);
         CHECK(layout.width % shape.n == 0);
@@ -194,8 +194,8 @@ TEST_CASE("matmul_partials: a row a tile row, whole tiles wide, no more than nee
       }
     }
     // A tile row that only fills up a cluster stores nothing, so it has no row here.
-    CHECK(matmul_partials(shape.m, shape.n, tile).rows == 1);
-    CHECK(matmul_partials(shape.m + 1, shape.n + 1, tile).elements() == 2 * 2 * shape.n);
+    CHECK(linear_partials(shape.m, shape.n, tile).rows == 1);
+    CHECK(linear_partials(shape.m + 1, shape.n + 1, tile).elements() == 2 * 2 * shape.n);
   }
   CHECK(PartialLayout{1 << 20, 1 << 20}.elements() == int64_t{1} << 40);
 }
@@ -209,9 +209,9 @@ TEST_CASE("row_partials: every row in exactly one chunk") {
     const PartialLayout layout = row_partials(rows, 520);
     CHECK(layout.rows * rows_per_chunk(rows) >= rows);
     CHECK((layout.rows - 1) * rows_per_chunk(rows) < rows);
-    CHECK(norm_partials(rows, 520).rows * norm_rows_per_chunk(rows) >= rows);
-    CHECK((norm_partials(rows, 520).rows - 1) * norm_rows_per_chunk(rows) < rows);
-    CHECK(norm_partials(rows, 520).width == 520);
+    CHECK(rms_norm_partials(rows, 520).rows * rms_norm_rows_per_chunk(rows) >= rows);
+    CHECK((rms_norm_partials(rows, 520).rows - 1) * rms_norm_rows_per_chunk(rows) < rows);
+    CHECK(rms_norm_partials(rows, 520).width == 520);
     CHECK(layout.width == 520);
     for (int64_t cols : {int64_t{1}, int64_t{8}, big + 8}) {
       CAPTURE(cols);
@@ -226,17 +226,19 @@ TEST_CASE("rows_per_chunk is known from the rows: short while they are few, long
   static_assert(rows_per_chunk(513) == 16 && rows_per_chunk(2048) == 32 && rows_per_chunk(4096) == 64);
   static_assert(rows_per_chunk(4097) == 128 && rows_per_chunk(int64_t{1} << 40) == 128);
   static_assert(rows_per_chunk(1) % kWarps == 0);
-  static_assert(norm_rows_per_chunk(1) == 1 && norm_rows_per_chunk(256) == 1);
-  static_assert(norm_rows_per_chunk(257) == 2 && norm_rows_per_chunk(512) == 2 && norm_rows_per_chunk(4096) == 16);
-  static_assert(norm_rows_per_chunk(4097) == 32 && norm_rows_per_chunk(int64_t{1} << 40) == 32);
+  static_assert(rms_norm_rows_per_chunk(1) == 1 && rms_norm_rows_per_chunk(256) == 1);
+  static_assert(
+      rms_norm_rows_per_chunk(257) == 2 && rms_norm_rows_per_chunk(512) == 2 && rms_norm_rows_per_chunk(4096) == 16);
+  static_assert(rms_norm_rows_per_chunk(4097) == 32 && rms_norm_rows_per_chunk(int64_t{1} << 40) == 32);
   static_assert(kRowThreads == kLanes * kWarps && kRowThreads <= 1024);
 }
 
 TEST_CASE("from 256 rows of 1280 columns on a pass has some 130 blocks, and a norm's partials are few") {
   int64_t underfilled = 0, costly = 0;
   for (int64_t rows = 256; rows <= 16384; ++rows) {
-    underfilled += row_partials(rows, 1280).rows * ceil_div(1280, 256) < 132 || norm_partials(rows, 1280).rows < 128;
-    costly += norm_partials(rows, 1280).rows > 256 && norm_rows_per_chunk(rows) < 32;
+    underfilled +=
+        row_partials(rows, 1280).rows * ceil_div(1280, 256) < 132 || rms_norm_partials(rows, 1280).rows < 128;
+    costly += rms_norm_partials(rows, 1280).rows > 256 && rms_norm_rows_per_chunk(rows) < 32;
   }
   CHECK(underfilled == 0);
   CHECK(costly == 0);

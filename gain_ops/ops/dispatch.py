@@ -104,9 +104,9 @@ def _eager() -> Backend:
 
 
 def _triton() -> Backend:
-    from gain_ops import kernels  # imports triton
+    from gain_ops.kernels import backend  # imports triton
 
-    return kernels
+    return backend
 
 
 def _cuda() -> Backend:

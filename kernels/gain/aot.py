@@ -5,11 +5,13 @@ GPU. The report says what the machine code needs and holds: registers, shared me
 global memory by their width, matrix instructions.
 
     python -m gain_ops.kernels.aot sm_90            one JSON object a kernel, on lines
+    python -m gain_ops.kernels.aot sm_90 --also MODULE       and the calls of a kernel that is tried out: its CALLS
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import re
 import subprocess
@@ -25,8 +27,7 @@ import triton
 from torch import Tensor
 from triton.compiler import CompiledKernel
 
-from gain_ops import kernels
-from gain_ops.kernels import fused_backward
+from gain_ops.kernels import backend
 from gain_ops.kernels.recording import DEVICES, Launch, recording
 
 MATRIX_INSTRUCTIONS = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
@@ -73,37 +74,43 @@ Call = Callable[[Tensor, Tensor, Tensor, Tensor], object]
 
 
 def _glu_backward(activation: str) -> Call:
-    return lambda x, w, bias, delta: kernels.glu_backward(x, x, x, delta, activation)
+    return lambda x, w, bias, delta: backend.glu_backward(x, x, x, delta, activation)
 
 
 def _rms_norm_backward(x: Tensor, w: Tensor, bias: Tensor, delta: Tensor) -> object:
-    return kernels.rms_norm_backward(x, x, bias, delta, delta.new_empty(len(x)))
+    return backend.rms_norm_backward(x, x, bias, delta, delta.new_empty(len(x)))
 
 
 GEMM_CALLS: dict[str, Call] = {
-    "linear": lambda x, w, bias, delta: kernels.linear(x, w, delta, None),
-    "linear_z": lambda x, w, bias, delta: kernels.linear_z(x, w, delta, bias),
-    "linear_input": lambda x, w, bias, delta: kernels.linear_input(x, w, delta, bias),
-    "backward_recompute": lambda x, w, bias, delta: kernels.backward_recompute(x, x, w, delta),
-    "ddelta_recompute": lambda x, w, bias, delta: kernels.ddelta_recompute(x, x, w),
-    "backward_input": lambda x, w, bias, delta: kernels.backward_input(x, x, w, delta),
-    "backward_dx": lambda x, w, bias, delta: fused_backward.backward_dx(x, x, w, delta),
-    "backward_dx, W scaled": lambda x, w, bias, delta: fused_backward.backward_dx(x, x, w, None),
+    "linear": lambda x, w, bias, delta: backend.linear(x, w, delta, None),
+    "linear_z": lambda x, w, bias, delta: backend.linear_z(x, w, delta, bias),
+    "linear_input": lambda x, w, bias, delta: backend.linear_input(x, w, delta, bias),
+    "backward_recompute": lambda x, w, bias, delta: backend.backward_recompute(x, x, w, delta),
+    "ddelta_recompute": lambda x, w, bias, delta: backend.ddelta_recompute(x, x, w),
+    "backward_input": lambda x, w, bias, delta: backend.backward_input(x, x, w, delta),
 }
 ROWS_CALLS: dict[str, Call] = {
-    "scale": lambda x, w, bias, delta: kernels.scale(x, delta),
-    "backward": lambda x, w, bias, delta: kernels.backward(x, x, delta),
-    "ddelta": lambda x, w, bias, delta: kernels.ddelta(x, x),
-    "glu": lambda x, w, bias, delta: kernels.glu(x, x, delta, "gelu"),
-    "glu, no up": lambda x, w, bias, delta: kernels.glu(x, None, delta, "gelu"),
+    "scale": lambda x, w, bias, delta: backend.scale(x, delta),
+    "backward": lambda x, w, bias, delta: backend.backward(x, x, delta),
+    "ddelta": lambda x, w, bias, delta: backend.ddelta(x, x),
+    "glu": lambda x, w, bias, delta: backend.glu(x, x, delta, "gelu"),
+    "glu, no up": lambda x, w, bias, delta: backend.glu(x, None, delta, "gelu"),
     "glu_backward": _glu_backward("gelu"),
-    "glu_backward, no up": lambda x, w, bias, delta: kernels.glu_backward(x, x, None, delta, "gelu"),
-    "glu_ddelta": lambda x, w, bias, delta: kernels.glu_ddelta(x, x, x, "gelu"),
-    "rms_norm": lambda x, w, bias, delta: kernels.rms_norm(x, bias, delta, 1e-5),
+    "glu_backward, no up": lambda x, w, bias, delta: backend.glu_backward(x, x, None, delta, "gelu"),
+    "glu_ddelta": lambda x, w, bias, delta: backend.glu_ddelta(x, x, x, "gelu"),
+    "rms_norm": lambda x, w, bias, delta: backend.rms_norm(x, bias, delta, 1e-5),
     "rms_norm_backward": _rms_norm_backward,
 }
 OTHER_ACTIVATIONS = {f"glu_backward, {act}": _glu_backward(act) for act in ("silu", "relu2", "gelu_tanh")}
 CALLS = GEMM_CALLS | ROWS_CALLS | OTHER_ACTIVATIONS
+
+
+def add_calls(modules: Sequence[str]) -> None:
+    """Add the CALLS of modules, of GEMMs that no op runs yet."""
+    for module in modules:
+        found = importlib.import_module(module).CALLS
+        GEMM_CALLS.update(found)
+        CALLS.update(found)
 
 
 def problems() -> Iterator[Problem]:
@@ -134,10 +141,11 @@ def problems() -> Iterator[Problem]:
 _Task = tuple[str, Problem, set[tuple[str, str]]]
 
 
-def compile_all(targets: Sequence[str], workers: int = 2) -> Iterator[Compiled]:
+def compile_all(targets: Sequence[str], workers: int = 2, also: Sequence[str] = ()) -> Iterator[Compiled]:
     """Compile every kernel once for each target, in worker processes."""
+    add_calls(also)
     tasks = [task for target in targets for task in _tasks(target)]
-    with ProcessPoolExecutor(workers) as pool:
+    with ProcessPoolExecutor(workers, initializer=add_calls, initargs=(also,)) as pool:
         for compiled in pool.map(_compile, tasks):
             yield from compiled
 
@@ -278,8 +286,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m gain_ops.kernels.aot", description=main.__doc__)
     parser.add_argument("targets", nargs="*", choices=[*DEVICES, []], help="default: all")
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--also", nargs="*", default=[], help="modules with CALLS of their own")
     options = parser.parse_args(arguments)
-    for compiled in compile_all(options.targets or list(DEVICES), options.workers):
+    for compiled in compile_all(options.targets or list(DEVICES), options.workers, options.also):
         print(json.dumps(asdict(compiled)), flush=True)
 
 

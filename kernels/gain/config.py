@@ -54,13 +54,13 @@ def rows_chunk(t: int, n: int) -> int:
     return next((chunk for chunk in (128, 64, 32) if -(-t // chunk) * across >= 512), 16)
 
 
-def norm_chunk(t: int) -> int:
+def rms_norm_chunk(t: int) -> int:
     """Rows of an RMSNorm that make one row of partials: as many as leave 256 programs, of 16, 8 or 4."""
     return next((chunk for chunk in (16, 8) if -(-t // chunk) >= 256), 4)
 
 
 @dataclass(frozen=True)
-class NormConfig:
+class RmsNormConfig:
     """Tiles of an RMSNorm kernel: whole rows of block_n >= n columns in registers, or column blocks in turn."""
 
     block_n: int
@@ -68,12 +68,12 @@ class NormConfig:
     whole_row: bool
 
 
-def norm_config(n: int, rows: int) -> NormConfig:
+def rms_norm_config(n: int, rows: int) -> RmsNormConfig:
     """The RMSNorm heuristic: some 16 values a thread of a whole row, 8 a thread of blocks that hold ``rows`` rows at once."""
     if n > NORM_FEATURES:
-        return NormConfig(2048 // rows, num_warps=8, whole_row=False)
+        return RmsNormConfig(2048 // rows, num_warps=8, whole_row=False)
     block_n = 1 << (n - 1).bit_length()
-    return NormConfig(block_n, num_warps=max(block_n // 512, 1), whole_row=True)
+    return RmsNormConfig(block_n, num_warps=max(block_n // 512, 1), whole_row=True)
 
 
 # by TMA: Hopper and data-centre Blackwell

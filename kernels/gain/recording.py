@@ -1,7 +1,7 @@
 """A Triton driver that only records: what each call of a kernel launches on a GPU that is not there.
 
     with recording("sm_90") as launches:
-        gain_ops.kernels.linear(x, weight, delta, None)    # of meta tensors, or of a CPU's: nothing runs
+        gain_ops.kernels.backend.linear(x, weight, delta, None)    # of meta tensors, or of a CPU's: nothing runs
 
 Triton binds the arguments, specialises on them, compiles and checks shared memory and threads as for that GPU; the launcher
 alone is another. So what is recorded is what would be launched.
@@ -94,7 +94,7 @@ def recording(architecture: str, multiprocessors: int | None = None, *, compile:
 
 
 def _name(kernel: JITFunction[Any]) -> str:
-    # with its file's: norm.py's kernels and norm_wide.py's have the same names
+    # with its file's: rms_norm.py's kernels and rms_norm_wide.py's have the same names
     return f"{kernel.module.rpartition('.')[2]}.{kernel.__name__}"
 
 

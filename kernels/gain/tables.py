@@ -25,7 +25,7 @@ from gain_ops.kernels.config import GemmConfig
 from gain_ops.kernels.devices import architecture, multiprocessors
 from gain_ops.utils.files import replace_file
 
-FORMAT = 3
+FORMAT = 4
 SHIPPED = Path(__file__).resolve().parent / "tuned"
 
 _log = logging.getLogger("gain_ops")

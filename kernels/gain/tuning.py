@@ -38,16 +38,16 @@ def tune(
     a: Tensor,
     weight: Tensor,
     *,
-    timer: Callable[[Callable[[], Any]], float],
+    timer: Callable[[Callable[[], Any]], float] | None = None,
     path: Path | None = None,
 ) -> GemmConfig:
     """Time the candidates for one problem, the fastest also in other orders of tiles, and keep the winner in the table.
 
     Args:
-        kernel: "linear", "backward_dx", or "matmul_reduce" with what it writes: "matmul_reduce c", "matmul_reduce acc".
+        kernel: "linear", or "linear_backward" with what it writes: "linear_backward c", "linear_backward acc".
         run: launches the kernel with a configuration and returns its result.
         a, weight: [M, K] and [N, K], the problem.
-        timer: seconds (or any unit) of one call, ``triton.testing.do_bench`` on a GPU.
+        timer: seconds (or any unit) of one call; by default ``triton.testing.do_bench``.
         path: the table; by default the one that ``gemm_config`` reads.
 
     Returns:
@@ -55,6 +55,7 @@ def tune(
         to the dtype's rounding is left out.
 
     """
+    timer = timer or functools.partial(triton.testing.do_bench, warmup=5, rep=25, return_mode="median")
     device = Device.of(a)
     path = table_path(device) if path is None else path
     first = heuristic(device, a.shape[0], weight.shape[0])
@@ -140,7 +141,7 @@ def tune_layer(
 
     The forward is tuned as training runs it, with z stored.
     """
-    from gain_ops.kernels import fused_backward, linear_forward, matmul_reduce
+    from gain_ops.kernels import linear_backward, linear_forward
 
     device = torch.device("cuda", torch.cuda.current_device())
 
@@ -157,26 +158,18 @@ def tune_layer(
         return y
 
     def recompute(config: GemmConfig) -> Tensor:
-        return matmul_reduce.launch(x, weight, dy, gain_out, dz, "c", config)
+        return linear_backward.launch(x, weight, dy, gain_out, dz, "c", config)
 
     def input_side(config: GemmConfig) -> Tensor:
-        return matmul_reduce.launch(dy, weight.t(), x, gain_in, dx, "acc", config)
-
-    def fused(config: GemmConfig) -> Tensor:
-        fused_backward.launch(dy, z, weight, gain_out, dx, config)
-        return dx
+        return linear_backward.launch(dy, weight.t(), x, gain_in, dx, "acc", config)
 
     problems = [
         ("linear", forward, x, weight),
-        ("matmul_reduce c", recompute, x, weight),
-        ("matmul_reduce acc", input_side, dy, weight.t()),
+        ("linear_backward c", recompute, x, weight),
+        ("linear_backward acc", input_side, dy, weight.t()),
     ]
-    about = Device.of(x)
-    if fused_backward.serves(about.architecture, heuristic(about, tokens, in_features)):
-        problems.append(("backward_dx", fused, dy, weight.t()))
-    timer = functools.partial(triton.testing.do_bench, warmup=5, rep=25, return_mode="median")
     for kernel, run, a, w in problems:
-        yield kernel, tune(kernel, run, a, w, timer=timer, path=path)
+        yield kernel, tune(kernel, run, a, w, path=path)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -16,7 +16,7 @@ from benchmarks.harness.results import Row
 from gain_ops.ops import dispatch, raw
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-ROOT = Path(__file__).resolve().parent.parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 ROW = Row("op", "site", "-", "eager", "time", "us", "float32", 1, 1, 1, 2.0, 1.0, 3.0, 5)
 NAMES = ("environment", "proof", "ops", "layers")
 
@@ -249,7 +249,7 @@ def test_every_step_of_the_proof_is_made_by_some_part(monkeypatch: pytest.Monkey
         if "proof" in part.name:
             list(part.run(1.0, [], Path()))
     assert asked == {*proof.STEPS} >= {*proof.BLOCKING}
-    text = (ROOT / "tests" / "test_parity.py").read_text()
+    text = (ROOT / "tests" / "backends" / "test_parity.py").read_text()
     assert f"def {proof._DRAWN}(" in text
 
 

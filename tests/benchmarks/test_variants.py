@@ -67,7 +67,7 @@ def test_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_kernel_that_is_wrong_gets_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
-    from gain_ops.kernels import fused_backward
+    from benchmarks.experiments import fused_backward
 
     right = fused_backward.backward_dx
     monkeypatch.setattr(fused_backward, "backward_dx", lambda *of: (1.01 * right(*of)[0], right(*of)[1]))

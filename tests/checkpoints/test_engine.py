@@ -24,7 +24,7 @@ from gain_ops.checkpoints.plan import open_checkpoint, plan
 from gain_ops.gainfiles.file import GainFileError
 from gain_ops.utils.files import copy_file, stage_of
 
-from small_checkpoints import absorbed, contents, save_folder, save_gain_file
+from support.small_checkpoints import absorbed, contents, save_folder, save_gain_file
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 

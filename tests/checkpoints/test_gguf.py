@@ -17,9 +17,10 @@ from gain_ops.checkpoints.formats.gguf_blocks import BLOCKS, decode
 from gain_ops.gainfiles.file import GainFile, read_gains
 from gain_ops.models.files import save_gains
 from gain_ops.models.record import gained_modules
+from gain_ops.testing import assert_no_worse_than_torch, relative_error
 from gain_ops.training.loading import bundled_model
 
-from gguf_files import (
+from support.gguf_files import (
     finish,
     gpt2_fields,
     llama_fields,
@@ -30,7 +31,6 @@ from gguf_files import (
     write_model,
     write_tensors,
 )
-from rules import assert_no_worse_than_torch, relative_error
 
 IDS = torch.arange(24).view(2, 12)
 QK = ["q_proj", "k_proj"]

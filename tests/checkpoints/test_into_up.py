@@ -24,10 +24,10 @@ from gain_ops.checkpoints.plan import plan
 from gain_ops.gainfiles.file import read_gains
 from gain_ops.models.ffn_layout import layout_of
 from gain_ops.models.record import gained_modules
+from gain_ops.testing import assert_no_worse_than_torch
 
-from gguf_files import llama_fields, load, tiny_gated, write_model, write_tensors
-from rules import assert_no_worse_than_torch
-from small_checkpoints import save_folder, save_gain_file
+from support.gguf_files import llama_fields, load, tiny_gated, write_model, write_tensors
+from support.small_checkpoints import save_folder, save_gain_file
 
 IDS = torch.arange(24).view(2, 12)
 DOWN = "model.layers.0.mlp.down_proj"

@@ -22,7 +22,7 @@ from gain_ops.checkpoints.formats.safetensors_folder import SafetensorsCheckpoin
 from gain_ops.gainfiles.file import read_gains
 from gain_ops.models.files import fingerprint
 
-from small_checkpoints import fingerprint_of, save_folder, save_gain_file
+from support.small_checkpoints import fingerprint_of, save_folder, save_gain_file
 
 O_PROJ = "model.layers.0.self_attn.o_proj"
 DOWN = "model.layers.0.mlp.down_proj"

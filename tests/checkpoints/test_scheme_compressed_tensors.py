@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gain_ops.checkpoints.edits import CheckpointError
+from gain_ops.testing import assert_no_worse_than_torch
 
-from rules import assert_no_worse_than_torch
-from scheme_files import absorb, gains_of, rounded_once, same
+from support.scheme_files import absorb, gains_of, rounded_once, same
 
 pytest.importorskip("compressed_tensors")
 

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gain_ops.checkpoints.edits import CheckpointError
+from gain_ops.testing import assert_no_worse_than_torch
 
-from rules import assert_no_worse_than_torch
-from scheme_files import absorb, gains_of, rounded_once, same
+from support.scheme_files import absorb, gains_of, rounded_once, same
 
 AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
 few = settings(deadline=None, max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])

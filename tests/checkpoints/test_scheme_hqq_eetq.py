@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gain_ops.checkpoints.edits import CheckpointError
 
-from scheme_files import TINY, absorb, gains_of, rounded_once, same
+from support.scheme_files import TINY, absorb, gains_of, rounded_once, same
 
 few = settings(deadline=None, max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
 HQQ, EETQ = {"quant_method": "hqq"}, {"quant_method": "eetq"}

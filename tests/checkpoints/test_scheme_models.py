@@ -12,9 +12,9 @@ from gain_ops.checkpoints.absorb import absorb
 from gain_ops.checkpoints.edits import CheckpointError
 from gain_ops.checkpoints.plan import plan
 from gain_ops.gainfiles.file import read_gains
+from gain_ops.testing import assert_no_worse_than_torch
 
-from rules import assert_no_worse_than_torch
-from small_checkpoints import save_gain_file
+from support.small_checkpoints import save_gain_file
 
 pytest.importorskip("transformers")
 

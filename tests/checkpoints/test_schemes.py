@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from gain_ops.checkpoints.edits import CheckpointError
 from gain_ops.checkpoints.schemes.codes import FP4_E2M1, Fields, Whole
 
-from scheme_files import absorb
+from support.scheme_files import absorb
 
 
 @pytest.mark.parametrize("config", [{"quant_method": "aqlm"}, {"quant_method": "mxfp4"}, {}])

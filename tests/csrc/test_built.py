@@ -11,7 +11,7 @@ import pytest
 
 from gain_ops import build
 
-import host_extension
+from support import host_extension
 
 # A thread's registers when as many threads as the kernels ask for share a multiprocessor's 64 Ki.
 GEMM_REGISTERS = 168  # 3 warpgroups of 128; setmaxnreg moves them between producer and consumers
@@ -76,7 +76,7 @@ def test_every_kernel_was_compiled_for_every_architecture() -> None:
     counts: dict[tuple[str, str], int] = {}
     for kernel in _kernels():
         counts[kernel.source, kernel.architecture] = counts.get((kernel.source, kernel.architecture), 0) + 1
-    per_file = {"glu.cu": 18, "norm.cu": 12, "partials.cu": 1, "rows.cu": 18}
+    per_file = {"glu.cu": 18, "rms_norm.cu": 12, "partials.cu": 1, "rows.cu": 18}
     expected = {(source, f"sm_{a}"): n for a in made_of.architectures for source, n in per_file.items()}
     # two tiles, two layouts of W
     gemms = {path.name for path in (made_of.csrc / "sm90").glob("*.cu")}
@@ -98,7 +98,7 @@ def test_registers_and_static_shared_memory_fit() -> None:
     for kernel in _kernels():
         assert kernel.registers <= (GEMM_REGISTERS if _is_gemm(kernel) else ROW_REGISTERS), kernel
         assert kernel.shared <= STATIC_SHARED, kernel
-        if "norm_backward_rows" in kernel.name:
+        if "rms_norm_backward_rows" in kernel.name:
             assert kernel.registers <= NORM_BACKWARD_REGISTERS, kernel
 
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import host_extension
-from parity import CALLS, DEVICE, LAYOUTS, compare, laid_out, run, tensors
+from support import host_extension
+from support.parity import CALLS, DEVICE, LAYOUTS, compare, laid_out, run, tensors
 
 ARGUMENTS = {
     "scale": ("x", "delta_in", "bias_in"),
@@ -201,14 +201,15 @@ def test_float32_is_refused_by_the_fused_ops() -> None:
 def _in_a_new_process(code: str, **environment: str) -> str:
     """What it prints. The library reads GAIN_OPS_SM_MARGIN once, and a thread has a context for good."""
     host_extension.parameters()
-    environment = os.environ | {"PYTHONPATH": str(Path(host_extension.__file__).parent)} | environment
+    environment = os.environ | {"PYTHONPATH": str(Path(host_extension.__file__).parents[1])} | environment
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     return run.stdout
 
 
 _LINEAR_ON_THE_HOST = """
-import host_extension, torch
+import torch
+from support import host_extension
 host_extension.load()
 x = torch.zeros(8, 16, dtype=torch.bfloat16)
 try:
@@ -261,8 +262,8 @@ def test_each_tile_of_the_card_where_the_operands_end_within_it(multiprocessors:
     """The margin leaves as many multiprocessors as make csrc/plan.cpp choose the tile."""
     code = f"""
 import torch
-import host_extension
-from parity import CALLS, compare, tensors
+from support import host_extension
+from support.parity import CALLS, compare, tensors
 for dtype in (torch.bfloat16, torch.float16):
     for call in CALLS:
         if call.split()[0] in {FUSED}:
@@ -278,7 +279,8 @@ def test_a_thread_whose_first_work_is_a_fused_gemm() -> None:
     """It has no context yet, which TMA's descriptors need and torch's device guard does not make."""
     code = """
 import threading
-import host_extension, torch
+import torch
+from support import host_extension
 host_extension.compiled()
 x, delta = torch.ones(8, 16, device="cuda", dtype=torch.bfloat16), torch.zeros(8, device="cuda")
 torch.ops.gain_ops_cuda.linear(x, x, delta, None)

@@ -9,9 +9,9 @@ import pytest
 
 from gain_ops import build
 
-import host_extension
+from support import host_extension
 
-TESTS = Path(__file__).resolve().parent.parent.parent / "csrc" / "tests"
+TESTS = Path(__file__).resolve().parents[2] / "csrc" / "tests"
 LAUNCHER = ["ccache"] if shutil.which("ccache") else []
 
 
@@ -40,7 +40,7 @@ def test_plans_and_threads_under_the_sanitizers(parameters: build.Parameters, tm
     sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
     include = ["-isystem", str(parameters.cuda_home / "include")]
     objects = []
-    tests = ("main", "test_plan", "test_blocks", "test_glu_blocks", "test_norm_blocks")
+    tests = ("main", "test_plan", "test_blocks", "test_glu_blocks", "test_rms_norm_blocks")
     for source in (*(TESTS / f"{name}.cpp" for name in tests), TESTS.parent / "plan.cpp"):
         objects.append(tmp_path / f"{source.stem}.o")
         _compile("g++", *flags, *sanitizers, *include, "-c", source, "-o", objects[-1])
@@ -54,7 +54,7 @@ def test_what_cutlass_is_told(parameters: build.Parameters, tmp_path: Path) -> N
         pytest.skip(parameters.left_out[0])
     architecture = "-gencode=arch=compute_90a,code=sm_90a"
     flags = [*parameters.nvcc_flags(), architecture]
-    _compile(parameters.nvcc, *flags, "-c", TESTS / "test_matmul_arguments.cu", "-o", tmp_path / "arguments.o")
+    _compile(parameters.nvcc, *flags, "-c", TESTS / "test_linear_arguments.cu", "-o", tmp_path / "arguments.o")
     _compile("g++", "-std=c++17", "-c", TESTS / "main.cpp", "-o", tmp_path / "main.o")
     _run(parameters.nvcc, tmp_path / "arguments.o", tmp_path / "main.o", "-o", tmp_path / "arguments")
     assert "0 failed" in _run(tmp_path / "arguments")

@@ -1,6 +1,6 @@
 import pytest
 
-from group import Group
+from support.group import Group
 
 
 @pytest.fixture(scope="session")

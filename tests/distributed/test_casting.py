@@ -8,7 +8,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from gain_ops.layers.linear import GainLinear
 
-from small_training import mesh_of
+from support.small_training import mesh_of
 
 
 def _cast(how, dtype):

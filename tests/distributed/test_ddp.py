@@ -9,8 +9,8 @@ from torch.nn.parallel import DistributedDataParallel
 import gain_ops
 from gain_ops.gainfiles.file import read_gains
 
-from small_training import backward, batches, build, deltas, gradients, optimizer_of, train, whole
-from traffic import Traffic
+from support.small_training import backward, batches, build, deltas, gradients, optimizer_of, train, whole
+from support.traffic import Traffic
 
 
 def _wrap(checkpointing=False, ddp=None, **options):

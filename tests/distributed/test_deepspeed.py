@@ -9,10 +9,10 @@ import torch.distributed as dist
 
 import gain_ops
 from gain_ops.gainfiles.file import read_gains
+from gain_ops.testing import assert_no_worse_than_torch
 
-from group import Group
-from rules import assert_no_worse_than_torch
-from small_training import backward, batches, build, deltas, own_part
+from support.group import Group
+from support.small_training import backward, batches, build, deltas, own_part
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
 

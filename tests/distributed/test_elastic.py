@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-import elastic_training
-from elastic_training import EVERY, STEPS
+from support import elastic_training
+from support.elastic_training import EVERY, STEPS
 
 
 def _losses(folder: Path, restarts: int = 0) -> dict[int, str]:

@@ -29,7 +29,7 @@ from gain_ops.planning.counts import METHODS
 from gain_ops.planning.strategies import GIB, Job, rows
 from gain_ops.training.domains import from_path
 
-from tiny_llama import ENGLISH, save_tiny_llama
+from support.tiny_llama import ENGLISH, save_tiny_llama
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "distributed"
 GPUS = 8

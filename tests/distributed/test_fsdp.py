@@ -20,9 +20,9 @@ from gain_ops.integrations.fsdp import shard_gains
 from gain_ops.models.record import gained_modules
 from gain_ops.models.sets import add_gains, set_gains
 from gain_ops.models.statistics import gain_statistics
+from gain_ops.testing import assert_no_worse_than_torch
 
-from rules import assert_no_worse_than_torch
-from small_training import (
+from support.small_training import (
     backward,
     batches,
     build,
@@ -35,7 +35,7 @@ from small_training import (
     train,
     whole,
 )
-from traffic import DeltaDtypes, Traffic
+from support.traffic import DeltaDtypes, Traffic
 
 BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 

@@ -12,7 +12,7 @@ import torch
 
 from gain_ops.gainfiles.file import read_gains
 
-from tiny_llama import ENGLISH, save_tiny_llama
+from support.tiny_llama import ENGLISH, save_tiny_llama
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "trainer.py"
 PROCESSES = 2

@@ -11,7 +11,7 @@ from transformers import LlamaForCausalLM
 import gain_ops
 from gain_ops.gainfiles.file import read_gains
 
-from small_training import BATCH, batches, build, deltas, optimizer_of
+from support.small_training import BATCH, batches, build, deltas, optimizer_of
 
 SCHEDULES = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}
 STEPS = 3

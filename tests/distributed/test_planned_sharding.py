@@ -22,7 +22,7 @@ from gain_ops.measure.perplexity import next_token_loss
 from gain_ops.planning.counts import METHODS, count_pass
 from gain_ops.planning.strategies import GIB, Job, Row, gathered_at_once, rows, sharded_traffic, sizes_of
 
-from traffic import Traffic
+from support.traffic import Traffic
 
 LAYERS, TOKENS, VOCABULARY = 6, 64, 96
 LARGE = 4096  # a vocabulary whose weights are more than a pass over a few tokens takes

@@ -9,7 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import gain_ops
 
-from small_training import STEPS, batches, build, deltas, mesh_of, optimizer_of, shard, train, whole
+from support.small_training import STEPS, batches, build, deltas, mesh_of, optimizer_of, shard, train, whole
 
 SAVED_AFTER = 4
 

@@ -1,8 +1,6 @@
 """What a training step sends: counted as it runs, it is what the parameters say, for gains, LoRA and full fine-tuning."""
 
 import dataclasses
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +9,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # benchmarks/ is no part of the package
 
 from benchmarks.contestants import models
 from benchmarks.contestants.sites import Architecture

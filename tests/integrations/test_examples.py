@@ -18,7 +18,7 @@ from gain_ops.gainfiles.file import read_gains
 from gain_ops.models.quantized import forget_quantizer
 from gain_ops.training import loading
 
-from tiny_llama import save_tiny_llama
+from support.tiny_llama import save_tiny_llama
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 CHATS = [

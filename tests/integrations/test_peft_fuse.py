@@ -16,8 +16,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
 from gain_ops.measure.saved_bytes import saved_bytes
-
-from rules import assert_no_worse_than_torch
+from gain_ops.testing import assert_no_worse_than_torch
 
 peft = pytest.importorskip("peft")
 ia3 = pytest.importorskip("peft.tuners.ia3.layer")

@@ -401,7 +401,7 @@ def test_trl_leaves_the_gains_of_a_quantised_base_in_float32(tmp_path):
     from transformers import AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
-    from tiny_llama import save_tiny_llama
+    from support.tiny_llama import save_tiny_llama
 
     class GainSFTTrainer(GainTrainerMixin, SFTTrainer):
         pass

@@ -12,29 +12,32 @@ import pytest
 import torch
 import triton
 
+from benchmarks.experiments import fused_backward
 from gain_ops.kernels import aot, config
 from gain_ops.kernels.recording import DEVICES
 
 NVIDIA = [target for target in DEVICES if target.startswith("sm")]
 FUSED = {
     "linear_forward.linear_kernel",
-    "matmul_reduce.matmul_reduce_kernel",
+    "linear_backward.linear_backward_kernel",
     "fused_backward.backward_dx_kernel",
 }
 ONE_PASS = {
     "rows.scale_kernel",
     "rows.backward_kernel",
-    "activations.glu_kernel",
-    "activations.glu_backward_kernel",
-    "norm.rms_norm_kernel",
-    "norm.rms_norm_backward_kernel",
-    "norm_wide.rms_norm_kernel",
-    "norm_wide.rms_norm_backward_kernel",
+    "glu.glu_kernel",
+    "glu.glu_backward_kernel",
+    "rms_norm.rms_norm_kernel",
+    "rms_norm.rms_norm_backward_kernel",
+    "rms_norm_wide.rms_norm_kernel",
+    "rms_norm_wide.rms_norm_backward_kernel",
     "partials.sum_partials_kernel",
 }
 # the arguments of all kernels that are [T, n] or a weight
 MATRICES = {"a", "b", "c", "out", "x", "y", "z", "dx", "dy", "dz", "gate", "up", "h", "dh", "dgate_up"}
 VECTORS = {"delta", "bias", "weight", "r", "partials", "sums"}
+
+ROOT = Path(__file__).resolve().parents[2]
 
 NEEDS = Path(__file__).with_name(f"needs-triton-{'.'.join(triton.__version__.split('.')[:2])}.json")
 """Registers, spilled bytes and shared memory of every kernel, as they were accepted."""
@@ -46,8 +49,9 @@ Kernel = dict[str, Any]
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Kernel]]:
     """Compiled in a process of its own: here the kernels may be interpreted."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
     output = subprocess.run(
-        [sys.executable, "-m", "gain_ops.kernels.aot"],
+        [sys.executable, "-m", "gain_ops.kernels.aot", "--also", "benchmarks.experiments.fused_backward"],
         env=environment,
         cwd=tmp_path_factory.mktemp("aot"),
         stdout=subprocess.PIPE,
@@ -73,7 +77,7 @@ def _rows_are_aligned(kernel: Kernel) -> bool:
     """Unit-stride rows of a multiple of 16 bytes; a transposed W has columns that are so, and the kernels know."""
     problem = kernel["problem"]
     dtype = getattr(torch, problem["dtype"])
-    x_is_rows = not problem["transposed"] or problem["call"] in aot.GEMM_CALLS
+    x_is_rows = not problem["transposed"] or problem["call"] in aot.GEMM_CALLS | fused_backward.CALLS
     return x_is_rows and problem["features"] * dtype.itemsize % 16 == 0
 
 

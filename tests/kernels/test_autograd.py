@@ -5,8 +5,7 @@ import torch
 from torch import Tensor
 
 from gain_ops import gain_linear, gain_scale, reference
-
-from rules import assert_no_worse_than_torch
+from gain_ops.testing import assert_no_worse_than_torch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])

@@ -24,7 +24,7 @@ def test_every_pick_is_compiled(arch: str, m: int, n: int, multiprocessors: int)
 def test_a_row_of_an_rms_norm_fits_a_block_of_64_wide_wavefronts() -> None:
     rows = [1 << log for log in range(config.NORM_FEATURES.bit_length())]
     assert rows[-1] == config.NORM_FEATURES
-    assert all(1 <= config.norm_config(row, rows=1).num_warps <= 1024 // 64 for row in rows)
+    assert all(1 <= config.rms_norm_config(row, rows=1).num_warps <= 1024 // 64 for row in rows)
 
 
 @pytest.mark.parametrize(("arch", "large", "small"), [("sm_80", 128, 64), ("sm_90", 256, 128), ("sm_100", 256, 128)])
@@ -51,7 +51,7 @@ def test_programs_of_the_one_pass_backward(t: int, n: int, programs: int) -> Non
 
 @pytest.mark.parametrize(("t", "programs"), [(64, 16), (512, 128), (2048, 256), (8192, 512)])
 def test_programs_of_an_rms_norm_s_backward(t: int, programs: int) -> None:
-    assert -(-t // config.norm_chunk(t)) == programs
+    assert -(-t // config.rms_norm_chunk(t)) == programs
 
 
 def test_k_order_does_not_depend_on_the_tokens() -> None:

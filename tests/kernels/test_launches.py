@@ -8,9 +8,12 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
 
 TARGETS = ("sm_80", "sm_90")
 
@@ -46,6 +49,7 @@ KERNELS = {
 @pytest.fixture(scope="module")
 def found() -> dict[str, Any]:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
     run = subprocess.run([sys.executable, __file__], env=environment, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(run.stdout)
 
@@ -106,6 +110,8 @@ def _record() -> dict[str, Any]:
 
     from gain_ops.kernels import aot, config, linear_forward, rows
     from gain_ops.kernels.recording import recording
+
+    aot.add_calls(["benchmarks.experiments.fused_backward"])
 
     def launched(target: str, problems: list[aot.Problem], compiles: bool = False) -> list[Any]:
         with recording(target, compile=compiles) as launches:

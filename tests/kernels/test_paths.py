@@ -5,13 +5,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gain_ops import kernels, reference
+from benchmarks.experiments import fused_backward
+from gain_ops import reference
 from gain_ops.backends.operands import fuses
-from gain_ops.kernels import config, devices, fused_backward, linear_forward, matmul_reduce, rows
+from gain_ops.kernels import backend, config, devices, linear_backward, linear_forward, rows
 from gain_ops.kernels.config import GemmConfig
+from gain_ops.testing import assert_no_worse_than_torch
 
-from parity import DEVICE, compare, laid_out, tensors
-from rules import assert_no_worse_than_torch
+from support.parity import DEVICE, compare, laid_out, tensors
 
 # of the operands that a fused GEMM takes; the interpreter computes wrong bfloat16 dots
 HALF = [torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
@@ -35,7 +36,7 @@ def _run_gemms(config: GemmConfig, shape: tuple[int, int, int], dtype: torch.dty
     truth_dz, truth_sum = reference.backward_recompute(exact[4], exact[0], exact[1], exact[2])
     for writes in ("c", "acc", "nothing"):
         out = None if writes == "nothing" else torch.empty_like(dy)
-        sums = matmul_reduce.launch(x, weight, dy, None if out is None else delta, out, writes, config)
+        sums = linear_backward.launch(x, weight, dy, None if out is None else delta, out, writes, config)
         assert_no_worse_than_torch(f"sums, {writes}", sums, plain_sum, truth_sum)
         if writes == "c":
             assert_no_worse_than_torch("gain * c", out, plain_dz, truth_dz)
@@ -108,7 +109,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
     for module, name in (
         (linear_forward, "linear_kernel"),
-        (matmul_reduce, "matmul_reduce_kernel"),
+        (linear_backward, "linear_backward_kernel"),
         (rows, "backward_kernel"),
         (rows, "scale_kernel"),
     ):
@@ -128,8 +129,8 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.mark.parametrize("call", GEMMS)
 def test_operands_with_wide_rows_are_fused(call: str, launched: list[str]) -> None:
-    compare(kernels, call, tensors(40, 48, 64, torch.float16))
-    assert set(launched) <= {"linear_kernel", "matmul_reduce_kernel"}
+    compare(backend, call, tensors(40, 48, 64, torch.float16))
+    assert set(launched) <= {"linear_kernel", "linear_backward_kernel"}
     assert launched
 
 
@@ -156,9 +157,9 @@ def test_other_operands_get_the_vendor_s_gemm_and_one_pass(call: str, case: str,
     for name in how.get("misaligned", ()):
         shifted = t[name].new_empty(t[name].numel() + 1)[1:].view_as(t[name])
         t[name] = shifted.copy_(t[name])
-    compare(kernels, call, t)
+    compare(backend, call, t)
     reads_dy = call not in ("linear", "linear without bias", "linear_z")
-    fused = {"linear_kernel", "matmul_reduce_kernel"}
+    fused = {"linear_kernel", "linear_backward_kernel"}
     if case == "expanded dy" and not reads_dy:
         assert set(launched) <= fused
     else:
@@ -176,10 +177,10 @@ def test_an_expanded_dy_is_copied_once_at_most(monkeypatch: pytest.MonkeyPatch) 
     seen = []
     backward = rows.launch_backward
     monkeypatch.setattr(rows, "launch_backward", lambda d, *of: seen.append(d.stride()) or backward(d, *of))
-    kernels.backward_recompute(dy, t["x"], t["weight"], t["delta_out"])
+    backend.backward_recompute(dy, t["x"], t["weight"], t["delta_out"])
     assert (products, seen) == (["linear"], [(0, 0)]), "recomputing z reads no dy, and the pass reads it expanded"
     products.clear()
-    kernels.backward_input(dy, t["x"], t["weight"], t["delta_in"])
+    backend.backward_input(dy, t["x"], t["weight"], t["delta_in"])
     assert products == ["mm"]
 
 
@@ -199,5 +200,5 @@ def test_the_input_side_scales_the_smaller_operand_in_one_pass(
         return one_pass(x, *rest, **options)
 
     monkeypatch.setattr(rows, "_scale", record)
-    compare(kernels, "linear_input", arguments)
+    compare(backend, "linear_input", arguments)
     assert passes == [tuple(sorted(scaled, reverse=True))]

@@ -1,0 +1,67 @@
+"""What results are held to: a rule instead of tolerances set by hand, and the layer as anybody would write it."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["PlainGain", "assert_no_worse_than_torch", "relative_error"]
+
+
+def relative_error(result: Tensor, truth: Tensor) -> float:
+    """Frobenius norm of the difference over that of the truth (over 1 where the truth is zero), in fp64."""
+    truth = truth.double()
+    norm = truth.norm().item()
+    return float((result.double() - truth).norm().item() / (norm if norm else 1.0))
+
+
+def assert_no_worse_than_torch(
+    name: str,
+    result: Tensor,
+    plain: Tensor,
+    truth: Tensor,
+    magnitude: Tensor | None = None,
+    unit: torch.dtype | None = None,
+) -> None:
+    """Raise AssertionError unless ``result`` errs at most twice what ``plain`` (torch in the same dtype) errs.
+
+    Errors are relative, in the Frobenius norm, against the fp64 ``truth``.
+    One unit in the last place of the accumulation dtype is granted beside, for a plain result that happens to be exact: of
+    ``unit`` instead, where an operand is itself rounded to that. It is a unit of ``magnitude``, the same computation on
+    absolute values, where the terms of a sum may cancel.
+    """
+    if result.shape != truth.shape:
+        raise AssertionError(f"{name}: shape {tuple(result.shape)}, expected {tuple(truth.shape)}")
+    floor = torch.finfo(unit or (torch.float64 if result.dtype == torch.float64 else torch.float32)).eps
+    if magnitude is not None and truth.norm() > 0:
+        floor *= max(1.0, (magnitude.double().norm() / truth.double().norm()).item())
+    error, allowed = relative_error(result, truth), 2 * relative_error(plain, truth) + floor
+    # written so that NaN fails, and raised so that Python's -O leaves it
+    if not error <= allowed:
+        raise AssertionError(f"{name}: relative error {error:.3e}, allowed {allowed:.3e} (twice plain torch's)")
+
+
+class PlainGain(nn.Module):
+    """The composite without any of the package's code: F.linear and a multiplication, every parameter its own."""
+
+    def __init__(self, linear: Any, side: str = "output") -> None:
+        super().__init__()
+        transposed = type(linear).__name__ == "Conv1D"
+        weight = linear.weight.detach()
+        self.weight = nn.Parameter((weight.T if transposed else weight).clone(), requires_grad=False)
+        bias = linear.bias
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
+        self.side = side
+        features = self.weight.shape[0 if side == "output" else 1]
+        wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        self.delta = nn.Parameter(torch.zeros(features, dtype=wide))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Y = gain * (x @ W.T) + b, or (x * gain) @ W.T + b."""
+        gain = 1 + self.delta
+        if self.side == "input":
+            return F.linear((x * gain).to(x.dtype), self.weight, self.bias)
+        z = F.linear(x, self.weight)
+        y = (z * gain).to(z.dtype)
+        return y if self.bias is None else (y + self.bias).to(z.dtype)

@@ -1,0 +1,24 @@
+"""The functions of gain_ops.reference by their names, as Triton kernels: what dispatch.py loads."""
+
+from gain_ops.kernels.glu import glu, glu_backward, glu_ddelta
+from gain_ops.kernels.linear_backward import backward_input, backward_recompute, ddelta_recompute
+from gain_ops.kernels.linear_forward import linear, linear_z
+from gain_ops.kernels.rms_norm import rms_norm, rms_norm_backward
+from gain_ops.kernels.rows import backward, ddelta, linear_input, scale
+
+__all__ = [
+    "backward",
+    "backward_input",
+    "backward_recompute",
+    "ddelta",
+    "ddelta_recompute",
+    "glu",
+    "glu_backward",
+    "glu_ddelta",
+    "linear",
+    "linear_input",
+    "linear_z",
+    "rms_norm",
+    "rms_norm_backward",
+    "scale",
+]

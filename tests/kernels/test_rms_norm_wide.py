@@ -1,0 +1,74 @@
+"""RMSNorms of rows that do not fit the registers: the same map by column blocks, whatever the sizes and strides."""
+
+import pytest
+import torch
+
+from gain_ops import reference
+from gain_ops.kernels import backend, config, rms_norm_wide
+from gain_ops.kernels.config import NORM_FEATURES
+
+from support.parity import DEVICE, LAYOUTS, compare, laid_out, run, tensors
+from support.shapes import EMPTY, SMALL
+
+DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
+CALLS = ["rms_norm", "rms_norm_backward"]
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+
+@pytest.fixture
+def every_row_is_wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config, "NORM_FEATURES", 0)
+
+
+@pytest.mark.usefixtures("every_row_is_wide")
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [*SMALL, *EMPTY, (17, 1, 300), (3, 1, 2050)])
+def test_no_worse_than_plain_torch(call: str, dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
+    compare(backend, call, tensors(*shape, dtype))
+
+
+@pytest.mark.usefixtures("every_row_is_wide")
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_strides(call: str, layout: str) -> None:
+    arguments = tensors(19, 1, 261, torch.float16)
+    for name in ("dy", "dh"):
+        arguments[name] = laid_out(arguments[name], layout)
+    compare(backend, call, arguments)
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("over", [0, 1])
+def test_the_widest_row_that_is_held_and_one_more(call: str, over: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    used = []
+
+    class Spy:
+        def __getitem__(self, grid):
+            used.append(grid)
+            return kernel[grid]
+
+    kernel = getattr(rms_norm_wide, f"{call}_kernel")
+    monkeypatch.setattr(rms_norm_wide, f"{call}_kernel", Spy())
+    compare(backend, call, tensors(2, 1, NORM_FEATURES + over, torch.float16))
+    assert len(used) == over
+
+
+@pytest.mark.usefixtures("every_row_is_wide")
+@pytest.mark.parametrize("call", CALLS)
+def test_the_same_bits_on_a_second_run(call: str) -> None:
+    arguments = tensors(40, 1, 300, torch.float16)
+    first, second = (run(backend, call, arguments) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.usefixtures("every_row_is_wide")
+def test_a_row_of_zeros_has_finite_gradients() -> None:
+    t = tensors(5, 1, 300, torch.float32)
+    t["dy"][2] = 0
+    _, r = backend.rms_norm(t["dy"], t["norm_weight"], t["delta_out"], 1e-5)
+    dx, ddelta = backend.rms_norm_backward(t["dh"], t["dy"], t["norm_weight"], t["delta_out"], r)
+    assert dx.isfinite().all()
+    assert ddelta.isfinite().all()
+    torch.testing.assert_close(r, reference.rms_norm(t["dy"], t["norm_weight"], t["delta_out"], 1e-5)[1])

@@ -1,0 +1,1 @@
+"""What several test files share: small models and files, the cases of parity, processes."""

@@ -1,0 +1,104 @@
+"""What the parity tests share: tensors for every op, layouts, and the comparison by the rule."""
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gain_ops import reference
+from gain_ops.testing import assert_no_worse_than_torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+OTHERS = [act for act in reference.ACTIVATIONS if act != "silu"]
+CALLS = {
+    "scale": ("x", "delta_in"),
+    "linear": ("x", "weight", "delta_out", "bias"),
+    "linear without bias": ("x", "weight", "delta_out", "no bias"),
+    "linear_z": ("x", "weight", "delta_out", "bias"),
+    "linear_input": ("x", "weight", "delta_in", "bias"),
+    "backward": ("dy", "z", "delta_out"),
+    "ddelta": ("dy", "z"),
+    "backward_recompute": ("dy", "x", "weight", "delta_out"),
+    "ddelta_recompute": ("dy", "x", "weight"),
+    "backward_input": ("dy", "x", "weight", "delta_in"),
+    "glu": ("dy", "z", "delta_out", "silu"),
+    **{f"glu {act}": ("dy", "z", "delta_out", act) for act in OTHERS},
+    **{f"glu without up {act}": ("dy", "no up", "delta_out", act) for act in reference.ACTIVATIONS},
+    "glu_backward": ("dh", "dy", "z", "delta_out", "silu"),
+    **{f"glu_backward {act}": ("dh", "dy", "z", "delta_out", act) for act in OTHERS},
+    **{f"glu_backward without up {act}": ("dh", "dy", "no up", "delta_out", act) for act in reference.ACTIVATIONS},
+    "glu_ddelta": ("dh", "dy", "z", "silu"),
+    "glu_ddelta without up": ("dh", "dy", "no up", "gelu"),
+    "rms_norm": ("dy", "norm_weight", "delta_out", "eps"),
+    "rms_norm_backward": ("dh", "dy", "norm_weight", "delta_out", "r"),
+}
+
+LAYOUTS = ["contiguous", "transposed", "padded", "every other", "expanded"]
+
+
+def tensors(t: int, i: int, o: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Every argument of CALLS."""
+
+    def make(*shape: int) -> Tensor:
+        return torch.randn(shape, device=DEVICE)
+
+    return {
+        "x": make(t, i).to(dtype),
+        "weight": (make(o, i) / max(i, 1) ** 0.5).to(dtype),
+        "dy": make(t, o).to(dtype),
+        "z": make(t, o).to(dtype),
+        "delta_out": 0.3 * make(o),
+        "delta_in": 0.3 * make(i),
+        "bias": make(o).to(dtype),
+        "no bias": None,
+        "dh": make(t, o).to(dtype),
+        "no up": None,
+        "norm_weight": make(o).to(dtype),
+        "r": make(t).abs(),
+        "eps": 1e-5,
+        **{act: act for act in reference.ACTIVATIONS},
+    }
+
+
+def laid_out(t: Tensor, layout: str) -> Tensor:
+    """``t`` in another layout; "expanded" repeats its first row."""
+    rows, columns = t.shape
+    if layout == "transposed":
+        return t.t().contiguous().t()
+    if layout == "padded":
+        # rows of 16 bytes whatever the columns: what TMA can read of a product's operand but not of its k
+        padded = t.new_full((rows, columns + 8 + -columns % 8), float("nan"))
+        padded[:, :columns] = t
+        return padded[:, :columns]
+    if layout == "every other":
+        spread = t.new_full((rows, 2 * columns), float("nan"))
+        spread[:, ::2] = t
+        return spread[:, ::2]
+    if layout == "expanded":
+        return t[:1].expand(rows, columns)
+    return t
+
+
+def run(backend: ModuleType, call: str, given: dict[str, Any]) -> tuple[Tensor, ...]:
+    """The results of a call, always as a tuple."""
+    result = getattr(backend, call.split()[0])(*(given[argument] for argument in CALLS[call]))
+    return result if isinstance(result, tuple) else (result,)
+
+
+def compare(backend: ModuleType, call: str, given: dict[str, Any]) -> None:
+    """The backend errs at most twice what plain torch errs, and returns its dtypes and strides."""
+    exact = {name: v.double() if isinstance(v, Tensor) else v for name, v in given.items()}
+    absolute = {name: v.abs() if isinstance(v, Tensor) else v for name, v in exact.items()}
+    results = (
+        run(backend, call, given),
+        run(reference, call, given),
+        run(reference, call, exact),
+        run(reference, call, absolute),
+    )
+    # the input side rounds an operand, x or W, whichever is smaller; torch always x
+    unit = given["x"].dtype if call == "linear_input" else None
+    for position, (result, torchs, truth, size) in enumerate(zip(*results, strict=True)):
+        assert (result.dtype, result.stride()) == (torchs.dtype, torchs.contiguous().stride())
+        assert_no_worse_than_torch(f"{call}[{position}]", result, torchs, truth, size, unit)
