@@ -1,7 +1,8 @@
 """Settings of every test: Triton's interpreter where there is no GPU, a fixed seed, and NaN in every fresh output."""
 
 import os
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Generator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,34 +27,56 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:
+                item.config.stash.setdefault(_left_out, Counter())["gpu"] += 1
                 item.add_marker(pytest.mark.skip(reason="needs a GPU, and torch sees none"))
 
 
-_left_out = pytest.StashKey[int]()
+LIMIT_S = 5.0  # of a test that is not marked slow, its fixtures included
+_seconds = pytest.StashKey[float]()
+_left_out = pytest.StashKey[Counter[str]]()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
+    """In CI a test that takes long without saying so fails: the suite's time is part of the product."""
+    report = yield
+    spent = item.stash[_seconds] = item.stash.get(_seconds, 0.0) + call.duration
+    if (
+        os.environ.get("CI")
+        and report.when == "call"
+        and report.passed
+        and "slow" not in item.keywords
+        and spent > LIMIT_S
+    ):
+        report.outcome = "failed"
+        report.longrepr = f"{item.nodeid} took {spent:.1f} s of {LIMIT_S:g}: make it faster, or mark it slow"
+    return report
 
 
 def pytest_deselected(items: list[pytest.Item]) -> None:
-    """Count the slow tests that -m leaves out."""
+    """Count what -m leaves out, by marker."""
     for item in items:
-        item.config.stash[_left_out] = item.config.stash.get(_left_out, 0) + ("slow" in item.keywords)
+        if "slow" in item.keywords and "not slow" in item.config.option.markexpr:
+            item.config.stash.setdefault(_left_out, Counter())["slow"] += 1
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """A worker tells the run how many it left out."""
+    """A worker tells the run what it left out."""
     if hasattr(session.config, "workeroutput"):
-        session.config.workeroutput["left_out"] = session.config.stash.get(_left_out, 0)
+        session.config.workeroutput["left_out"] = dict(session.config.stash.get(_left_out, {}))
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
     """Every worker collects the same tests, so one number is that of the run."""
-    node.config.stash[_left_out] = getattr(node, "workeroutput", {}).get("left_out", 0)
+    node.config.stash[_left_out] = Counter(getattr(node, "workeroutput", {}).get("left_out", {}))
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """Say how many slow tests were left out."""
-    if count := config.stash.get(_left_out, 0):
-        terminalreporter.write_line(f"left out: {count} slow tests (make test-full)")
+    """Say how many tests each marker left out."""
+    for marker, why in (("slow", "make test-full runs them"), ("gpu", "they need a GPU")):
+        if count := config.stash.get(_left_out, Counter())[marker]:
+            terminalreporter.write_line(f"left out, marked {marker}: {count} tests ({why})")
 
 
 @pytest.fixture(autouse=True)
