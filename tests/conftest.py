@@ -31,6 +31,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="needs a GPU, and torch sees none"))
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """What the first test that is `poisoned` would import and pay for."""
+    if hasattr(config, "workerinput"):
+        import torch._inductor.config  # noqa: F401
+
+
 LIMIT_S = 5.0  # of a test that is not marked slow, its fixtures included
 _seconds = pytest.StashKey[float]()
 _left_out = pytest.StashKey[Counter[str]]()
