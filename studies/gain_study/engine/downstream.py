@@ -12,7 +12,8 @@ from torch import nn
 from gain_ops.measure.perplexity import in_mode, logits
 from gain_ops.training.domains import Tokenizer
 from gain_ops.utils.errors import DivergedError, UsageError
-from gain_study.engine.items import AGREEMENT, FACTS, NOUNS, SENSE, WORDS, Relation
+from gain_study.engine import items
+from gain_study.engine.items import Agreement, Relation
 
 __all__ = ["Item", "Task", "accuracy", "tasks"]
 
@@ -40,11 +41,13 @@ def tasks() -> list[Task]:
 
     The answers stand evenly at all places. Guessing has 1 / 2 in ``agreement`` and 1 / 4 in the others.
     """
-    return [
-        Task("agreement", "generated beginnings of sentences: the number of the verb", tuple(_agreement())),
-        Task("words", "a table of opposites, participles, plurals and synonyms", tuple(_table(WORDS))),
-        Task("facts", "a table of cities, books, nature and animals", tuple(_table(FACTS))),
-        Task("sense", "a table of causes, effects and uses", tuple(_table(SENSE))),
+    found = items.load()
+    agreement = tuple(_agreement(found.agreement))
+    return [  # a results file has these texts: a study that goes on must find the same ones
+        Task("agreement", "generated beginnings of sentences: the number of the verb", agreement),
+        Task("words", "a table of opposites, participles, plurals and synonyms", tuple(_table(found.words))),
+        Task("facts", "a table of cities, books, nature and animals", tuple(_table(found.facts))),
+        Task("sense", "a table of causes, effects and uses", tuple(_table(found.sense))),
     ]
 
 
@@ -116,21 +119,21 @@ def _mean_likelihoods(model: nn.Module, choices: set[_Choice], batch_size: int) 
     return found
 
 
-def _agreement() -> Iterator[Item]:
+def _agreement(tables: Agreement) -> Iterator[Item]:
     """Each noun with each verb in both numbers, a noun of the other number between the two."""
-    for number, noun in enumerate(NOUNS):
-        other = NOUNS[(number + 5) % len(NOUNS)]
-        for template, one, many in AGREEMENT:
-            verbs = (f" {one}", f" {many}")
+    nouns = tables.nouns
+    for number, noun in enumerate(nouns):
+        other = nouns[(number + 5) % len(nouns)]
+        for template, singular, plural in tables.templates:
+            verbs = (f" {singular}", f" {plural}")
             yield Item(template.format(noun, f"{other}s"), verbs, 0)
             yield Item(template.format(f"{noun}s", other), verbs, 1)
 
 
 def _table(relations: Iterable[Relation]) -> Iterator[Item]:
-    """An item for each line of the tables; the right choice goes round the places."""
-    lines = [(template, line) for template, table in relations for line in table.strip().splitlines()]
-    for number, (template, line) in enumerate(lines):
-        key, _, rest = line.strip().partition(": ")
-        right, *wrong = (f" {choice}" for choice in rest.split(", "))
-        place = number % (len(wrong) + 1)
-        yield Item(template.format(key), (*wrong[:place], right, *wrong[place:]), place)
+    """An item for each row of the tables; the right choice takes each place in turn."""
+    rows = [(relation.template.format(key), row) for relation in relations for key, row in relation.rows.items()]
+    for number, (context, row) in enumerate(rows):
+        right, *wrong = (f" {choice}" for choice in row)
+        place = number % len(row)
+        yield Item(context, (*wrong[:place], right, *wrong[place:]), place)
