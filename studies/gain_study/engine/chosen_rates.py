@@ -46,7 +46,7 @@ def doubt(study: Study, method: str) -> str | None:
     if rate is None or rate not in [one.lr for one in grid]:
         return None
     if len(grid) == 1:
-        return "the only one tried was taken"
+        return "only one rate was tried"
     if rate == grid[-1].lr:
-        return "on the upper edge of the grid, so that a higher one may be better"
-    return "on the lower edge of the grid, so that a lower one may be better" if rate == grid[0].lr else None
+        return "on the upper edge of the grid: a higher rate may be better"
+    return "on the lower edge of the grid: a lower rate may be better" if rate == grid[0].lr else None

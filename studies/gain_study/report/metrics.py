@@ -23,6 +23,7 @@ __all__ = [
     "BACKWARD",
     "BEST",
     "EARLIER",
+    "FEWEST_RUNS",
     "FORWARD",
     "HELD_OUT",
     "IN_DOMAIN",
@@ -42,6 +43,9 @@ __all__ = [
     "spread_of",
     "values",
 ]
+
+FEWEST_RUNS = 4
+"""Of fewer runs nothing is claimed: three agree by chance too often."""
 
 Values = dict[tuple[int, int], float]
 """A measure of a method's runs, by seed and number of the order."""
@@ -105,9 +109,9 @@ class Spread:
     def beyond(self) -> bool:
         """Whether all figures are on one side of zero, and their mean further from it than their standard deviation.
 
-        Of fewer than four nothing is claimed: three agree by chance too often.
+        False for fewer than FEWEST_RUNS.
         """
-        if self.deviation is None or self.count < 4:
+        if self.deviation is None or self.count < FEWEST_RUNS:
             return False
         return (self.low > 0 or self.high < 0) and abs(self.mean) > self.deviation
 
@@ -252,7 +256,7 @@ IN_DOMAIN = Measure(
 EARLIER = Measure(
     "earlier domains",
     "mean over j < n of log(P[n, d_j] / P[0, d_j])",
-    "forgetting against the base model: above zero the earlier domains are worse than before any training",
+    "forgetting against the base model; above zero the earlier domains are worse than before any training",
     _earlier,
 )
 BEST = Measure(
@@ -264,13 +268,13 @@ BEST = Measure(
 BACKWARD = Measure(
     "backward transfer",
     "mean over j < n of log(P[n, d_j] / P[j, d_j])",
-    "what the later stages did to a domain since it was learned; below zero they helped it",
+    "what later stages did to a domain after it was learned; below zero they helped it",
     _backward,
 )
 FORWARD = Measure(
     "forward transfer",
     "mean over 1 < j <= n of log(P[j-1, d_j] / P[0, d_j])",
-    "a domain's perplexity right before it is learned, against the base model; below zero the earlier ones helped it",
+    "a domain's perplexity just before it is learned, against the base model; below zero earlier stages helped it",
     _forward,
 )
 OVERALL = Measure(
@@ -288,7 +292,7 @@ HELD_OUT = Measure(
 ACCURACY = Measure(
     "accuracy",
     "mean over tasks t of A[n, t] - A[0, t]",
-    "the share of multiple-choice items that are answered right, against the base model; above zero it is better",
+    "the share of multiple-choice items with the right answer, against the base model; above zero is better",
     _accuracy,
     points=True,
 )

@@ -10,7 +10,7 @@ from html import escape
 from gain_study.report.plots import Plot
 from gain_study.report.tables import Strong, Table
 
-__all__ = ["Bullets", "Section", "markdown", "to_html", "to_markdown"]
+__all__ = ["Bullets", "Section", "html", "markdown", "to_html", "to_markdown"]
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1d2329; --paper: #ffffff; --line: #d5dae0; --dim: #5b6570; --head: #f2f4f6;
@@ -57,7 +57,7 @@ def to_html(title: str, sections: Sequence[Section]) -> str:
     )
     body = "\n".join(
         f'<section id="s{number}">\n<h2>{escape(section.title)}</h2>\n'
-        + "\n".join(_html(block) for block in section.blocks)
+        + "\n".join(html(block) for block in section.blocks)
         + "\n</section>"
         for number, section in enumerate(sections, 1)
     )
@@ -77,7 +77,8 @@ def to_markdown(title: str, sections: Sequence[Section]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _html(block: str | Bullets | Table | Plot) -> str:
+def html(block: str | Bullets | Table | Plot) -> str:
+    """A block as HTML."""
     if isinstance(block, Bullets):
         return "<ul>\n" + "\n".join(f"<li>{escape(line)}</li>" for line in block.lines) + "\n</ul>"
     if isinstance(block, Table):

@@ -71,9 +71,9 @@ def write_plots(study: Study, folder: Path) -> list[Plot]:
         (
             "trade-off",
             "Learning against forgetting",
-            "Left: one point a method, its bars the spread over seeds and orders; down and to the left is better, and the "
-            "line joins the methods that no other is better than in both. Right: what a stage after the first has done to the "
-            "earlier domains where all methods have learned equally much in it.",
+            "Left: one point a method, with the spread over seeds and orders as bars. Down and to the left is better. The "
+            "line joins the methods that no other method beats in both. Right: what a stage after the first does to the "
+            "earlier domains, at the point where all methods have learned equally much in it.",
             draw_trade_off(study),
         )
     ]
@@ -82,15 +82,15 @@ def write_plots(study: Study, folder: Path) -> list[Plot]:
             (
                 f"forgetting-order-{order + 1}",
                 f"Every domain after every stage, order {order + 1}",
-                "The perplexity against the base model's in percent, the mean over seeds. Framed: the domain of the stage. "
-                "Left of the frame lie the earlier domains, right of it those to come and those held out.",
+                "The perplexity against the base model's in percent, the mean over seeds. The frame marks the stage's domain. "
+                "Earlier domains are on its left. Later and held-out domains are on its right.",
                 draw_forgetting(study, order),
             ),
             (
                 f"curves-order-{order + 1}",
                 f"Every domain along the stages, order {order + 1}",
-                "The line is the mean over seeds, the band from the lowest to the highest; dotted, the stage that learns "
-                "the domain.",
+                "The line is the mean over seeds, and the band goes from the lowest to the highest. The dotted line marks the "
+                "stage that learns the domain.",
                 draw_curves(study, order),
             ),
         ]
@@ -98,7 +98,8 @@ def write_plots(study: Study, folder: Path) -> list[Plot]:
         (
             "learning-rates",
             "Learning rates tried",
-            "The perplexity of the first domain's selection windows; a ring marks the chosen rate, a cross one that diverged.",
+            "The perplexity of the first domain's selection windows. A ring marks the chosen rate, a cross a rate that "
+            "diverged.",
             draw_rates(study),
         )
     )

@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 
 from gain_ops.utils.wording import size_text, time_text
 from gain_study.engine import chosen_rates
 from gain_study.engine.records import BASE, Rate, Study
 from gain_study.report import matched, metrics
+from gain_study.report.matched import Match
 from gain_study.report.metrics import Measure, Run, Spread
 
 __all__ = [
     "Strong",
     "Table",
     "accuracies",
+    "against_best",
     "by_order",
     "by_stage",
     "costs",
     "differences",
     "domains",
+    "doubted_rates",
     "final_perplexities",
     "learning_rates",
+    "matched_against_best",
     "matched_changes",
     "matched_differences",
     "perplexity_text",
@@ -31,6 +35,7 @@ __all__ = [
     "standard_error",
     "summary",
     "tasks",
+    "unfinished",
 ]
 
 NOTHING = "-"
@@ -74,6 +79,54 @@ def spread_text(found: Spread | None, form: str = "+z.1f") -> str:
 def perplexity_text(value: float) -> str:
     """A perplexity with two decimals, and in powers of ten where it is large."""
     return _number(value, ".2f")
+
+
+def unfinished(study: Study) -> Table:
+    """The methods that have runs left to do; no rows for a finished study."""
+    runs, orders = metrics.runs(study), study.header.orders
+    expected = len(study.header.settings["seeds"]) * len(orders)
+    rows = []
+    for method in metrics.method_names(study):
+        finished = [len(run.stages) == len(orders[run.order]) for run in runs if run.method == method]
+        if sum(finished) < expected:
+            rows.append([method, f"{sum(finished)} of {expected}", str(finished.count(False))])
+    return Table(["", "runs finished", "runs begun"], rows, caption="Not finished: means are over the runs so far")
+
+
+def against_best(runs: Sequence[Run], measure: Measure, n: int) -> Table:
+    """A measure after n stages, the best method first, and by how many percent each is above the best, run by run.
+
+    No rows where no run has the measure.
+    """
+    by_method = metrics.values(runs, measure, n)
+    spreads = {method: metrics.spread_of(measure, by_run) for method, by_run in by_method.items()}
+    ranked = _ranked(spreads)
+    return _against_best(
+        ranked,
+        next(iter(ranked), ""),
+        lambda one, other: metrics.paired(measure, by_method[one], by_method[other]),
+        f"{_title(measure)} after stage {n}",
+    )
+
+
+def matched_against_best(runs: Sequence[Run]) -> Table:
+    """The same of what a stage does to the earlier domains where two methods have learned equally much in it.
+
+    The best is one that is matched in all stages, if there is any. No rows where no curve was measured.
+    """
+    matches = matched.matches(runs)
+    changes = matched.change(matched.common(matches), "drift")
+    reached = {method: _reached(matches, method) for method in dict.fromkeys(match.method for match in matches)}
+    ranked = _ranked({method: metrics.spread(changes.get(method, {}).values()) for method in reached})
+    everywhere = [method for method, change in ranked.items() if change and reached[method][0] == reached[method][1]]
+    table = _against_best(
+        ranked,
+        next(iter(everywhere or ranked), ""),
+        lambda one, other: matched.matches_paired(runs, one, other, "drift"),
+        "Earlier domains since the stage began, at matched in-domain perplexity",
+    )
+    rows = [[*row, "{} of {}".format(*reached[row[0]])] for row in table.rows]
+    return replace(table, columns=[*table.columns, "stages matched"], rows=rows)
 
 
 def summary(some: Sequence[Run], n: int) -> Table:
@@ -151,10 +204,9 @@ def matched_changes(some: Sequence[Run]) -> Table:
     found = {field: change for field in matched.FIELDS if (change := matched.change(common, field))}
     rows = []
     for method in dict.fromkeys(match.method for match in every):
-        own = [match for match in every if match.method == method]
-        reached = sum(match.target is not None for match in own)
+        reached = "{} of {}".format(*_reached(every, method))
         cells = [spread_text(metrics.spread(change.get(method, {}).values())) for change in found.values()]
-        rows.append([method, f"{reached} of {len(own)}", *cells])
+        rows.append([method, reached, *cells])
     stages = len({match.stage for match in common})
     return Table(
         ["", "reached", *(f"{_MATCHED[field]}, %" for field in found)],
@@ -192,7 +244,7 @@ def accuracies(study: Study, some: Sequence[Run], n: int) -> Table:
     return Table(
         ["", *(f"{name}, %" for name in tasks)],
         rows,
-        caption=f"Items answered right after stage {n}; of the base model with a set's standard error",
+        caption=f"Multiple-choice accuracy after stage {n}; the base model's ± is a set's standard error",
     )
 
 
@@ -220,7 +272,7 @@ def costs(study: Study) -> Table:
                 ]
             )
     return Table(
-        ["", "trained", "tokens/s", "time a stage, with measuring", "kept for backward by a step", "peak memory"],
+        ["", "trained", "tokens/s", "time a stage, measuring included", "saved for backward in a step", "peak memory"],
         rows,
         caption="Cost",
     )
@@ -230,13 +282,20 @@ def learning_rates(study: Study) -> Table:
     """The rates tried and chosen, with a warning where the chosen one may not be the best."""
     rows = []
     for method in metrics.method_names(study):
-        owner, rate = chosen_rates.owner(method), chosen_rates.chosen(study, method)
+        owner = chosen_rates.owner(method)
         text = ", ".join(f"{one.lr:g}: {_rate_text(one)}" for one in chosen_rates.tried(study, owner))
         if text:
             whose = "" if owner == method else f"those of {owner}: "
             warning = chosen_rates.doubt(study, method) or ""
-            rows.append([method, f"{whose}{text}", NOTHING if rate is None else f"{rate:g}", warning])
-    return Table(["", "perplexity by rate", "chosen", ""], rows, frozenset({1, 3}), "Learning rates")
+            rows.append([method, f"{whose}{text}", _chosen_text(study, method), warning])
+    return Table(["", "perplexity by rate", "chosen", "doubt"], rows, frozenset({1, 3}), "Learning rates")
+
+
+def doubted_rates(study: Study) -> Table:
+    """The methods whose chosen learning rate may not be the best; no rows where there is none."""
+    doubts = {method: chosen_rates.doubt(study, method) for method in metrics.method_names(study)}
+    rows = [[method, _chosen_text(study, method), doubt] for method, doubt in doubts.items() if doubt]
+    return Table(["", "chosen", "doubt"], rows, frozenset({2}), "Learning rates that may not be the best")
 
 
 def domains(study: Study) -> Table:
@@ -280,8 +339,45 @@ def _pairs(names: Sequence[str], compare: Callable[[str, str], Spread | None], c
     return Table(["", *names], rows, caption=caption)
 
 
+def _against_best(
+    spreads: Mapping[str, Spread | None], best: str, compare: Callable[[str, str], Spread | None], caption: str
+) -> Table:
+    rows = []
+    for method, change in spreads.items():
+        above = None if method == best else compare(method, best)
+        runs, common = (str(spread.count if spread else 0) for spread in (change, above))
+        compared = [spread_text(above), NOTHING if method == best else common, _beyond(above)]
+        rows.append([method, runs, spread_text(change), _beyond(change), *compared])
+    columns = ["", "runs", "change, %", "beyond its spread", f"above {best}, %", "runs in common", "beyond its spread"]
+    return Table(columns, rows, caption=caption)
+
+
+def _ranked(spreads: Mapping[str, Spread | None]) -> dict[str, Spread | None]:
+    """From the lowest mean to the highest; behind them those without one."""
+    return dict(sorted(spreads.items(), key=lambda item: math.inf if item[1] is None else item[1].mean))
+
+
+def _beyond(spread: Spread | None) -> str:
+    if spread is None:
+        return NOTHING
+    if spread.count < metrics.FEWEST_RUNS:
+        return "too few runs"
+    return Strong("yes") if spread.beyond else "no"
+
+
+def _reached(matches: Sequence[Match], method: str) -> tuple[int, int]:
+    """In how many stages a method could be matched, and of how many."""
+    targets = [match.target for match in matches if match.method == method]
+    return len(targets) - targets.count(None), len(targets)
+
+
 def _methods_at(some: Sequence[Run], n: int) -> list[str]:
     return list(dict.fromkeys(run.method for run in some if len(run.stages) >= n))
+
+
+def _chosen_text(study: Study, method: str) -> str:
+    rate = chosen_rates.chosen(study, method)
+    return NOTHING if rate is None else f"{rate:g}"
 
 
 def _rate_text(rate: Rate) -> str:
