@@ -1,4 +1,4 @@
-"""Sections of text, tables and plots as one HTML file that needs no other, and as Markdown."""
+"""Sections of text, tables and plots as one self-contained HTML file, and as Markdown."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ class Bullets:
 
 @dataclass(frozen=True)
 class Section:
-    """A heading, and what stands under it: paragraphs, bullets, tables and plots."""
+    """A heading and its blocks: paragraphs, bullets, tables and plots."""
 
     title: str
     blocks: Sequence[str | Bullets | Table | Plot]
 
 
 def to_html(title: str, sections: Sequence[Section]) -> str:
-    """One page with a table of contents, style and images within."""
+    """One page that includes a table of contents, style and images."""
     contents = "\n".join(
         f'<li><a href="#s{number}">{escape(section.title)}</a></li>' for number, section in enumerate(sections, 1)
     )
@@ -129,7 +129,7 @@ def markdown(block: str | Bullets | Table | Plot) -> str:
 
 
 def _plain(text: str) -> str:
-    """Text that Markdown takes as it stands."""
+    """Text in which Markdown finds nothing to format."""
     for special in ("\\", "|", "*", "_", "`", "[", "]"):
         text = text.replace(special, f"\\{special}")
     return escape(" ".join(text.split()), quote=False)

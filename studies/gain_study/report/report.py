@@ -41,14 +41,14 @@ _PAIRS = (
 
 @file_errors()
 def write_report(study: Study, folder: Path) -> list[Path]:
-    """Write report.html, report.md and the plots of what a study has so far; files of the same names are replaced.
+    """Write report.html, report.md and the plots of what a study has so far; existing files are replaced.
 
     Args:
-        study: of :func:`gain_study.engine.records.read`, finished or not.
-        folder: is made where it does not exist.
+        study: from :func:`gain_study.engine.records.read`, finished or not.
+        folder: is created if it does not exist.
 
     Returns:
-        What was written.
+        The files.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -68,16 +68,16 @@ def write_report(study: Study, folder: Path) -> list[Path]:
 
 def sections(study: Study, plots: Sequence[Plot]) -> list[Section]:
     """What report.html has of a study, with these of its plots."""
-    some = metrics.runs(study)
-    n = metrics.depth(some)
+    runs = metrics.runs(study)
+    n = metrics.depth(runs)
     return [
-        _overview(study, some, n),
+        _overview(study, runs, n),
         _what_was_run(study),
-        *([_learned_and_forgotten(study, some, n, plots)] if n else []),
-        *([_perplexities(study, some, n, plots)] if n else []),
-        *([_differences(some, n)] if n else []),
-        *([_matched(some)] if n > 1 else []),
-        *([_downstream(study, some, n)] if n and study.header.tasks else []),
+        *([_learned_and_forgotten(study, runs, n, plots)] if n else []),
+        *([_perplexities(study, runs, n, plots)] if n else []),
+        *([_differences(runs, n)] if n else []),
+        *([_matched(runs)] if n > 1 else []),
+        *([_downstream(study, runs, n)] if n and study.header.tasks else []),
         *([_costs(study)] if study.stages else []),
         *([_rates(study, plots)] if study.rates else []),
         _meanings(),
@@ -85,26 +85,26 @@ def sections(study: Study, plots: Sequence[Plot]) -> list[Section]:
 
 
 def _main_sections(study: Study, plots: Sequence[Plot]) -> list[Section]:
-    """What a README has room for."""
-    some = metrics.runs(study)
-    n = metrics.depth(some)
+    """The part that fits into a README."""
+    runs = metrics.runs(study)
+    n = metrics.depth(runs)
     blocks: list[str | Bullets | Table | Plot] = []
     if n:
-        blocks += [tables.summary(some, n), tables.final_perplexities(study, some, n)]
-        blocks += [changes] if (changes := tables.matched_changes(some)).rows and n > 1 else []
-        blocks += [tables.accuracies(study, some, n)] if study.header.tasks else []
+        blocks += [tables.summary(runs, n), tables.final_perplexities(study, runs, n)]
+        blocks += [changes] if (changes := tables.matched_changes(runs)).rows and n > 1 else []
+        blocks += [tables.accuracies(study, runs, n)] if study.header.tasks else []
         blocks.append(tables.costs(study))
     figures = [plot for plot in plots if plot.path.stem in ("trade-off", "forgetting-order-1")]
-    return [_overview(study, some, n), Section("Figures", [*blocks, *figures, _measured_on(study)])]
+    return [_overview(study, runs, n), Section("Figures", [*blocks, *figures, _measured_on(study)])]
 
 
-def _overview(study: Study, some: Sequence[Run], n: int) -> Section:
+def _overview(study: Study, runs: Sequence[Run], n: int) -> Section:
     """What was run, what is not finished, and each method's figures beside the best one's."""
-    against_best = [tables.against_best(some, metrics.IN_DOMAIN, n)]
+    against_best = [tables.against_best(runs, metrics.IN_DOMAIN, n)]
     if n > 1:
-        against_best += [tables.against_best(some, metrics.EARLIER, n), tables.matched_against_best(some)]
-    against_best.append(tables.against_best(some, metrics.HELD_OUT, n))
-    notes = _notes(study, some, n)
+        against_best += [tables.against_best(runs, metrics.EARLIER, n), tables.matched_against_best(runs)]
+    against_best.append(tables.against_best(runs, metrics.HELD_OUT, n))
+    notes = _notes(study, runs, n)
     return Section(
         "Overview",
         [
@@ -133,7 +133,7 @@ def _headline(study: Study) -> str:
     )
 
 
-def _notes(study: Study, some: Sequence[Run], n: int) -> list[str]:
+def _notes(study: Study, runs: Sequence[Run], n: int) -> list[str]:
     """What a reader has to know of an unfinished or small study."""
     if study.base is None:
         return ["The base model has not been measured yet, so there is nothing to compare with."]
@@ -146,13 +146,13 @@ def _notes(study: Study, some: Sequence[Run], n: int) -> list[str]:
         )
     if n == 1:
         notes.append("After one stage there are no earlier domains, so nothing is known of forgetting.")
-    if max(Counter(run.method for run in some if len(run.stages) >= n).values()) == 1:
+    if max(Counter(run.method for run in runs if len(run.stages) >= n).values()) == 1:
         notes.append("There is one run a method: nothing is known of the spread, and a difference may be chance.")
     return notes
 
 
-def _with_rows(*found: Table) -> list[Table]:
-    return [table for table in found if table.rows]
+def _with_rows(*several: Table) -> list[Table]:
+    return [table for table in several if table.rows]
 
 
 def _what_was_run(study: Study) -> Section:
@@ -177,40 +177,40 @@ def _what_was_run(study: Study) -> Section:
     return Section("What was run", blocks)
 
 
-def _learned_and_forgotten(study: Study, some: Sequence[Run], n: int, plots: Sequence[Plot]) -> Section:
+def _learned_and_forgotten(study: Study, runs: Sequence[Run], n: int, plots: Sequence[Plot]) -> Section:
     blocks: list[str | Table | Plot] = [
         f"Changes of perplexity after stage {n}, as the last section defines them. Below zero is better.",
-        tables.summary(some, n),
+        tables.summary(runs, n),
         *_named(plots, "trade-off"),
     ]
     if n > 2:
-        blocks += [tables.by_stage(some, metrics.EARLIER, n), tables.by_stage(some, metrics.BEST, n)]
+        blocks += [tables.by_stage(runs, metrics.EARLIER, n), tables.by_stage(runs, metrics.BEST, n)]
     if n > 1 and len(study.header.orders) > 1:
-        blocks.append(tables.by_order(study, some, metrics.EARLIER, n))
+        blocks.append(tables.by_order(study, runs, metrics.EARLIER, n))
     return Section("Learning and forgetting", blocks)
 
 
-def _perplexities(study: Study, some: Sequence[Run], n: int, plots: Sequence[Plot]) -> Section:
+def _perplexities(study: Study, runs: Sequence[Run], n: int, plots: Sequence[Plot]) -> Section:
     return Section(
         "Perplexity by domain",
         [
             f"The mean over seeds and orders after stage {n}. In brackets: the change of the geometric mean against the base.",
-            tables.final_perplexities(study, some, n),
+            tables.final_perplexities(study, runs, n),
             *_named(plots, "forgetting-order"),
             *_named(plots, "curves-order"),
         ],
     )
 
 
-def _differences(some: Sequence[Run], n: int) -> Section:
-    blocks: list[str | Table] = [_PAIRS, tables.differences(some, metrics.IN_DOMAIN, n)]
+def _differences(runs: Sequence[Run], n: int) -> Section:
+    blocks: list[str | Table] = [_PAIRS, tables.differences(runs, metrics.IN_DOMAIN, n)]
     if n > 1:
-        blocks.append(tables.differences(some, metrics.EARLIER, n))
+        blocks.append(tables.differences(runs, metrics.EARLIER, n))
     return Section("Methods against each other", blocks)
 
 
-def _matched(some: Sequence[Run]) -> Section:
-    title, changes = "At matched in-domain perplexity", tables.matched_changes(some)
+def _matched(runs: Sequence[Run]) -> Section:
+    title, changes = "At matched in-domain perplexity", tables.matched_changes(runs)
     if not changes.rows:
         return Section(title, ["No perplexity was measured within a stage, so no method can be matched."])
     return Section(
@@ -230,18 +230,18 @@ def _matched(some: Sequence[Run]) -> Section:
             "lengths are the safer comparison.",
             changes,
             f"{_PAIRS} The target is that of the two methods only.",
-            tables.matched_differences(some),
+            tables.matched_differences(runs),
         ],
     )
 
 
-def _downstream(study: Study, some: Sequence[Run], n: int) -> Section:
+def _downstream(study: Study, runs: Sequence[Run], n: int) -> Section:
     return Section(
         "Downstream accuracy",
         [
             f"The share of multiple-choice items with the right answer after stage {n}, in percent; in brackets the change in "
             "points. After the base model's ± is the standard error of a set of that size.",
-            tables.accuracies(study, some, n),
+            tables.accuracies(study, runs, n),
         ],
     )
 
