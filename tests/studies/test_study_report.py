@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from gain_study.engine import chosen_rates, records
-from gain_study.report import metrics, pages, report, sentences, tables
+from gain_study.report import metrics, pages, report, tables
 from gain_study.report.plots import Plot
 
 from support.synthetic_studies import killed, make_study, renamed
@@ -100,7 +100,7 @@ def test_a_study_that_was_killed_says_what_is_missing(tmp_path: Path, stages):
     _Page(page)
     for method, first in (("gain-ffn", 0), ("lora", 4)):
         runs = min(max(stages - first, 0) // 2, 2)
-        assert (f"{method} ({runs} of 2 runs" in markdown) == (runs < 2)
+        assert (f"| {method} | {runs} of 2 | {stages - first == 2 * runs + 1:d} |" in markdown) == (runs < 2)
     assert ("No stage is finished yet." in markdown) == (stages == 0)
     assert ("No run is further than stage 1 of 2" in markdown) == (stages == 1)
     assert ("Not finished" in page) == (stages < 8)
@@ -142,7 +142,7 @@ def test_names_cannot_break_the_page_nor_the_tables(tmp_path: Path):
     assert page.texts.count(name) > 10
     assert "<" not in markdown
     found = [block for block in markdown.split("\n\n") if block.startswith("|")]
-    assert len(found) == 5
+    assert len(found) == 9
     for block in found:
         columns = {len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()}
         assert len(columns) == 1
@@ -187,24 +187,61 @@ def test_differences_stand_out_where_they_are_larger_than_the_spread():
     row = tables.differences(metrics.runs(same), metrics.EARLIER, 3).rows[0]
     assert row[1:] == ["-", "+0.0 ± 0.0"]
     assert not isinstance(row[2], tables.Strong)
-    assert "gain-ffn cannot be told from lora (+0.0 ± 0.0 %)" in " ".join(sentences.answer(same))
 
 
-def test_the_answer_ranks_methods_run_by_run():
-    lines = sentences.answer(make_study(3, 3, 4))
-    (earlier,) = [line for line in lines if line.startswith("On the earlier domains")]
-    assert re.fullmatch(
-        r"On the earlier domains gain-ffn is better than lora \(\+[\d.]+ ± [\d.]+ %\) and full \(\+[\d.]+ ± [\d.]+ %\)\.",
-        earlier,
-    )
-    assert not any("Not finished" in line or "Learning rates" in line for line in lines)
+def test_methods_are_ranked_and_compared_with_the_best_run_by_run():
+    runs = metrics.runs(make_study(3, 3, 4))
+    table = tables.against_best(runs, metrics.EARLIER, 3)
+    assert table.columns[4] == "above gain-ffn, %"
+    assert [row[0] for row in table.rows] == ["gain-ffn", "lora", "full"]
+    values = metrics.values(runs, metrics.EARLIER, 3)
+    for method, count, change, beyond, *compared in table.rows:
+        assert (count, change) == ("4", tables.spread_text(metrics.spread_of(metrics.EARLIER, values[method])))
+        assert beyond == ("yes" if metrics.spread_of(metrics.EARLIER, values[method]).beyond else "no")
+        above = metrics.paired(metrics.EARLIER, values[method], values["gain-ffn"])
+        assert compared == (["-"] * 3 if method == "gain-ffn" else [tables.spread_text(above), "4", "yes"])
+        assert method == "gain-ffn" or above.low > 0
 
 
-def test_one_run_that_ends_where_it_began_is_neither_better_nor_worse():
-    study = make_study(1, 2)
-    ends = [replace(stage, perplexity=dict(study.base.perplexity)) for stage in study.stages]
-    (earlier,) = [line for line in sentences.answer(replace(study, stages=ends)) if line.startswith("After stage 2")]
-    assert earlier == "After stage 2 the earlier domains have not clearly changed with gain-ffn (+0.0 %, one run)."
+def test_what_all_runs_do_not_agree_on_is_not_beyond_its_spread():
+    study = make_study(2, 3, 4)
+    twin = [stage for stage in study.stages if stage.method == "gain-ffn"]
+    study = replace(study, stages=[*twin, *(replace(stage, method="lora") for stage in twin)])
+    row = tables.against_best(metrics.runs(study), metrics.EARLIER, 3).rows[1]
+    assert row[4:] == ["+0.0 ± 0.0", "4", "no"]
+    row = tables.against_best(metrics.runs(make_study(2, 3, 3)), metrics.EARLIER, 3).rows[1]
+    assert (row[3], row[5:]) == ("too few runs", ["3", "too few runs"])
+
+
+def test_methods_without_a_run_in_common_are_not_compared():
+    study = make_study(2, 2, 2)
+    apart = [stage for stage in study.stages if (stage.method == "lora") == (stage.seed == 1)]
+    row = tables.against_best(metrics.runs(replace(study, stages=apart)), metrics.EARLIER, 2).rows[1]
+    assert (row[1], row[4:]) == ("1", ["-", "0", "-"])
+
+
+def test_the_best_at_matched_perplexity_is_matched_in_all_stages():
+    study = make_study(2, 4)
+    table = tables.matched_against_best(metrics.runs(study))
+    assert [(row[0], row[4], row[-1]) for row in table.rows] == [
+        ("gain-ffn", "-", "4 of 4"),
+        ("lora", table.rows[1][4], "4 of 4"),
+    ]
+
+    def learns_nothing(stage):
+        curve = [replace(point, perplexity=dict(study.base.perplexity)) for point in stage.curve]
+        return replace(stage, curve=curve) if (stage.method, stage.number) == ("gain-ffn", 2) else stage
+
+    study = replace(study, stages=[learns_nothing(stage) for stage in study.stages])
+    table = tables.matched_against_best(metrics.runs(study))
+    assert [(row[0], row[-1]) for row in table.rows] == [("gain-ffn", "3 of 4"), ("lora", "4 of 4")]
+    assert table.columns[4] == "above lora, %"
+    assert table.rows[0][4].startswith("-")
+
+
+def test_a_finished_study_without_doubts_says_nothing_of_either():
+    study = make_study(3, 3, 4)
+    assert tables.unfinished(study).rows == tables.doubted_rates(study).rows == []
 
 
 def test_the_lowest_rate_is_chosen_of_those_that_one_domain_does_not_tell_apart():
@@ -225,9 +262,10 @@ def test_a_rate_on_the_edge_of_its_grid_is_doubted():
     assert "lower edge" in chosen_rates.doubt(with_rates([0.01, 0.03]), "gain-ffn")
     assert "upper edge" in chosen_rates.doubt(with_rates([0.001, 0.01]), "gain-ffn")
     assert chosen_rates.doubt(with_rates([0.01, 0.003, 0.1]), "gain-ffn") is None
-    assert chosen_rates.doubt(with_rates([0.01]), "gain-ffn") == "the only one tried was taken"
+    assert chosen_rates.doubt(with_rates([0.01]), "gain-ffn") == "only one rate was tried"
     assert chosen_rates.doubt(replace(with_rates([0.1]), stages=[]), "gain-ffn") == "all diverged"
-    assert any("upper edge" in line for line in sentences.answer(with_rates([0.001, 0.01])))
+    (row,) = tables.doubted_rates(with_rates([0.001, 0.01])).rows
+    assert row == ["gain-ffn", "0.01", "on the upper edge of the grid: a higher rate may be better"]
 
 
 def test_a_method_that_takes_anothers_rate_is_judged_by_its_grid():

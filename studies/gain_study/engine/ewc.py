@@ -1,4 +1,4 @@
-"""Elastic weight consolidation: weights that earlier domains depend on are held where those domains left them."""
+"""Elastic weight consolidation: a penalty holds the weights that earlier domains depend on close to their values."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ __all__ = ["Anchor", "add_fisher"]
 def add_fisher(model: nn.Module, windows: Tensor, fisher: Mapping[str, Tensor]) -> dict[str, Tensor]:
     r"""``F <- F + 1 / (S T) sum_s (d/dtheta sum_t -log p(x_st | x_s,<t))^2``, by parameter.
 
-    That is the diagonal of the empirical Fisher information, a token, taking a window's tokens together, in evaluation mode.
+    This is the diagonal of the empirical Fisher information per token, with a window's tokens taken together, in evaluation
+    mode.
 
     Args:
-        model: a causal language model of transformers; its parameters with a gradient are meant.
+        model: a causal language model of transformers; its parameters with ``requires_grad`` count.
         windows: of the domain just learned, int64 [S, T + 1].
-        fisher: of the domains before it; empty for none.
+        fisher: of the earlier domains; empty if there are none.
 
     Returns:
-        The sum, fp32, by parameter name. ``fisher`` itself is not changed.
+        The sum, fp32, by parameter name. ``fisher`` itself does not change.
 
     Source: Kirkpatrick et al., "Overcoming catastrophic forgetting in neural networks", 2017; summed over tasks as in Schwarz
     et al., "Progress & Compress", 2018, with no decay.
@@ -47,12 +48,12 @@ def add_fisher(model: nn.Module, windows: Tensor, fisher: Mapping[str, Tensor]) 
 
 
 class Anchor:
-    """The penalty ``lambda / 2 * sum_i F_i (theta_i - theta*_i)^2``, theta* being the parameters as they are now.
+    """The penalty ``lambda / 2 * sum_i F_i (theta_i - theta*_i)^2``, where theta* are the parameters as they are now.
 
-    Its gradient is written rather than derived: autograd would keep two more copies of the model.
+    Its gradient is written by hand: autograd would save two more copies of the model.
 
     Args:
-        model: its parameters with a gradient are held.
+        model: the penalty is on its parameters with ``requires_grad``.
         fisher: by parameter name.
         strength: lambda.
     """

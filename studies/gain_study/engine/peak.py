@@ -1,4 +1,4 @@
-"""The most memory that was held during a part of the work."""
+"""The peak memory of a part of the work."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _RESET_PEAK = "5"  # of proc(5)'s clear_refs
 
 
 class Peak:
-    """Measures from its making on.
+    """Measures from its construction on.
 
-    On CUDA it is what the allocator handed out. On a CPU it is the process's resident memory, with everything else that the
-    process holds: its libraries, and the study's second copy of the weights.
+    On CUDA it is what the allocator handed out. On a CPU it is the process's resident memory. That includes everything else
+    the process holds: its libraries, and the study's second copy of the weights.
 
     Attributes:
-        exact: False where the system cannot start anew, and the peak is that since the process began.
+        exact: False where the system cannot reset its peak: then it is the peak since the process started.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -50,7 +50,7 @@ class Peak:
 
 
 def _give_back() -> None:
-    """What earlier work freed and the C library still holds must not count."""
+    """Return to the system what earlier work freed and the C library still holds: it must not count."""
     with suppress(OSError, AttributeError):  # not glibc
         ctypes.CDLL(None).malloc_trim(0)
 

@@ -1,6 +1,6 @@
-"""The one results file of a study: JSON lines, a record a line, written when what it tells of is done.
+"""The results file of a study: JSON lines, one record a line, written when its trial or stage is done.
 
-A study that was killed goes on behind the last whole line. Everything that is shown of a study is made of this file.
+A study that was killed goes on after the last complete line. Everything that is shown of a study is made from this file.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ RESULTS = "results.jsonl"
 """The results file in a study's folder."""
 
 BASE = "base"
-"""The name of the unadapted model where methods are listed."""
+"""The name of the unadapted model in lists of methods."""
 
 Perplexities = dict[str, float]
 """By domain, on its validation windows."""
@@ -45,10 +45,10 @@ Perplexities = dict[str, float]
 class Header:
     """What the study depends on; the first record.
 
-    ``settings`` is the study's Settings as JSON has them. ``orders`` are the domains' names in the order in which they are
-    learned, one list an order. ``domains`` says of each, by name: source, sha256 of its windows, train_windows,
-    validation_windows, window_tokens. ``tasks`` says of each multiple-choice set: items, choices (of an item), source.
-    ``model_fingerprint`` is :func:`gain_ops.gainfiles.fingerprints.digest` of every parameter; empty in files begun without.
+    ``settings`` is the study's Settings as JSON. ``orders`` are the domains' names in the order in which they are learned, one
+    list an order. ``domains`` has of each, by name: source, sha256 of its windows, train_windows, validation_windows,
+    window_tokens. ``tasks`` has of each multiple-choice set: items, choices (of an item), source. ``model_fingerprint`` is
+    :func:`gain_ops.gainfiles.fingerprints.digest` of every parameter; it is empty in files from before there was one.
     """
 
     kind: ClassVar[str] = "header"
@@ -66,7 +66,7 @@ class Header:
 
 @dataclass(frozen=True)
 class Base:
-    """The model before anything: perplexity by domain, accuracy (0 to 1) by task."""
+    """The model before any training: perplexity by domain, accuracy (0 to 1) by task."""
 
     kind: ClassVar[str] = "base"
     perplexity: Perplexities
@@ -77,7 +77,7 @@ class Base:
 class Rate:
     """One learning rate of a method's grid, tried on the first domain of the first order with the first seed.
 
-    ``perplexity`` is of that domain's selection windows, which nothing else is measured on; None where training diverged.
+    ``perplexity`` is of that domain's selection windows, on which nothing else is measured; None where training diverged.
     """
 
     kind: ClassVar[str] = "rate"
@@ -89,9 +89,9 @@ class Rate:
 
 @dataclass(frozen=True)
 class Curve:
-    """Perplexity by domain after a step in the middle of a stage, on the first few validation windows.
+    """Perplexity by domain after a step of a stage, on the first few validation windows.
 
-    ``step`` 0 is before the stage's first; the last is the stage's last.
+    ``step`` 0 is before the stage's first step; the last point is after its last one.
     """
 
     step: int
@@ -102,10 +102,10 @@ class Curve:
 class Stage:
     """A method has learned one more domain: the ``number``-th (from 1) of an order, with a seed.
 
-    ``perplexity`` is of every domain, those to come too; ``accuracy`` of every task; ``losses`` of each step, in nats a token;
-    ``trained`` the numbers that are trained; ``seconds`` of the whole stage, measuring included; ``tokens_per_second`` of its
-    training steps alone; ``saved_bytes`` what a step keeps for backward; ``peak_bytes`` the most memory that the process
-    (CPU) or the allocator (CUDA) held while it trained.
+    ``perplexity`` is of every domain, also of later ones, and ``accuracy`` of every task. ``losses`` are of each step, in nats
+    a token. ``trained`` counts the trained numbers. ``seconds`` are of the entire stage, measuring included, and
+    ``tokens_per_second`` is of its training steps only. ``saved_bytes`` is what a step saves for backward. ``peak_bytes`` is
+    the peak memory of the process (CPU) or the allocator (CUDA) while it trained.
     """
 
     kind: ClassVar[str] = "stage"
@@ -132,7 +132,7 @@ _KINDS: dict[str, type] = {kind.kind: kind for kind in (Header, Base, Rate, Stag
 
 @dataclass(frozen=True)
 class Study:
-    """A results file, read. ``base`` is None, and the lists are short, where the study is not done."""
+    """The content of a results file. ``base`` may be None, and the lists incomplete, while the study is not done."""
 
     header: Header
     base: Base | None
@@ -142,7 +142,7 @@ class Study:
 
 @file_errors()
 def append(path: Path, record: Record) -> None:
-    """Write a record behind the others and flush it to the disk."""
+    """Append a record and flush it to the disk."""
     line = _line(record)
     with path.open("ab") as file:
         file.write(line)
@@ -152,7 +152,7 @@ def append(path: Path, record: Record) -> None:
 
 @file_errors()
 def replace_header(path: Path, header: Header) -> None:
-    """Give a results file another header; everything behind it stays."""
+    """Replace the header of a results file; all other records stay."""
     rest = path.read_bytes().split(b"\n", 1)[1]
     replace_file(path, lambda beside: beside.write_bytes(_line(header) + rest))
 
@@ -163,19 +163,19 @@ def _line(record: Record) -> bytes:
 
 @file_errors()
 def mend(path: Path) -> None:
-    """Cut off half a last line, of a study that was killed while it wrote. Only who may append may call this."""
-    whole = path.read_bytes().rfind(b"\n") + 1
-    if whole < path.stat().st_size:
-        os.truncate(path, whole)
+    """Cut off an incomplete last line, from a study that was killed while it wrote. Only the process that appends may do so."""
+    complete = path.read_bytes().rfind(b"\n") + 1
+    if complete < path.stat().st_size:
+        os.truncate(path, complete)
 
 
 @file_errors()
 def read(path: Path) -> Study:
-    """A results file, also of a study that runs or was killed: half a last line does not count.
+    """Read a results file, also of a study that is running or was killed: an incomplete last line does not count.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: a file that is not a study's results.
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not the results of a study.
 
     """
     records = [_record(line, path) for line in path.read_bytes().split(b"\n")[:-1]]
@@ -190,11 +190,11 @@ def _of(records: Iterable[Record], kind: type) -> Any:
 
 def _record(line: bytes, path: Path) -> Record:
     try:
-        found = json.loads(line)
-        kind = _KINDS[found.pop("kind")]
+        values = json.loads(line)
+        kind = _KINDS[values.pop("kind")]
         if kind is Stage:
-            found["curve"] = [Curve(**point) for point in found["curve"]]
+            values["curve"] = [Curve(**point) for point in values["curve"]]
         known = {field.name for field in fields(kind)}
-        return cast(Record, kind(**{name: value for name, value in found.items() if name in known}))
+        return cast(Record, kind(**{name: value for name, value in values.items() if name in known}))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{path} is not the results file of a study: {line[:60]!r} ({error!r})") from None

@@ -11,14 +11,14 @@ __all__ = ["mix_in"]
 
 
 def mix_in(batches: Sequence[Tensor], earlier: Sequence[Tensor], *, count: int, seed: int) -> list[Tensor]:
-    """Batches with ``count`` windows of earlier domains behind their own.
+    """Batches with ``count`` windows of earlier domains after their own.
 
-    Domains take turns, in a drawn order; windows of a domain are drawn without replacement until all have come.
+    Domains take turns in a random order. A domain's windows are drawn without replacement until all were used.
 
     Args:
         batches: int64 [windows, tokens] each.
         earlier: the training windows of each earlier domain, int64 [windows, tokens].
-        count: windows that each batch gets.
+        count: windows added to each batch.
         seed: of the draws.
 
     Returns:

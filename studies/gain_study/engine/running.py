@@ -1,4 +1,4 @@
-"""Adapts one model to domains in turn by several methods, and measures what each learns and forgets: ``gain-ops study``."""
+"""Adapts one model to domains in turn with several methods, and measures what each learns and forgets: ``gain-ops study``."""
 
 from __future__ import annotations
 
@@ -43,21 +43,21 @@ from gain_study.engine.weights import Base, State, load_state, put, save_state
 __all__ = ["RESULTS", "Stopped", "Unit", "Watcher", "study"]
 
 _LISTS = ("methods", "seeds")
-"""The settings, beside the number of orders, that a study may have more of, or less, when it goes on."""
+"""The settings that may grow or shrink when a study goes on; the number of orders may as well."""
 
 _STATES = "states"
 _TOY_FOLDER = "toy-model"
 
 
 class Stopped(Exception):
-    """The watcher asked to stop. What is done is in the results file; the same call goes on from there."""
+    """The watcher asked to stop. The results file has what is done, and the same call goes on from there."""
 
 
 @dataclass(frozen=True)
 class Unit:
-    """A trial of a learning rate or a stage, about to begin: what it is, and how much is done and left.
+    """A trial of a learning rate or a stage that is about to begin, with how much is done and left.
 
-    ``seconds_left`` goes by the stages that are done; None before the first.
+    ``seconds_left`` is estimated from the finished stages; None before the first.
     """
 
     text: str
@@ -67,10 +67,10 @@ class Unit:
 
 
 class Watcher(Protocol):
-    """Is told how a study goes, and may stop it."""
+    """Follows the progress of a study, and may stop it."""
 
     def phase(self, text: str) -> None:
-        """What begins now."""
+        """A phase begins."""
 
     def notice(self, text: str) -> None:
         """Something that a reader of the figures should know."""
@@ -82,26 +82,26 @@ class Watcher(Protocol):
         """A training step is done."""
 
     def result(self, text: str) -> None:
-        """What came of a trial or a stage."""
+        """The result of a trial or a stage."""
 
     def should_stop(self) -> bool:
-        """Whether to stop. Asked after each step, and between trials and stages."""
+        """Whether to stop; called after each step, and between trials and stages."""
 
 
 def study(settings: Settings, watcher: Watcher) -> Study:
     """Run a study, or what is left of it: learning rates on the first domain, then every run of every method.
 
-    Whatever is finished is in ``settings.out / RESULTS``. A call that was stopped or killed at any point is repeated as it
-    was, and comes to the same numbers as one that was not: all randomness is seeded by stage. So may one with other methods,
-    seeds or orders, which are added to those that are there.
+    ``settings.out / RESULTS`` has all that is finished. After a stop or a kill at any point, the same call goes on and reaches
+    the same numbers as an uninterrupted one: all randomness is seeded by stage. A call with other methods, seeds or orders
+    adds them to the existing ones.
 
     Returns:
-        The whole results file.
+        The complete results file.
 
     Raises:
         Stopped: ``watcher`` asked for it.
-        ValueError: settings or text that do not fit, or a folder with a study of other settings, text or another model.
-        OSError: files that cannot be read or written, or another process at work in the folder.
+        ValueError: settings or text do not fit, or the folder has a study of other settings, text or another model.
+        OSError: a file cannot be read or written, or another process is at work in the folder.
         ImportError: a package that a method or the model needs is missing.
     """
     check_packages(tuple(settings.methods))
@@ -110,17 +110,17 @@ def study(settings: Settings, watcher: Watcher) -> Study:
         raise UsageError(f"{settings.out} is a file: name a folder (--out)")
     watcher.phase("reading the text")
     domains = find_domains([*settings.domains, *settings.held_out])
-    found, held_out = domains[: len(settings.domains)], domains[len(settings.domains) :]
-    orders = draw_orders([domain.name for domain in found], settings.orders)
+    learned, held_out = domains[: len(settings.domains)], domains[len(settings.domains) :]
+    orders = draw_orders([domain.name for domain in learned], settings.orders)
     with file_errors():
         settings.out.mkdir(parents=True, exist_ok=True)
     with _locked(settings.out):
         _tidy(settings.out)
-        source = _model_source(settings, found, watcher)
+        source = _model_source(settings, learned, watcher)
         watcher.phase(f"loading {source.name}")
         loaded = load_model(source, dtype=dtype, device=device)
         check_length(loaded.model, settings.sequence_length)
-        texts = tokenise(found, held_out, loaded.tokenizer, settings)
+        texts = tokenise(learned, held_out, loaded.tokenizer, settings)
         tasks = downstream.tasks() if settings.tasks else []
         header = _header(settings, loaded, device, texts, orders, tasks)
         path = settings.out / RESULTS
@@ -131,7 +131,10 @@ def study(settings: Settings, watcher: Watcher) -> Study:
 
 
 class _Running:
-    """The state of a study at work. Between runs the model is plain, frozen and anything; a run begins by restoring it."""
+    """The state of a study at work.
+
+    Between runs the model is plain and frozen, and its weights are arbitrary: a run begins by restoring them.
+    """
 
     def __init__(
         self,
@@ -160,7 +163,7 @@ class _Running:
         self._peak_told = False
 
     def run(self) -> None:
-        """Everything that has no record yet; seed by seed and order by order: a part of a study compares all methods."""
+        """Do all that has no record yet, seed by seed and order by order, so that a part of a study compares all methods."""
         base = self._study.base
         if base is None:
             self._watcher.phase("measuring the model as it is")
@@ -173,7 +176,7 @@ class _Running:
                     self._run(method, seed, order)
 
     def _run(self, method: str, seed: int, order: int) -> None:
-        """One method through one order of the domains, from where the records end."""
+        """One method on one order of the domains, from where the records end."""
         done = len(self._stages(method, seed, order))
         if done == len(self._orders[order]):
             return
@@ -186,13 +189,13 @@ class _Running:
                 self._go_on(method, rate, seed, order, done)
                 return
             except DivergedError as error:
-                text = f"{_called(method, seed, order)} diverged, and its remaining stages are left out: {error}"
+                text = f"{_run_text(method, seed, order)} diverged, and its remaining stages are left out: {error}"
                 self._states.mkdir(exist_ok=True)
                 replace_file(diverged, lambda beside: beside.write_text(text, encoding="utf-8"))
         self._watcher.notice(diverged.read_text(encoding="utf-8"))
 
     def _rate(self, method: str) -> float | None:
-        """The chosen learning rate of the method's grid, tried as the first stage of the study; None if all diverged."""
+        """The learning rate chosen from the method's grid, tried in the study's first stage; None if all diverged."""
         owner = METHODS[method].rates_of or method
         grid = self._settings.grid(owner)
         known = {rate.lr for rate in self._study.rates if rate.method == owner}
@@ -220,23 +223,23 @@ class _Running:
         self._unit(method, f"{method}: learning rate {lr:g} on {domain}")
         self._base.restore(self._model)
         adapter = self._put_on(method, seed, 0, number)
-        found: float | None
+        measured: float | None
         try:
             self._train(method, lr, seed, 0, number, {})
-            found = perplexity(self._model, self._texts[domain].selection)
+            measured = perplexity(self._model, self._texts[domain].selection)
         except DivergedError:
-            found = None
+            measured = None
         finally:
             adapter.remove()
-        came = "diverged" if found is None else f"perplexity {found:.2f}"
-        self._watcher.result(f"{method}: learning rate {lr:g} on {domain}: {came}")
-        return Rate(method, lr, domain, found)
+        result = "diverged" if measured is None else f"perplexity {measured:.2f}"
+        self._watcher.result(f"{method}: learning rate {lr:g} on {domain}: {result}")
+        return Rate(method, lr, domain, measured)
 
     def _go_on(self, method: str, lr: float, seed: int, order: int, done: int) -> None:
         self._drop_states(method, seed, order, but=done)
         self._base.restore(self._model)
-        kept = self._settings.keep_adapters
-        adapter = self._put_on(method, seed, order, 1) if kept else None
+        carried_over = self._settings.keep_adapters
+        adapter = self._put_on(method, seed, order, 1) if carried_over else None
         fisher: dict[str, Tensor] = {}
         if done:
             state = load_state(self._state_path(method, seed, order, done))
@@ -246,7 +249,7 @@ class _Running:
             for number in range(done + 1, len(self._orders[order]) + 1):
                 adapter = adapter or self._put_on(method, seed, order, number)
                 stage, fisher = self._stage(method, lr, seed, order, number, adapter, fisher)
-                if not kept:
+                if not carried_over:
                     adapter = None
                 self._add(stage)
                 self._drop_states(method, seed, order, but=number)
@@ -257,18 +260,18 @@ class _Running:
     def _stage(
         self, method: str, lr: float, seed: int, order: int, number: int, adapter: Adapter, fisher: dict[str, Tensor]
     ) -> tuple[Stage, dict[str, Tensor]]:
-        """Learn one domain, absorb what was learned unless adapters are kept, measure, and save what the next stage needs."""
+        """Learn one domain, absorb the adapter unless it is carried over, measure, and save what the next stage needs."""
         began = time.perf_counter()
         name = self._orders[order][number - 1]
         last = number == len(self._orders[order])
-        text = f"{_called(method, seed, order)}: {number}/{len(self._orders[order])} {name}"
+        text = f"{_run_text(method, seed, order)}: {number}/{len(self._orders[order])} {name}"
         self._unit(method, text)
         saved = self._saved_bytes(method, seed, name)
         trained = sum(parameter.numel() for parameter in self._trained().values())
         peak = Peak(self._device)
         curve = _Curve(self._settings, self._model, self._texts)
         history = self._train(method, lr, seed, order, number, fisher, curve)
-        held = peak.bytes()
+        peak_bytes = peak.bytes()
         self._tell_of_peak(peak)
         if METHODS[method].anchored and not last:
             windows = self._texts[name].windows(self._settings, seed)[: self._settings.fisher_windows]
@@ -297,9 +300,9 @@ class _Running:
             * self._settings.batch_tokens
             / sum(step.seconds for step in history.steps),
             saved_bytes=saved,
-            peak_bytes=held,
+            peak_bytes=peak_bytes,
         )
-        self._watcher.result(f"{text}: perplexity {perplexities[name]:.2f}, before anything {self._before[name]:.2f}")
+        self._watcher.result(f"{text}: perplexity {perplexities[name]:.2f}, of the base model {self._before[name]:.2f}")
         return stage, fisher
 
     def _train(
@@ -318,7 +321,7 @@ class _Running:
             Stopped: the watcher asked for it.
             FloatingPointError: it diverged.
         """
-        held = ewc.Anchor(self._model, fisher, self._settings.ewc_lambda) if fisher else None
+        anchor = ewc.Anchor(self._model, fisher, self._settings.ewc_lambda) if fisher else None
 
         def on_step(step: Step) -> None:
             self._watcher.step(step)
@@ -332,7 +335,7 @@ class _Running:
             self._model,
             self._batches(method, seed, order, number),
             lr=lr,
-            after_backward=held.add_gradient if held is not None else None,
+            after_backward=anchor.add_gradient if anchor is not None else None,
             on_step=on_step,
             should_stop=self._watcher.should_stop,
         )
@@ -358,7 +361,7 @@ class _Running:
         return {name: parameter for name, parameter in self._model.named_parameters() if parameter.requires_grad}
 
     def _saved_bytes(self, method: str, seed: int, domain: str) -> int:
-        """Counted in a method's first stage."""
+        """Measured in a method's first stage."""
         for stage in self._study.stages:
             if stage.method == method:
                 return stage.saved_bytes
@@ -386,7 +389,7 @@ class _Running:
         return self._states / f"{_file_name(method, seed, order)}-stage{number}.safetensors"
 
     def _drop_states(self, method: str, seed: int, order: int, *, but: int) -> None:
-        """Those of a run's other stages; called when the record of stage ``but`` is on the disk."""
+        """Delete the states of a run's other stages; called when the record of stage ``but`` is on the disk."""
         for path in self._states.glob(f"{_file_name(method, seed, order)}-stage*"):
             if path != self._state_path(method, seed, order, but):
                 path.unlink()
@@ -403,31 +406,29 @@ class _Running:
         self._watcher.unit(Unit(text, total - sum(left.values()), total, self._seconds(left)))
 
     def _done(self, method: str) -> int:
-        """How many stages of a method have a record, of those that are asked for."""
+        """How many of a method's stages that the settings ask for have a record."""
         seeds, orders = self._settings.seeds, range(len(self._orders))
         return sum(len(self._stages(method, seed, order)) for seed in seeds for order in orders)
 
     def _seconds(self, stages: Mapping[str, int]) -> float | None:
-        """What so many stages of these methods take, by those that were timed."""
-        took: dict[str, list[float]] = {}
+        """How long so many stages of each method take, estimated from the finished ones."""
+        timed: dict[str, list[float]] = {}
         for stage in self._study.stages:
-            took.setdefault(stage.method, []).append(stage.seconds)
-        if not took:
+            timed.setdefault(stage.method, []).append(stage.seconds)
+        if not timed:
             return None
-        means = {method: sum(seconds) / len(seconds) for method, seconds in took.items()}
+        means = {method: sum(seconds) / len(seconds) for method, seconds in timed.items()}
         usual = sum(means.values()) / len(means)
         return sum(count * means.get(method, usual) for method, count in stages.items())
 
     def _tell_of_peak(self, peak: Peak) -> None:
         if not peak.exact and not self._peak_told:
-            self._watcher.notice(
-                "peak memory is that of the whole process so far: this system has no way to start anew"
-            )
+            self._watcher.notice("peak memory is that of the process since it started: this system cannot reset it")
             self._peak_told = True
 
 
 class _Curve:
-    """Perplexities in the middle of a stage."""
+    """Perplexities within a stage."""
 
     def __init__(self, settings: Settings, model: nn.Module, texts: Mapping[str, Text]) -> None:
         self.points: list[Curve] = []
@@ -436,13 +437,13 @@ class _Curve:
         self._steps = settings.curve_steps
 
     def after(self, step: int) -> None:
-        """Measure, if this step is one to measure after."""
+        """Measure if the step is one of the curve's."""
         if step in self._steps:
-            found = {name: perplexity(self._model, windows) for name, windows in self._windows.items()}
-            self.points.append(Curve(step, found))
+            perplexities = {name: perplexity(self._model, windows) for name, windows in self._windows.items()}
+            self.points.append(Curve(step, perplexities))
 
 
-def _called(method: str, seed: int, order: int) -> str:
+def _run_text(method: str, seed: int, order: int) -> str:
     return f"{method}, seed {seed}, order {order}"
 
 
@@ -450,22 +451,22 @@ def _file_name(method: str, seed: int, order: int) -> str:
     return f"{method}-seed{seed}-order{order}"
 
 
-def _model_source(settings: Settings, found: list[Domain], watcher: Watcher) -> Path:
+def _model_source(settings: Settings, mixture: list[Domain], watcher: Watcher) -> Path:
     if settings.model != TOY:
         return settings.model or bundled_model()
     folder = settings.out / _TOY_FOLDER
     if not folder.exists():
         watcher.phase("training a toy model")
-        save_toy_model(folder, found)
+        save_toy_model(folder, mixture)
     return folder
 
 
 def _tell_of_short_texts(texts: Mapping[str, Text], settings: Settings, watcher: Watcher) -> None:
     for name, text in texts.items():
         wanted = settings.validation_windows + (settings.selection_windows if len(text.selection) else 0)
-        came = len(text.validation) + len(text.selection)
-        if came < wanted:
-            watcher.notice(f"{name} is measured on {came} windows instead of {wanted}: it has no more text")
+        measured = len(text.validation) + len(text.selection)
+        if measured < wanted:
+            watcher.notice(f"{name} is measured on {measured} windows instead of {wanted}: it has no more text")
         epochs = settings.steps * settings.batch_size / len(text.pool) if len(text.pool) else 0.0
         if epochs > 1:
             watcher.notice(
@@ -501,59 +502,59 @@ def _described(task: downstream.Task) -> dict[str, object]:
 
 @file_errors()
 def _open(path: Path, header: Header, watcher: Watcher) -> None:
-    """Begin a results file, or see that the one there is of this study; what this one has more of is put into its header."""
+    """Begin a results file, or check that the existing one is of this study and add to its header what this call adds."""
     if not path.exists():
         replace_file(path, lambda beside: records.append(beside, header))
         return
     records.mend(path)
-    there = records.read(path).header
-    if not there.model_fingerprint:
-        there = replace(there, model_fingerprint=header.model_fingerprint)  # of before there was one: it cannot be told
+    recorded = records.read(path).header
+    if not recorded.model_fingerprint:  # the file is from before there was one, so it cannot be checked
+        recorded = replace(recorded, model_fingerprint=header.model_fingerprint)
     header = replace(
         header, **json.loads(json.dumps({name: getattr(header, name) for name in ("settings", "domains", "tasks")}))
     )
-    shared = _owners(there.settings) & _owners(header.settings)
+    shared = _owners(recorded.settings) & _owners(header.settings)
     for what, old, new in (
-        ("settings", _fixed(there.settings, shared), _fixed(header.settings, shared)),
-        ("model", _model_of(there), _model_of(header)),
-        ("domains", there.domains, header.domains),
-        ("tasks", there.tasks, header.tasks),
+        ("settings", _fixed(recorded.settings, shared), _fixed(header.settings, shared)),
+        ("model", _model_of(recorded), _model_of(header)),
+        ("domains", recorded.domains, header.domains),
+        ("tasks", recorded.tasks, header.tasks),
     ):
         differing = [key for key in dict.fromkeys([*old, *new]) if old.get(key) != new.get(key)]
         if differing:
             shown = "; ".join(f"{key} was {old.get(key)}, is {new.get(key)}" for key in differing)
             raise UsageError(f"{path} is of a study with other {what}: {shown}. Name another folder (--out)")
     for what, before, now in (
-        ("device", {"device": there.device}, {"device": header.device}),
-        ("versions", there.environment, header.environment),
+        ("device", {"device": recorded.device}, {"device": header.device}),
+        ("versions", recorded.environment, header.environment),
     ):
         if before != now:
             watcher.notice(
                 f"this study began with other {what}, so its numbers may differ in the last digits: {before}"
             )
-    if (grown := _grown(there, header.settings, header.orders)) != there:
+    if (grown := _grown(recorded, header.settings, header.orders)) != recorded:
         records.replace_header(path, grown)
 
 
 def _owners(settings: Mapping[str, Any]) -> set[str]:
-    """The methods whose learning rates the methods of these settings take."""
+    """The methods whose learning rates the methods of these settings use."""
     return {METHODS[method].rates_of or method for method in settings["methods"]}
 
 
 def _fixed(settings: Mapping[str, Any], owners: Set[str]) -> dict[str, Any]:
-    """What may not change: all but which methods, seeds and orders there are, as a stage's numbers do not depend on others."""
+    """What may not change: all but the methods, seeds and orders, because a stage's numbers do not depend on other runs."""
     rates = {name: grid for name, grid in settings["rates"].items() if name in owners}
     return {name: value for name, value in settings.items() if name not in (*_LISTS, "orders")} | {"rates": rates}
 
 
-def _grown(there: Header, settings: Mapping[str, Any], orders: list[list[str]]) -> Header:
-    """The header with the methods, seeds and orders that it lacks behind its own."""
-    old = there.settings
+def _grown(header: Header, settings: Mapping[str, Any], orders: list[list[str]]) -> Header:
+    """The header with the methods, seeds and orders that it lacks after its own."""
+    old = header.settings
     lists = {name: list(dict.fromkeys([*old[name], *settings[name]])) for name in _LISTS}
     used = {name: grid for name, grid in old["rates"].items() if name in _owners(old)}
-    orders = max(there.orders, orders, key=len)
+    orders = max(header.orders, orders, key=len)
     return replace(
-        there,
+        header,
         settings=old | lists | {"orders": len(orders), "rates": old["rates"] | settings["rates"] | used},
         orders=orders,
     )
@@ -565,14 +566,14 @@ def _model_of(header: Header) -> dict[str, object]:
 
 @file_errors()
 def _tidy(folder: Path) -> None:
-    """Remove what a killed process was writing beside its place."""
+    """Remove the unfinished files of a killed process."""
     for path in [*folder.glob(".part-*"), *(folder / _STATES).glob(".part-*")]:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """One process at a time works in a folder; the system frees the lock of one that was killed."""
+    """Keep other processes out of the folder; the system frees the lock of a killed process."""
     with (folder / ".lock").open("a") as lock:
         try:
             import fcntl
@@ -580,6 +581,6 @@ def _locked(folder: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise BusyError(f"another study is at work in {folder}: wait for it, or name another folder") from None
-        except (ImportError, OSError):  # Windows, and file systems without locks: two runs are not kept apart
+        except (ImportError, OSError):  # Windows, and file systems without locks: nothing keeps two runs apart
             pass
         yield

@@ -1,4 +1,4 @@
-"""What a study is asked to do."""
+"""The settings of a study."""
 
 from __future__ import annotations
 
@@ -14,46 +14,46 @@ from gain_study.engine.methods import METHODS
 __all__ = ["BUILT_IN", "TOY", "Settings"]
 
 BUILT_IN = ("python", "licences", "readmes")
-"""Domains that every machine has; a name that is none of these is a file or folder of text."""
+"""Domains that every machine has; any other name is a file or folder of text."""
 
 TOY = Path("toy")
-"""In the place of a model: a small one, trained from scratch on the domains' training text."""
+"""Instead of a model: a small one is trained from scratch on the domains' training text."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What :func:`gain_study.engine.running.study` is asked to do; the command line's options by the same names.
+    """The settings of :func:`gain_study.engine.running.study`; the command line's options have the same names.
 
     Attributes:
         out: the folder of the results file.
-        model: a transformers folder or GGUF file; None is SmolLM2-135M-Instruct, ``toy`` a small one made on the spot.
+        model: a transformers folder or GGUF file. None is SmolLM2-135M-Instruct. ``toy`` is a small model trained first.
         domains: names of :data:`BUILT_IN` domains, or paths of text files or folders, in the order of the first run.
-        held_out: the same, for text that is measured on and never learned: what the model knew before.
+        held_out: the same, for text that is measured and never learned: what the model knew before.
         methods: names in :data:`gain_study.engine.methods.METHODS`.
-        seeds: one run of each method and order for each.
-        orders: of the domains: as given, reversed, then permutations by a fixed seed.
-        steps: of training, a stage.
-        batch_tokens: in a step.
+        seeds: each method learns each order once with each seed.
+        orders: number of orders of the domains: as given, reversed, then permutations by a fixed seed.
+        steps: training steps in a stage.
+        batch_tokens: tokens in a step.
         sequence_length: tokens in a window.
-        validation_windows: of each domain, what perplexities are of.
-        selection_windows: of the first domain, what learning rates are chosen on.
+        validation_windows: of each domain; perplexities are measured on them.
+        selection_windows: of the first domain; learning rates are chosen on them.
         curve_points: how often a stage's curve is measured: at its end, its half, its quarter and so on, as most changes at
-            the beginning; and before the first step. 0 for no curve.
-        curve_windows: of the validation windows, the first ones: those that the curve is of.
-        keep_adapters: one adapter goes on from domain to domain, instead of being absorbed after each.
+            the beginning. It is measured before the first step as well. 0 for no curve.
+        curve_windows: the first so many validation windows; curves are measured on them.
+        keep_adapters: one adapter is carried over from domain to domain, instead of being absorbed after each.
         tasks: whether multiple-choice accuracy is measured too.
-        rates: grids of learning rates instead of the methods' own, by method.
-        replay_share: of each batch's windows, for methods that replay.
+        rates: grids of learning rates that replace the methods' own, by method.
+        replay_share: share of each batch's windows that comes from earlier domains, for methods that replay.
         ewc_lambda: the strength of EWC's penalty, which is about ``lambda / 2 * sum(F) * d^2`` nats where weights move by d.
-            SmolLM2-135M's sum(F) is 5e4 on licences, so that is a nat for d = 3e-4, some steps of full fine-tuning, at 4e2.
-            The same estimate gives 3e2 for the toy model; there 1e2 to 1e3 trade forgetting for learning, and from 1e4 on
-            little is learned. It is not tuned beyond that.
-        fisher_windows: training windows of a domain that its Fisher information is estimated on.
+            SmolLM2-135M's sum(F) is 5e4 on licences. So at 4e2 the penalty is a nat for d = 3e-4, which is a few steps of full
+            fine-tuning. The same estimate gives 3e2 for the toy model. There 1e2 to 1e3 trade forgetting for learning, and
+            from 1e4 on little is learned. It is not tuned beyond that.
+        fisher_windows: training windows of a domain; its Fisher information is estimated on them.
         dtype: of the weights.
         device: auto, cpu or cuda.
 
     Raises:
-        ValueError: a number out of its range, an unknown or repeated name.
+        ValueError: a number is out of range, or a name is unknown or repeated.
     """
 
     out: Path
@@ -86,12 +86,12 @@ class Settings:
             replaying = [name for name in self.methods if METHODS[name].replays]
             if replaying:
                 raise UsageError(
-                    f"{', '.join(replaying)}: {self.replay_share:g} of a batch of {self.batch_size} windows came to replay; at "
-                    "least one window has to be, and one not: give more batch tokens or another share"
+                    f"{', '.join(replaying)}: got {self.replay_share:g} of a batch of {self.batch_size} windows to replay; a "
+                    "batch needs at least one replayed window and one of its own: give more batch tokens or another share"
                 )
         if self.dtype != "float32" and any(METHODS[name].weights for name in self.methods):
             raise UsageError(
-                f"full and ewc in {self.dtype}: a step of theirs is smaller than the spacing of its numbers and would be lost: "
+                f"full and ewc in {self.dtype}: their steps are smaller than the spacing of its numbers and would be lost: "
                 "use float32, or leave them out (--methods)"
             )
 
@@ -111,17 +111,17 @@ class Settings:
 
     @property
     def replayed(self) -> int:
-        """Windows in one step that come from earlier domains, where a method replays."""
+        """Windows in one step from earlier domains, for a method that replays."""
         return round(self.replay_share * self.batch_size)
 
     def grid(self, method: str) -> tuple[float, ...]:
-        """The learning rates that a method is tried at, rising."""
+        """The learning rates that are tried for a method, ascending."""
         return tuple(sorted(self.rates.get(method, METHODS[method].rates)))
 
     def as_json(self) -> dict[str, Any]:
-        """As the results file has them: all but the folder, which may be moved."""
-        found = {name: value for name, value in asdict(self).items() if name != "out"}
-        return found | {
+        """The settings as the results file has them: all except the folder, which may be moved."""
+        values = {name: value for name, value in asdict(self).items() if name != "out"}
+        return values | {
             "model": None if self.model is None else str(self.model),
             "domains": list(self.domains),
             "held_out": list(self.held_out),
@@ -149,23 +149,21 @@ class Settings:
         measured = [*self.domains, *self.held_out]
         for what, given in (("methods", self.methods), ("seeds", self.seeds), ("domains", measured)):
             if not given:
-                raise UsageError(f"no {what} came: at least one is needed")
+                raise UsageError(f"got no {what}: at least one is needed")
             if len(set(given)) < len(given):
                 raise UsageError(f"{what} holds one twice: {', '.join(map(str, given))}")
         if not self.domains:
-            raise UsageError("no domains came: at least one is needed")
+            raise UsageError("got no domains: at least one is needed")
         for name in self.methods:
             if name not in METHODS:
                 raise UsageError(f"method {name!r} is unknown: choose among {', '.join(METHODS)}")
         possible = math.factorial(len(self.domains))
         if self.orders > possible:
-            raise UsageError(
-                f"orders is {self.orders}: {possible} is all that {len(self.domains)} domains have (--orders)"
-            )
+            raise UsageError(f"orders is {self.orders}: {len(self.domains)} domains have only {possible} (--orders)")
         for name, grid in self.rates.items():
-            owners = [method for method, found in METHODS.items() if found.rates]
+            owners = [owner for owner, method in METHODS.items() if method.rates]
             if name not in owners:
                 also = f" ({name} takes those of {METHODS[name].rates_of})" if name in METHODS else ""
-                raise UsageError(f"rates for {name!r} came: choose among {', '.join(owners)}{also}")
+                raise UsageError(f"got rates for {name!r}: choose among {', '.join(owners)}{also}")
             if not grid or len(set(grid)) < len(grid) or not all(0 < rate < math.inf for rate in grid):
-                raise UsageError(f"rates for {name}: {list(grid)} came; different finite rates above 0 are needed")
+                raise UsageError(f"rates for {name}: got {list(grid)}; different finite rates above 0 are needed")

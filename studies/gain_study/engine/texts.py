@@ -20,15 +20,15 @@ from gain_study.engine.settings import Settings
 __all__ = ["Text", "draw_orders", "find_domains", "seed_of", "tokenise"]
 
 _POOL = 16  # windows tokenised for each window that a stage trains on
-_HELD_SEED = 0  # not the user's: every seed is measured on the same windows
+_VALIDATION_SEED = 0  # not the user's: every seed is measured on the same windows
 
 
 @dataclass(frozen=True)
 class Text:
     """A domain in tokens, int64 [windows, length] each.
 
-    A seed draws its training windows from ``pool``. ``selection`` is empty but for the first domain; it and ``validation``
-    are different windows of the domain's validation documents.
+    A seed draws its training windows from ``pool``. ``validation`` and ``selection`` are different windows of the domain's
+    validation documents. Only the first domain has selection windows.
     """
 
     domain: Domain
@@ -37,7 +37,7 @@ class Text:
     validation: Tensor
 
     def windows(self, settings: Settings, seed: int) -> Tensor:
-        """Those that a seed trains on, in every method and order."""
+        """The windows that a seed trains on, the same for every method and order."""
         wanted = settings.steps * settings.batch_size
         return domains.cut_windows(
             self.pool.flatten(),
@@ -47,12 +47,12 @@ class Text:
         )
 
     def batches(self, settings: Settings, seed: int, *, batch_size: int) -> list[Tensor]:
-        """Those of one stage, in a seed's order."""
+        """The batches of one stage, in a seed's order."""
         shuffle = seed_of("batches", seed, self.domain.name)
         return draw_batches(self.windows(settings, seed), batch_size=batch_size, steps=settings.steps, seed=shuffle)
 
     def described(self, settings: Settings) -> dict[str, Any]:
-        """As a study's header has it."""
+        """What a study's header says of it."""
         digest = hashlib.sha256()
         for part in (self.pool, self.selection, self.validation):
             digest.update(part.numpy().tobytes())
@@ -76,30 +76,30 @@ def find_domains(names: Sequence[str]) -> list[Domain]:
     """The domains by name or path, see :data:`gain_study.engine.settings.BUILT_IN`.
 
     Raises:
-        FileNotFoundError: there is nothing at a path.
-        ValueError: no text there, or two domains of one name.
+        FileNotFoundError: a path does not exist.
+        ValueError: a path has no text, or two domains have one name.
     """
     built_in = {
         "python": domains.python_source,
         "licences": domains.licence_texts,
         "readmes": domains.readme_bodies,
     }
-    found = [built_in[name]() if name in built_in else domains.from_path(Path(name)) for name in names]
-    called = [domain.name for domain in found]
-    for domain in found:
-        if called.count(domain.name) > 1:
-            same = ", ".join(name for name, other in zip(names, found, strict=True) if other.name == domain.name)
+    loaded = [built_in[name]() if name in built_in else domains.from_path(Path(name)) for name in names]
+    domain_names = [domain.name for domain in loaded]
+    for domain in loaded:
+        if domain_names.count(domain.name) > 1:
+            same = ", ".join(name for name, other in zip(names, loaded, strict=True) if other.name == domain.name)
             raise UsageError(
-                f"several domains are called {domain.name!r}: {same}; a file's or folder's own name counts"
+                f"several domains are called {domain.name!r}: {same}; a domain has the name of its file or folder"
             )
-    return found
+    return loaded
 
 
 def draw_orders(names: Sequence[str], count: int) -> list[list[str]]:
-    """As given, reversed, then permutations that were not there yet, the same in every study.
+    """As given, reversed, then other permutations, the same in every study.
 
     Raises:
-        ValueError: there are not so many orders.
+        ValueError: there are fewer orders.
     """
     orders = [list(names)]
     shuffler = random.Random(seed_of("orders"))
@@ -108,20 +108,20 @@ def draw_orders(names: Sequence[str], count: int) -> list[list[str]]:
         if order not in orders:
             orders.append(order)
         elif len(names) < 2:
-            raise ValueError(f"{count} orders of {len(names)} domain came")
+            raise ValueError(f"got {count} orders of {len(names)} domain")
         order = shuffler.sample(list(names), len(names))
     return orders
 
 
 def tokenise(
-    found: Sequence[Domain], held_out: Sequence[Domain], tokenizer: Tokenizer, settings: Settings
+    learned: Sequence[Domain], held_out: Sequence[Domain], tokenizer: Tokenizer, settings: Settings
 ) -> dict[str, Text]:
-    """The domains' windows, by name; the first has selection windows too, and those held out have none to train on.
+    """The domains' windows by name. The first also has selection windows, and held-out ones have no training windows.
 
     Raises:
         ValueError: too little text for a batch, or for a window to measure on.
     """
-    texts = {domain.name: _text(domain, tokenizer, settings, first=domain is found[0]) for domain in found}
+    texts = {domain.name: _text(domain, tokenizer, settings, first=domain is learned[0]) for domain in learned}
     return texts | {domain.name: _text(domain, tokenizer, settings, trained=False) for domain in held_out}
 
 
@@ -137,14 +137,14 @@ def _text(
     measured = settings.validation_windows + settings.selection_windows
     stream = domains.token_stream(domain.validation, tokenizer, limit=_POOL * measured * length)
     count = settings.validation_windows + for_selection
-    held = domains.cut_windows(stream, length=length, count=count, seed=_HELD_SEED)
+    windows = domains.cut_windows(stream, length=length, count=count, seed=_VALIDATION_SEED)
     needed = 2 if first else 1
-    if len(pool) < batch_size or len(held) < needed:
+    if len(pool) < batch_size or len(windows) < needed:
         raise UsageError(
-            f"too little text in {domain.source}: {train.numel()} tokens came to train on and {stream.numel()} to measure on, "
+            f"too little text in {domain.source}: got {train.numel()} tokens to train on and {stream.numel()} to measure on, "
             f"at least {batch_size * length} and {needed * length} are needed: give more text, or lower --batch-tokens and "
             "--sequence-length"
         )
-    # The first windows are the validation's, so that a domain has the same ones in every place of the list.
-    validation = held[: min(settings.validation_windows, len(held) - min(for_selection, len(held) // 2))]
-    return Text(domain, pool, held[len(validation) :], validation)
+    # Validation takes the first windows, so that they are the same wherever the domain is in the list.
+    validation = windows[: min(settings.validation_windows, len(windows) - min(for_selection, len(windows) // 2))]
+    return Text(domain, pool, windows[len(validation) :], validation)

@@ -1,4 +1,4 @@
-"""A small language model, trained from scratch in seconds: for tests, and to see a whole study go by."""
+"""A small language model, trained from scratch in seconds: for tests, and to try a complete study."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _BATCH = 16
 
 
 def save_toy_model(folder: Path, mixture: Sequence[Domain], *, steps: int = 300, width: int = 96) -> None:
-    """Train a Llama of two layers, bytes being its tokens, on the domains' training text, and write it for transformers.
+    """Train a byte-level Llama of two layers on the domains' training text, and write it for transformers.
 
-    The same text gives the same model. ``folder`` is whole or absent.
+    The same text gives the same model. ``folder`` is complete or absent.
 
     Args:
-        folder: where; its parent must exist.
-        mixture: equally many windows come from each domain.
+        folder: to be created; its parent must exist.
+        mixture: each domain gives equally many windows.
         steps: of training.
         width: of the residual stream, a multiple of 8.
 
@@ -67,7 +67,7 @@ def save_toy_model(folder: Path, mixture: Sequence[Domain], *, steps: int = 300,
 
 
 def _tokenizer() -> Any:
-    """A token for each byte, and one for the end of a text."""
+    """A token for each byte, and one for the end of text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

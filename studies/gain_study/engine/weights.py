@@ -1,4 +1,4 @@
-"""The weights that a study starts from, and those that it has come to: kept, put back, saved between stages."""
+"""The weights that a study starts from, and those it has reached: copied, restored, and saved between stages."""
 
 from __future__ import annotations
 
@@ -21,28 +21,28 @@ class Base:
     """A copy of a plain model's parameters, in the memory of the CPU."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._kept = {name: parameter.detach().to("cpu", copy=True) for name, parameter in model.named_parameters()}
+        self._values = {name: parameter.detach().to("cpu", copy=True) for name, parameter in model.named_parameters()}
 
     def restore(self, model: nn.Module) -> None:
-        """Give the plain model the parameters that it had."""
-        put(model, self._kept)
+        """Give the plain model these parameters again."""
+        put(model, self._values)
 
     def changed(self, model: nn.Module) -> dict[str, Tensor]:
-        """The parameters of the plain model that are no longer these."""
+        """The parameters of the plain model that differ from these."""
         present = {name: parameter.detach().cpu() for name, parameter in model.named_parameters()}
-        return {name: value for name, value in present.items() if not torch.equal(value, self._kept[name])}
+        return {name: value for name, value in present.items() if not torch.equal(value, self._values[name])}
 
 
 @dataclass(frozen=True)
 class State:
-    """What a run needs to go on behind a stage: parameters by name, and EWC's Fisher information."""
+    """What a run needs to go on after a stage: parameters by name, and EWC's Fisher information."""
 
     parameters: dict[str, Tensor]
     fisher: dict[str, Tensor]
 
 
 def put(model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
-    """Copy values into the model's parameters of these names."""
+    """Copy values into the model's parameters by name."""
     own = dict(model.named_parameters())
     with torch.no_grad():
         for name, value in parameters.items():
@@ -51,7 +51,7 @@ def put(model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
 
 @file_errors()
 def save_state(state: State, path: Path) -> None:
-    """Write it as a safetensors file that is whole or absent."""
+    """Write it as a safetensors file; the file is complete or absent."""
     from safetensors.torch import save_file
 
     tensors = state.parameters | {_FISHER + name: value for name, value in state.fisher.items()}
@@ -64,13 +64,13 @@ def load_state(path: Path) -> State:
     """Read what :func:`save_state` wrote.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: there is no such file.
     """
     from safetensors.torch import load_file
 
     if not path.exists():
         raise MissingFileError(
-            f"{path} is missing, without which this study cannot go on: start one in another folder (--out)"
+            f"{path} is missing, and this study cannot go on without it: start one in another folder (--out)"
         )
     tensors = load_file(path)
     fisher = {name.removeprefix(_FISHER): value for name, value in tensors.items() if name.startswith(_FISHER)}

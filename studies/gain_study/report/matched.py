@@ -1,9 +1,9 @@
-"""What methods have forgotten when they have learned equally much: forgetting and learning trade off.
+"""What methods have forgotten at equal learning: forgetting and learning trade off.
 
-In every stage the target is the lowest in-domain perplexity that each of the compared methods reaches, which is the worst of
-their best. A method is looked at where its curve first reaches the target, in between two points along the straight line in
-(step, log perplexity), or before the first step where the earlier stages have brought it there. Perplexities are of a
-curve's few validation windows, the base model's too.
+In each stage, every method has a best in-domain perplexity. The target is the worst of these, so all methods reach it. A
+curve is interpolated linearly in (step, log perplexity), and forgetting is measured where it first reaches the target. That
+is before the first step where the earlier stages have reached it already. All perplexities, also the base model's, are of a
+curve's few validation windows.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ FIELDS = ("in_domain", "earlier", "drift", "held_out")
 class Match:
     """A run at the point of a stage where it first has the target's perplexity. In nats: means of log-ratios.
 
-    ``target`` is None where the method is not below the base model in the stage; nothing else is known there.
-    ``in_domain`` is ``log(target / base)``. ``earlier`` is of the earlier domains against the base model, ``drift`` against
-    the stage's beginning, ``held_out`` of the domains that no order has against the base; None where there are none.
+    ``target`` is None where the method is not below the base model in the stage, and so are all others. ``in_domain`` is
+    ``log(target / base)``. ``earlier`` is of the earlier domains against the base model, and ``drift`` is against the stage's
+    beginning. ``held_out`` is of the domains of no order, against the base model. Each is None where there are no such domains.
     """
 
     method: str
@@ -48,71 +48,74 @@ class Match:
         return self.seed, self.order, self.number
 
 
-def matches(some: Iterable[Run], methods: Collection[str] | None = None) -> list[Match]:
-    """Every stage of the methods' runs that has a curve, at the in-domain perplexity that all there reach.
+def matches(runs: Iterable[Run], methods: Collection[str] | None = None) -> list[Match]:
+    """Every stage of the methods' runs that has a curve, at the in-domain perplexity that all of them reach.
 
-    ``target = max over methods of min over the curve's points of P[d]`` in a stage that learns d, of the methods that come
-    below the base model there; the others would make it a target that is reached before the training.
+    ``target = max over methods of min over the curve's points of P[d]`` in a stage that learns d. Only the methods that get
+    below the base model there count: with the others the target would be reached before the training.
 
     Args:
-        some: runs of any methods.
+        runs: of any methods.
         methods: those that are compared; None for all.
 
     """
     stages: dict[tuple[int, int, int], list[Run]] = {}
-    for run in some:
+    for run in runs:
         if methods is None or run.method in methods:
             for number, stage in enumerate(run.stages, 1):
                 if stage.curve and run.stages[0].curve:
                     stages.setdefault((run.seed, run.order, number), []).append(run)
-    return [match for (_, _, number), there in sorted(stages.items()) for match in _matches(there, number)]
+    return [match for (_, _, number), of_stage in sorted(stages.items()) for match in _matches(of_stage, number)]
 
 
-def common(some: Sequence[Match]) -> list[Match]:
-    """Those of the stages that every method is matched in, so that all are compared on the same; all if there is none."""
-    unmatched = {match.stage for match in some if match.target is None}
-    return [match for match in some if match.stage not in unmatched] or list(some)
+def common(matches: Sequence[Match]) -> list[Match]:
+    """The matches in the stages where every method is matched, so that all are compared on the same; all if there is none."""
+    unmatched = {match.stage for match in matches if match.target is None}
+    return [match for match in matches if match.stage not in unmatched] or list(matches)
 
 
-def change(some: Iterable[Match], field: str) -> dict[str, dict[tuple[int, int], float]]:
+def change(matches: Iterable[Match], field: str) -> dict[str, dict[tuple[int, int], float]]:
     """``100 (exp(mean over the stages of field) - 1)``, by method, seed and order."""
-    found: dict[str, dict[tuple[int, int], list[float]]] = {}
-    for match in some:
+    by_method: dict[str, dict[tuple[int, int], list[float]]] = {}
+    for match in matches:
         value = getattr(match, field)
         if value is not None:
-            found.setdefault(match.method, {}).setdefault((match.seed, match.order), []).append(value)
-    return {method: {key: percent(fmean(stages)) for key, stages in by_run.items()} for method, by_run in found.items()}
+            by_method.setdefault(match.method, {}).setdefault((match.seed, match.order), []).append(value)
+    return {
+        method: {run: percent(fmean(stages)) for run, stages in by_run.items()} for method, by_run in by_method.items()
+    }
 
 
-def matches_paired(some: Sequence[Run], one: str, other: str, field: str) -> Spread | None:
+def matches_paired(runs: Sequence[Run], one: str, other: str, field: str) -> Spread | None:
     """By how many percent ``one``'s perplexity is above ``other``'s where both have learned equally much.
 
-    The target is that of these two alone; per run it is the mean over the stages that both reach. ``drift`` compares what
-    the stage alone did; ``earlier`` has in it what the stages before did, where the two were not matched.
+    The target is that of these two only. A run's figure is the mean over the stages where both are matched. ``drift`` compares
+    what the stage itself did. ``earlier`` includes what the stages before did, where the two were not matched.
     """
-    found: dict[tuple[int, int, int], dict[str, float]] = {}
-    for match in matches(some, {one, other}):
+    by_stage: dict[tuple[int, int, int], dict[str, float]] = {}
+    for match in matches(runs, {one, other}):
         value = getattr(match, field)
         if value is not None:
-            found.setdefault(match.stage, {})[match.method] = value
+            by_stage.setdefault(match.stage, {})[match.method] = value
     differences: dict[tuple[int, int], list[float]] = {}
-    for (seed, order, _), by_method in found.items():
+    for (seed, order, _), by_method in by_stage.items():
         if len(by_method) == 2:
             differences.setdefault((seed, order), []).append(by_method[one] - by_method[other])
     return spread(percent(fmean(stages)) for stages in differences.values())
 
 
-def _matches(there: Sequence[Run], number: int) -> list[Match]:
-    domain = there[0].learned[number - 1]
+def _matches(runs: Sequence[Run], number: int) -> list[Match]:
+    """Runs with the same seed and order, in one stage."""
+    domain = runs[0].learned[number - 1]
     best = {}
-    for run in there:
+    for run in runs:
         reached = min(point.perplexity[domain] for point in run.stages[number - 1].curve)
         if reached < _base(run)[domain]:
             best[run.method] = reached
     target = max(best.values(), default=None)
     return [
         _match(run, number, target) if target is not None and run.method in best else _no_match(run, number)
-        for run in there
+        for run in runs
     ]
 
 
@@ -145,7 +148,7 @@ def _base(run: Run) -> Perplexities:
 
 
 def _first_at(curve: Sequence[Curve], domain: str, target: float) -> tuple[float, dict[str, float]]:
-    """Step and log perplexities where the domain's perplexity first is the target, which the curve reaches."""
+    """Step and log perplexities where the domain's perplexity first equals the target, which the curve reaches."""
     after = next(index for index, point in enumerate(curve) if point.perplexity[domain] <= target)
     reached = {d: math.log(value) for d, value in curve[after].perplexity.items()}
     if after == 0:
@@ -156,6 +159,6 @@ def _first_at(curve: Sequence[Curve], domain: str, target: float) -> tuple[float
     return step, {d: before[d] + share * (reached[d] - before[d]) for d in reached}
 
 
-def _mean(some: Iterable[float]) -> float | None:
-    found = list(some)
-    return fmean(found) if found else None
+def _mean(figures: Iterable[float]) -> float | None:
+    listed = list(figures)
+    return fmean(listed) if listed else None

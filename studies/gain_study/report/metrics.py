@@ -1,12 +1,12 @@
 """What the runs of a study learned and forgot, in figures.
 
-A run is a method's way through an order of domains with a seed. With ``P[k, d]`` its perplexity of domain d after k stages
-(k = 0 is the base model), ``d_k`` the domain of stage k and n the stages that are looked at, a measure is a mean of
-logarithms of ratios of perplexities, which are differences of loss in nats a token::
+A run is one method with one seed on one order of the domains. ``P[k, d]`` is its perplexity of domain d after k stages, where
+k = 0 is the base model. ``d_k`` is the domain of stage k, and n is the number of stages that a measure covers. A measure is a
+mean of logarithms of ratios of perplexities, which are differences of loss in nats a token::
 
     shown in percent = 100 (exp(measure) - 1)
 
-so the ratios are averaged geometrically. Below zero the perplexity has fallen, which is better, in every measure.
+So the ratios are averaged geometrically. Below zero the perplexity has fallen, which is better, in every measure.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ __all__ = [
     "BACKWARD",
     "BEST",
     "EARLIER",
+    "FEWEST_RUNS",
     "FORWARD",
     "HELD_OUT",
     "IN_DOMAIN",
@@ -43,16 +44,19 @@ __all__ = [
     "values",
 ]
 
+FEWEST_RUNS = 4
+"""Of fewer runs nothing is claimed: three agree by chance too often."""
+
 Values = dict[tuple[int, int], float]
 """A measure of a method's runs, by seed and number of the order."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """A method's way through an order of domains with a seed, as far as it went.
+    """One method with one seed on one order of the domains, up to its last finished stage.
 
-    ``perplexities[k]`` and ``accuracies[k]`` are after k stages, 0 the base model; ``learned[k - 1]`` is the domain of
-    stage k; ``held_out`` are the domains that no order has.
+    ``perplexities[k]`` and ``accuracies[k]`` are after k stages, and k = 0 is the base model. ``learned[k - 1]`` is the domain
+    of stage k. ``held_out`` are the domains of no order.
     """
 
     method: str
@@ -67,9 +71,9 @@ class Run:
 
 @dataclass(frozen=True)
 class Measure:
-    """What is computed of a run after n stages; None where the run has nothing that it could be computed of.
+    """What is computed of a run after n stages; None where the run has no domains or tasks for it.
 
-    ``points`` marks a difference of shares, shown in percentage points: higher is better there.
+    ``points`` marks a difference of shares. It is shown in percentage points, and higher is better.
     """
 
     name: str
@@ -80,7 +84,7 @@ class Measure:
 
     @property
     def unit(self) -> str:
-        """What the shown figure is in."""
+        """The unit of the shown figure."""
         return "points" if self.points else "%"
 
     def shown(self, value: float) -> float:
@@ -90,9 +94,9 @@ class Measure:
 
 @dataclass(frozen=True)
 class Spread:
-    """Some figures: their mean, the lowest, the highest, their standard deviation (n - 1), and how many they are.
+    """The mean of figures, the lowest, the highest, their standard deviation (n - 1), and how many they are.
 
-    ``deviation`` is None for fewer than three, of which it would say nothing.
+    ``deviation`` is None for fewer than three figures, where it would mean nothing.
     """
 
     mean: float
@@ -103,11 +107,11 @@ class Spread:
 
     @property
     def beyond(self) -> bool:
-        """Whether all figures are on one side of zero, and their mean further from it than their standard deviation.
+        """Whether all figures are on one side of zero, and their mean is further from it than their standard deviation.
 
-        Of fewer than four nothing is claimed: three agree by chance too often.
+        False for fewer than FEWEST_RUNS.
         """
-        if self.deviation is None or self.count < 4:
+        if self.deviation is None or self.count < FEWEST_RUNS:
             return False
         return (self.low > 0 or self.high < 0) and abs(self.mean) > self.deviation
 
@@ -119,41 +123,41 @@ def percent(value: float) -> float:
 
 def spread(figures: Iterable[float]) -> Spread | None:
     """Mean, extremes and standard deviation; None of no figures."""
-    found = list(figures)
-    if not found:
+    listed = list(figures)
+    if not listed:
         return None
-    deviation = stdev(found) if len(found) > 2 else None
-    return Spread(fmean(found), min(found), max(found), deviation, len(found))
+    deviation = stdev(listed) if len(listed) > 2 else None
+    return Spread(fmean(listed), min(listed), max(listed), deviation, len(listed))
 
 
 def method_names(study: Study) -> list[str]:
-    """The methods, as the settings list them, those without a record too."""
+    """The methods as the settings list them, including those without a record."""
     return list(study.header.settings["methods"])
 
 
 def held_out_domains(study: Study) -> list[str]:
-    """The domains that no order has."""
+    """The domains of no order."""
     learned = {domain for order in study.header.orders for domain in order}
     return [domain for domain in study.header.domains if domain not in learned]
 
 
 def runs(study: Study) -> list[Run]:
-    """The runs that have finished a stage, by method, order and seed; none as long as the base was not measured.
+    """The runs that have finished a stage, by method, order and seed; none before the base model is measured.
 
-    The order of the records does not matter. Stages behind a gap are left out.
+    The order of the records does not matter. Stages after a gap are left out.
     """
     if study.base is None:
         return []
     stages = {(stage.method, stage.order, stage.seed, stage.number): stage for stage in study.stages}
     held_out = tuple(held_out_domains(study))
-    found = []
+    found_runs = []
     ranks = {method: rank for rank, method in enumerate(method_names(study))}
     for method, order, seed in sorted({key[:3] for key in stages}, key=lambda key: (ranks[key[0]], *key[1:])):
         done: list[Stage] = []
         while (stage := stages.get((method, order, seed, len(done) + 1))) is not None:
             done.append(stage)
         if done:
-            found.append(
+            found_runs.append(
                 Run(
                     method,
                     seed,
@@ -165,40 +169,40 @@ def runs(study: Study) -> list[Run]:
                     tuple(done),
                 )
             )
-    return found
+    return found_runs
 
 
-def depth(some: Sequence[Run]) -> int:
-    """The most stages that any run has finished; 0 of none."""
-    return max((len(run.stages) for run in some), default=0)
+def depth(runs: Sequence[Run]) -> int:
+    """The most stages that any run has finished; 0 without runs."""
+    return max((len(run.stages) for run in runs), default=0)
 
 
-def values(some: Iterable[Run], measure: Measure, n: int) -> dict[str, Values]:
-    """The measure after n stages, by method, of the runs that came so far; not yet in percent."""
-    found: dict[str, Values] = {}
-    for run in some:
+def values(runs: Iterable[Run], measure: Measure, n: int) -> dict[str, Values]:
+    """The measure after n stages by method, of the runs with n stages; not yet in percent."""
+    by_method: dict[str, Values] = {}
+    for run in runs:
         value = measure.of(run, n) if len(run.stages) >= n else None
         if value is not None:
-            found.setdefault(run.method, {})[run.seed, run.order] = value
-    return found
+            by_method.setdefault(run.method, {})[run.seed, run.order] = value
+    return by_method
 
 
-def spread_of(measure: Measure, found: Mapping[tuple[int, int], float]) -> Spread | None:
+def spread_of(measure: Measure, by_run: Mapping[tuple[int, int], float]) -> Spread | None:
     """The spread of a measure's values as they are shown, over seeds and orders."""
-    return spread(measure.shown(value) for value in found.values())
+    return spread(measure.shown(value) for value in by_run.values())
 
 
 def paired(measure: Measure, one: Values, other: Values) -> Spread | None:
-    """``shown(one - other)`` of each seed and order that both have.
+    """``shown(one - other)`` of each seed and order that both have; None where they share none.
 
-    For a measure of perplexities that is the percentage by which the one method's perplexity is above the other's: the
-    base model's cancels out. None where they share no run.
+    For a measure of perplexity this is by how many percent ``one``'s perplexity is above ``other``'s: the base model's
+    cancels out.
     """
     return spread(measure.shown(one[key] - other[key]) for key in one if key in other)
 
 
-def _mean_log_ratio(some: Iterable[tuple[float, float]]) -> float | None:
-    logs = [math.log(one) - math.log(other) for one, other in some]
+def _mean_log_ratio(pairs: Iterable[tuple[float, float]]) -> float | None:
+    logs = [math.log(one) - math.log(other) for one, other in pairs]
     return fmean(logs) if logs else None
 
 
@@ -252,7 +256,7 @@ IN_DOMAIN = Measure(
 EARLIER = Measure(
     "earlier domains",
     "mean over j < n of log(P[n, d_j] / P[0, d_j])",
-    "forgetting against the base model: above zero the earlier domains are worse than before any training",
+    "forgetting against the base model; above zero the earlier domains are worse than before any training",
     _earlier,
 )
 BEST = Measure(
@@ -264,13 +268,13 @@ BEST = Measure(
 BACKWARD = Measure(
     "backward transfer",
     "mean over j < n of log(P[n, d_j] / P[j, d_j])",
-    "what the later stages did to a domain since it was learned; below zero they helped it",
+    "what later stages did to a domain after it was learned; below zero they helped it",
     _backward,
 )
 FORWARD = Measure(
     "forward transfer",
     "mean over 1 < j <= n of log(P[j-1, d_j] / P[0, d_j])",
-    "a domain's perplexity right before it is learned, against the base model; below zero the earlier ones helped it",
+    "a domain's perplexity just before it is learned, against the base model; below zero earlier stages helped it",
     _forward,
 )
 OVERALL = Measure(
@@ -288,10 +292,10 @@ HELD_OUT = Measure(
 ACCURACY = Measure(
     "accuracy",
     "mean over tasks t of A[n, t] - A[0, t]",
-    "the share of multiple-choice items that are answered right, against the base model; above zero it is better",
+    "the share of multiple-choice items with the right answer, against the base model; above zero is better",
     _accuracy,
     points=True,
 )
 
 MEASURES = (IN_DOMAIN, EARLIER, BEST, BACKWARD, FORWARD, OVERALL, HELD_OUT)
-"""Those of perplexity, in the order in which they are shown."""
+"""The measures of perplexity, in the order in which they are shown."""

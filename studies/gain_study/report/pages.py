@@ -1,4 +1,4 @@
-"""Sections of text, tables and plots as one HTML file that needs no other, and as Markdown."""
+"""Sections of text, tables and plots as one self-contained HTML file, and as Markdown."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from html import escape
 from gain_study.report.plots import Plot
 from gain_study.report.tables import Strong, Table
 
-__all__ = ["Bullets", "Section", "markdown", "to_html", "to_markdown"]
+__all__ = ["Bullets", "Section", "html", "markdown", "to_html", "to_markdown"]
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1d2329; --paper: #ffffff; --line: #d5dae0; --dim: #5b6570; --head: #f2f4f6;
@@ -44,20 +44,20 @@ class Bullets:
 
 @dataclass(frozen=True)
 class Section:
-    """A heading, and what stands under it: paragraphs, bullets, tables and plots."""
+    """A heading and its blocks: paragraphs, bullets, tables and plots."""
 
     title: str
     blocks: Sequence[str | Bullets | Table | Plot]
 
 
 def to_html(title: str, sections: Sequence[Section]) -> str:
-    """One page with a table of contents, style and images within."""
+    """One page that includes a table of contents, style and images."""
     contents = "\n".join(
         f'<li><a href="#s{number}">{escape(section.title)}</a></li>' for number, section in enumerate(sections, 1)
     )
     body = "\n".join(
         f'<section id="s{number}">\n<h2>{escape(section.title)}</h2>\n'
-        + "\n".join(_html(block) for block in section.blocks)
+        + "\n".join(html(block) for block in section.blocks)
         + "\n</section>"
         for number, section in enumerate(sections, 1)
     )
@@ -77,7 +77,8 @@ def to_markdown(title: str, sections: Sequence[Section]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _html(block: str | Bullets | Table | Plot) -> str:
+def html(block: str | Bullets | Table | Plot) -> str:
+    """A block as HTML."""
     if isinstance(block, Bullets):
         return "<ul>\n" + "\n".join(f"<li>{escape(line)}</li>" for line in block.lines) + "\n</ul>"
     if isinstance(block, Table):
@@ -128,7 +129,7 @@ def markdown(block: str | Bullets | Table | Plot) -> str:
 
 
 def _plain(text: str) -> str:
-    """Text that Markdown takes as it stands."""
+    """Text in which Markdown finds nothing to format."""
     for special in ("\\", "|", "*", "_", "`", "[", "]"):
         text = text.replace(special, f"\\{special}")
     return escape(" ".join(text.split()), quote=False)

@@ -54,7 +54,7 @@ class Look(NamedTuple):
 
 
 def looks_of(study: Study) -> Mapping[str, Look]:
-    """The look of every method, the same in all plots of a study: by its place in the settings."""
+    """The look of every method by its place in the settings, so that it is the same in all plots of a study."""
     return looks([*metrics.method_names(study), *(rate.method for rate in study.rates)])
 
 
@@ -67,26 +67,26 @@ def looks(methods: Iterable[str]) -> dict[str, Look]:
 
 
 def short(name: str, longest: int = _LONGEST) -> str:
-    """The name in so many characters at most; a dollar sign would begin a formula."""
+    """The name in at most so many characters; a dollar sign would start a formula."""
     cut = name if len(name) <= longest else name[: longest - 1] + "…"
     return cut.replace("$", r"\$")
 
 
-def bar_ends(found: Spread) -> tuple[float, float]:
-    """Where the bars of a spread in percent end, in nats: the standard deviation, or the extremes of fewer than three."""
-    if found.deviation is None:
-        return nats(found.low), nats(found.high)
-    return nats(found.mean - found.deviation), nats(found.mean + found.deviation)
+def bar_ends(spread: Spread) -> tuple[float, float]:
+    """The ends of the bars of a spread in percent, in nats: the standard deviation, or the extremes of fewer than three."""
+    if spread.deviation is None:
+        return nats(spread.low), nats(spread.high)
+    return nats(spread.mean - spread.deviation), nats(spread.mean + spread.deviation)
 
 
-def bars(found: Spread) -> list[list[float]]:
+def bars(spread: Spread) -> list[list[float]]:
     """How far the bars of a spread in percent reach down and up, in nats."""
-    low, high = bar_ends(found)
-    return [[nats(found.mean) - low], [high - nats(found.mean)]]
+    low, high = bar_ends(spread)
+    return [[nats(spread.mean) - low], [high - nats(spread.mean)]]
 
 
 def nats(change: float) -> float:
-    """The logarithm of the ratio that is a change in percent; a ratio of 0.001 at least."""
+    """The logarithm of the ratio of a change in percent; the ratio is at least 0.001."""
     return math.log(max(1 + change / 100, 0.001))
 
 
@@ -128,8 +128,8 @@ def perplexity_axis(axes: Axes, ends: Sequence[float]) -> None:
     if high / low < 4:
         ticks = [tick for tick in MaxNLocator(5).tick_values(low, high) if low <= tick <= high]
     else:
-        every = (digit * 10.0**power for power in range(-1, 300) for digit in (1, 1.5, 2, 3, 5, 7))
-        ticks = [tick for tick in every if low <= tick <= high]
+        round_numbers = (digit * 10.0**power for power in range(-1, 300) for digit in (1, 1.5, 2, 3, 5, 7))
+        ticks = [tick for tick in round_numbers if low <= tick <= high]
         ticks = ticks[:: 1 + len(ticks) // 8]
     axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.set_yticks([], minor=True)
@@ -143,12 +143,12 @@ def diverging() -> Colormap:
 
 
 def grid(panels: int, most: int) -> tuple[int, int]:
-    """Rows and columns for so many panels, with at most so many columns and as few panels left over as can be."""
+    """Rows and columns for so many panels: at most ``most`` columns, and as few empty panels as possible."""
     rows = math.ceil(panels / most)
     return rows, math.ceil(panels / rows)
 
 
 def hide(panels: Iterable[Axes]) -> None:
-    """Take away the panels that nothing was drawn in."""
+    """Hide the panels that nothing was drawn in."""
     for axes in panels:
         axes.set_visible(False)

@@ -1,7 +1,7 @@
-"""The plots of a study: figures of matplotlib's own, outside pyplot, of whatever the study has so far.
+"""The plots of a study: matplotlib figures, without pyplot, of what the study has so far.
 
-Ratios of perplexities lie on a log scale and are labelled in percent. A method has a colour that the colour-blind can tell
-apart, and a marker besides.
+Ratios of perplexities are on a log scale and are labelled in percent. Each method has a marker of its own, and a colour that
+colour-blind readers can tell apart.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Plot(NamedTuple):
 
 
 def write_plots(study: Study, folder: Path) -> list[Plot]:
-    """Write the plots that the study has figures for, each moved into place when it is whole.
+    """Write the plots that the study has figures for; each file is whole or absent.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -71,9 +71,9 @@ def write_plots(study: Study, folder: Path) -> list[Plot]:
         (
             "trade-off",
             "Learning against forgetting",
-            "Left: one point a method, its bars the spread over seeds and orders; down and to the left is better, and the "
-            "line joins the methods that no other is better than in both. Right: what a stage after the first has done to the "
-            "earlier domains where all methods have learned equally much in it.",
+            "Left: one point a method, with the spread over seeds and orders as bars. Down and to the left is better. The "
+            "line joins the methods that no other method beats in both. Right: what a stage after the first does to the "
+            "earlier domains, at the point where all methods have learned equally much in it.",
             draw_trade_off(study),
         )
     ]
@@ -82,15 +82,15 @@ def write_plots(study: Study, folder: Path) -> list[Plot]:
             (
                 f"forgetting-order-{order + 1}",
                 f"Every domain after every stage, order {order + 1}",
-                "The perplexity against the base model's in percent, the mean over seeds. Framed: the domain of the stage. "
-                "Left of the frame lie the earlier domains, right of it those to come and those held out.",
+                "The perplexity against the base model's in percent, the mean over seeds. The frame marks the stage's domain. "
+                "Earlier domains are on its left. Later and held-out domains are on its right.",
                 draw_forgetting(study, order),
             ),
             (
                 f"curves-order-{order + 1}",
                 f"Every domain along the stages, order {order + 1}",
-                "The line is the mean over seeds, the band from the lowest to the highest; dotted, the stage that learns "
-                "the domain.",
+                "The line is the mean over seeds, and the band goes from the lowest to the highest. The dotted line marks the "
+                "stage that learns the domain.",
                 draw_curves(study, order),
             ),
         ]
@@ -98,7 +98,8 @@ def write_plots(study: Study, folder: Path) -> list[Plot]:
         (
             "learning-rates",
             "Learning rates tried",
-            "The perplexity of the first domain's selection windows; a ring marks the chosen rate, a cross one that diverged.",
+            "The perplexity of the first domain's selection windows. A ring marks the chosen rate, a cross a rate that "
+            "diverged.",
             draw_rates(study),
         )
     )
@@ -115,16 +116,16 @@ def draw_forgetting(study: Study, order: int) -> Figure | None:
     from matplotlib.figure import Figure
 
     sequence = study.header.orders[order]
-    some = [run for run in metrics.runs(study) if run.order == order]
-    if not some:
+    runs = [run for run in metrics.runs(study) if run.order == order]
+    if not runs:
         return None
-    domains = [*sequence, *some[0].held_out]
+    domains = [*sequence, *runs[0].held_out]
     matrices = {
-        method: [[_mean_change(runs, k, d) for d in domains] for k in range(1, len(sequence) + 1)]
-        for method, runs in _by_method(some).items()
+        method: [[_mean_change(of_method, k, d) for d in domains] for k in range(1, len(sequence) + 1)]
+        for method, of_method in _by_method(runs).items()
     }
-    every = [abs(value) for matrix in matrices.values() for row in matrix for value in row if not math.isnan(value)]
-    strongest = min(max([*every, 0.01]), _STRONGEST)
+    sizes = [abs(value) for matrix in matrices.values() for row in matrix for value in row if not math.isnan(value)]
+    strongest = min(max([*sizes, 0.01]), _STRONGEST)
     rows, columns = grid(len(matrices), 2 if len(domains) > 4 else 3)
     width, height = 1.5 + max(2.2, 0.5 * len(domains)), 1.35 + 0.3 * len(sequence)
     figure = Figure(figsize=(columns * width + 1.0, rows * height + 0.3), layout="constrained")
@@ -133,7 +134,7 @@ def draw_forgetting(study: Study, order: int) -> Figure | None:
     for (method, matrix), axes in zip(matrices.items(), panels, strict=False):
         image = axes.imshow(matrix, cmap=diverging(), norm=norm, aspect="auto")
         _annotate(axes, matrix, strongest)
-        seeds = len({run.seed for run in some if run.method == method})
+        seeds = len({run.seed for run in runs if run.method == method})
         axes.set_title(f"{short(method, 30)}  ({seeds} seed{'s' * (seeds > 1)})", loc="left", fontsize=9)
         axes.set_xticks(range(len(domains)), [short(d) for d in domains], rotation=40, ha="right", fontsize=7)
         axes.set_yticks(range(len(sequence)), [f"{k} {short(d)}" for k, d in enumerate(sequence, 1)], fontsize=7)
@@ -141,7 +142,7 @@ def draw_forgetting(study: Study, order: int) -> Figure | None:
         axes.spines[:].set_visible(False)
     hide(panels)
     ticks = percent_ticks(-strongest, strongest)
-    cut = "both" if max(every, default=0.0) > strongest else "neither"
+    cut = "both" if max(sizes, default=0.0) > strongest else "neither"
     bar = figure.colorbar(image, ax=figure.axes, extend=cut, shrink=0.6 if rows > 1 else 0.9, aspect=30, pad=0.01)
     bar.set_ticks([at for at, _ in ticks], labels=[text for _, text in ticks], fontsize=8)
     bar.set_label("perplexity against the base model", fontsize=8)
@@ -153,12 +154,12 @@ def draw_trade_off(study: Study) -> Figure | None:
     """In-domain against earlier-domain perplexity at the end, and at matched in-domain perplexity: a point a method."""
     from matplotlib.figure import Figure
 
-    some = metrics.runs(study)
-    n = metrics.depth(some)
-    points = _end_points(some, n)
+    runs = metrics.runs(study)
+    n = metrics.depth(runs)
+    points = _end_points(runs, n)
     if not points:
         return None
-    matches = [match for match in matched.matches(some) if match.number > 1]
+    matches = [match for match in matched.matches(runs) if match.number > 1]
     figure = Figure(figsize=(10.5 if matches else 6.5, max(4.2, 2.2 + 0.3 * len(points))), layout="constrained")
     panels = figure.subplots(1, 2 if matches else 1, width_ratios=(3, 2) if matches else (1,), squeeze=False)[0]
     looks = looks_of(study)
@@ -182,20 +183,20 @@ def draw_curves(study: Study, order: int) -> Figure | None:
     from matplotlib.ticker import MaxNLocator
 
     sequence = study.header.orders[order]
-    some = [run for run in metrics.runs(study) if run.order == order]
-    if not some:
+    runs = [run for run in metrics.runs(study) if run.order == order]
+    if not runs:
         return None
-    domains = [*sequence, *some[0].held_out]
+    domains = [*sequence, *runs[0].held_out]
     rows, columns = grid(len(domains), 3)
     figure = Figure(figsize=(1 + 3.4 * columns, 0.9 + 2.5 * rows), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False, sharex=True).flat
     looks = looks_of(study)
     for domain, axes in zip(domains, panels, strict=False):
-        for method, runs in _by_method(some).items():
-            _curve(axes, runs, domain, looks[method], short(method, 30))
+        for method, of_method in _by_method(runs).items():
+            _curve(axes, of_method, domain, looks[method], short(method, 30))
         if domain in sequence:
             axes.axvline(sequence.index(domain) + 1, color=DARK, linewidth=0.8, linestyle=":", zorder=0)
-        ends = [run.perplexities[k][domain] for run in some for k in range(len(run.perplexities))]
+        ends = [run.perplexities[k][domain] for run in runs for k in range(len(run.perplexities))]
         perplexity_axis(axes, ends)
         axes.set_title(short(domain, 30) + (" (held out)" if domain not in sequence else ""), loc="left", fontsize=9)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -222,7 +223,7 @@ def draw_rates(study: Study) -> Figure | None:
     rows, columns = grid(len(methods), 4)
     figure = Figure(figsize=(1.2 + 2.6 * columns, 0.5 + 2.2 * rows), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False, sharey=True).flat
-    found = [rate.perplexity for rate in study.rates if rate.perplexity is not None]
+    perplexities = [rate.perplexity for rate in study.rates if rate.perplexity is not None]
     for method, axes in zip(methods, panels, strict=False):
         rates, chosen = chosen_rates.tried(study, method), chosen_rates.chosen(study, method)
         good = [(rate.lr, rate.perplexity) for rate in rates if rate.perplexity is not None]
@@ -242,8 +243,8 @@ def draw_rates(study: Study) -> Figure | None:
         axes.set_title(short(method, 24), loc="left", fontsize=9)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    if found:
-        perplexity_axis(figure.axes[0], found)
+    if perplexities:
+        perplexity_axis(figure.axes[0], perplexities)
     hide(panels)
     figure.supxlabel("learning rate", fontsize=9)
     figure.supylabel("perplexity, log scale", fontsize=9)
@@ -251,7 +252,7 @@ def draw_rates(study: Study) -> Figure | None:
 
 
 def _plot_end(axes: Axes, points: Mapping[str, tuple[Spread, Spread]], looks: Mapping[str, Look]) -> None:
-    """Methods as points, and the line that joins those that no other is better than in both directions."""
+    """Methods as points, and the line that joins those that no other method beats in both directions."""
     for method, (learned, earlier) in points.items():
         look = looks[method]
         axes.errorbar(
@@ -275,13 +276,13 @@ def _plot_end(axes: Axes, points: Mapping[str, tuple[Spread, Spread]], looks: Ma
 
 
 def _plot_matched(axes: Axes, matches: Sequence[Match], looks: Mapping[str, Look]) -> None:
-    """A row a method, which says in how many stages it could be matched where that is not all."""
-    found = matched.change(matched.common(matches), "drift")
+    """A row a method, with the number of stages where it is matched unless these are all."""
+    changes = matched.change(matched.common(matches), "drift")
     labels, ends = [], [0.0]
     for place, method in enumerate(method for method in looks if any(match.method == method for match in matches)):
-        own = [match.target is not None for match in matches if match.method == method]
-        labels.append(short(method, 24) + f"\nin {sum(own)} of {len(own)} stages" * (not all(own)))
-        if across := metrics.spread(found.get(method, {}).values()):
+        reached = [match.target is not None for match in matches if match.method == method]
+        labels.append(short(method, 24) + f"\nin {sum(reached)} of {len(reached)} stages" * (not all(reached)))
+        if across := metrics.spread(changes.get(method, {}).values()):
             look = looks[method]
             axes.errorbar(
                 nats(across.mean), place, xerr=bars(across), color=look.color, marker=look.marker, markersize=8
@@ -296,10 +297,10 @@ def _plot_matched(axes: Axes, matches: Sequence[Match], looks: Mapping[str, Look
 
 def _curve(axes: Axes, runs: Sequence[Run], domain: str, look: Look, label: str) -> None:
     stages = range(max(len(run.perplexities) for run in runs))
-    found = [[math.log(run.perplexities[k][domain]) for run in runs if k < len(run.perplexities)] for k in stages]
-    means = [math.exp(fmean(logs)) for logs in found]
+    by_stage = [[math.log(run.perplexities[k][domain]) for run in runs if k < len(run.perplexities)] for k in stages]
+    means = [math.exp(fmean(logs)) for logs in by_stage]
     axes.plot(stages, means, color=look.color, marker=look.marker, markersize=4, linewidth=1.2, label=label)
-    low, high = ([math.exp(end(logs)) for logs in found] for end in (min, max))
+    low, high = ([math.exp(end(logs)) for logs in by_stage] for end in (min, max))
     axes.fill_between(stages, low, high, color=look.color, alpha=0.15, linewidth=0)
 
 
@@ -327,7 +328,7 @@ def _cell(value: float) -> str:
 
 
 def _mean_change(runs: Iterable[Run], k: int, domain: str) -> float:
-    """``mean over runs of log(P[k, d] / P[0, d])``; NaN where none came so far."""
+    """``mean over runs of log(P[k, d] / P[0, d])``; NaN where no run has k stages."""
     logs = [
         math.log(run.perplexities[k][domain]) - math.log(run.perplexities[0][domain])
         for run in runs
@@ -336,8 +337,8 @@ def _mean_change(runs: Iterable[Run], k: int, domain: str) -> float:
     return fmean(logs) if logs else math.nan
 
 
-def _end_points(some: Sequence[Run], n: int) -> dict[str, tuple[Spread, Spread]]:
-    learned, earlier = (metrics.values(some, measure, n) for measure in (metrics.IN_DOMAIN, metrics.EARLIER))
+def _end_points(runs: Sequence[Run], n: int) -> dict[str, tuple[Spread, Spread]]:
+    learned, earlier = (metrics.values(runs, measure, n) for measure in (metrics.IN_DOMAIN, metrics.EARLIER))
     points = {}
     for method in earlier:
         one = metrics.spread_of(metrics.IN_DOMAIN, learned[method])
@@ -348,7 +349,7 @@ def _end_points(some: Sequence[Run], n: int) -> dict[str, tuple[Spread, Spread]]
 
 
 def _front(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The points that no other is below in both coordinates, from left to right."""
+    """The points that no other point is below in both coordinates, from left to right."""
     front: list[tuple[float, float]] = []
     for x, y in sorted(points):
         if not front or y < front[-1][1]:
@@ -356,11 +357,11 @@ def _front(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
     return front
 
 
-def _by_method(some: Iterable[Run]) -> dict[str, list[Run]]:
-    found: dict[str, list[Run]] = {}
-    for run in some:
-        found.setdefault(run.method, []).append(run)
-    return found
+def _by_method(runs: Iterable[Run]) -> dict[str, list[Run]]:
+    by_method: dict[str, list[Run]] = {}
+    for run in runs:
+        by_method.setdefault(run.method, []).append(run)
+    return by_method
 
 
 def _write(figure: Figure, path: Path) -> Path:

@@ -3,46 +3,52 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 from gain_ops.utils.errors import file_errors
 from gain_ops.utils.files import replace_file
+from gain_study.engine import chosen_rates
 from gain_study.engine.records import Study
-from gain_study.report import metrics, sentences, tables
+from gain_study.report import metrics, tables
 from gain_study.report.metrics import Run
 from gain_study.report.pages import Bullets, Section, to_html, to_markdown
 from gain_study.report.plots import Plot, write_plots
 from gain_study.report.tables import Table
 
-__all__ = ["write_report"]
+__all__ = ["sections", "write_report"]
 
 _SPREADS = (
-    "After ± stands the standard deviation over seeds and orders together, in brackets the lowest and the highest of fewer "
-    "than three runs. How a figure would scatter over other validation text is in neither."
+    "After ± is the standard deviation over seeds and orders together. Two runs have their lowest and highest figure in "
+    "brackets instead. Neither says how a figure would scatter over other validation text."
 )
-_COMPARED = (
-    "Of perplexities, below zero is better. Where a method is compared with others, it is run by run, and in brackets "
-    "stands by how many percent the other's perplexity is above its own. What is said to differ does so in the same "
-    "direction in all runs, and on average by more than they scatter."
+_AGAINST_BEST = (
+    "A change of perplexity is against the base model, or since the stage began where the table says so. Below zero is "
+    "better. The next figure compares each method with the best one, run by run with the same seed and order: by how many "
+    "percent its perplexity is above the best one's."
+)
+_BEYOND = (
+    "A figure is beyond its spread if all runs are on one side of zero and their mean is further from zero than their "
+    f"standard deviation. Fewer than {metrics.FEWEST_RUNS} runs are too few to tell."
 )
 _PAIRS = (
     "By how many percent the row's perplexity is above the column's, run by run with the same seed and order; below zero "
-    "the row is better. Bold: all runs agree, and the mean is further from zero than they scatter."
+    "the row is better. Bold: the figure is beyond its spread."
 )
 
 
 @file_errors()
 def write_report(study: Study, folder: Path) -> list[Path]:
-    """Write report.html, report.md and the plots of what a study has so far; files of the same names are replaced.
+    """Write report.html, report.md and the plots of what a study has so far; existing files are replaced.
 
     Args:
-        study: of :func:`gain_study.engine.records.read`, finished or not.
-        folder: is made where it does not exist.
+        study: from :func:`gain_study.engine.records.read`, finished or not.
+        folder: is created if it does not exist.
 
     Returns:
-        What was written.
+        The files.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -52,7 +58,7 @@ def write_report(study: Study, folder: Path) -> list[Path]:
     plots = write_plots(study, folder)
     title = f"Forgetting of {study.header.model}, adapted to one domain after another"
     pages = {
-        "report.html": to_html(title, _sections(study, plots)),
+        "report.html": to_html(title, sections(study, plots)),
         "report.md": to_markdown(title, _main_sections(study, plots)),
     }
     for name, text in pages.items():
@@ -60,17 +66,18 @@ def write_report(study: Study, folder: Path) -> list[Path]:
     return [*(folder / name for name in pages), *(plot.path for plot in plots)]
 
 
-def _sections(study: Study, plots: Sequence[Plot]) -> list[Section]:
-    some = metrics.runs(study)
-    n = metrics.depth(some)
+def sections(study: Study, plots: Sequence[Plot]) -> list[Section]:
+    """What report.html has of a study, with these of its plots."""
+    runs = metrics.runs(study)
+    n = metrics.depth(runs)
     return [
-        _answer(study),
+        _overview(study, runs, n),
         _what_was_run(study),
-        *([_learned_and_forgotten(study, some, n, plots)] if n else []),
-        *([_perplexities(study, some, n, plots)] if n else []),
-        *([_differences(some, n)] if n else []),
-        *([_matched(some)] if n > 1 else []),
-        *([_downstream(study, some, n)] if n and study.header.tasks else []),
+        *([_learned_and_forgotten(study, runs, n, plots)] if n else []),
+        *([_perplexities(study, runs, n, plots)] if n else []),
+        *([_differences(runs, n)] if n else []),
+        *([_matched(runs)] if n > 1 else []),
+        *([_downstream(study, runs, n)] if n and study.header.tasks else []),
         *([_costs(study)] if study.stages else []),
         *([_rates(study, plots)] if study.rates else []),
         _meanings(),
@@ -78,24 +85,74 @@ def _sections(study: Study, plots: Sequence[Plot]) -> list[Section]:
 
 
 def _main_sections(study: Study, plots: Sequence[Plot]) -> list[Section]:
-    """What a README has room for."""
-    some = metrics.runs(study)
-    n = metrics.depth(some)
+    """The part that fits into a README."""
+    runs = metrics.runs(study)
+    n = metrics.depth(runs)
     blocks: list[str | Bullets | Table | Plot] = []
     if n:
-        blocks += [tables.summary(some, n), tables.final_perplexities(study, some, n)]
-        blocks += [changes] if (changes := tables.matched_changes(some)).rows and n > 1 else []
-        blocks += [tables.accuracies(study, some, n)] if study.header.tasks else []
-        blocks += [tables.costs(study), _SPREADS]
+        blocks += [tables.summary(runs, n), tables.final_perplexities(study, runs, n)]
+        blocks += [changes] if (changes := tables.matched_changes(runs)).rows and n > 1 else []
+        blocks += [tables.accuracies(study, runs, n)] if study.header.tasks else []
+        blocks.append(tables.costs(study))
     figures = [plot for plot in plots if plot.path.stem in ("trade-off", "forgetting-order-1")]
-    return [_answer(study), Section("Figures", [*blocks, *figures, _measured_on(study)])]
+    return [_overview(study, runs, n), Section("Figures", [*blocks, *figures, _measured_on(study)])]
 
 
-def _answer(study: Study) -> Section:
-    found = sentences.answer(study)
+def _overview(study: Study, runs: Sequence[Run], n: int) -> Section:
+    """What was run, what is not finished, and each method's figures beside the best one's."""
+    against_best = [tables.against_best(runs, metrics.IN_DOMAIN, n)]
+    if n > 1:
+        against_best += [tables.against_best(runs, metrics.EARLIER, n), tables.matched_against_best(runs)]
+    against_best.append(tables.against_best(runs, metrics.HELD_OUT, n))
+    notes = _notes(study, runs, n)
     return Section(
-        "The answer", [f"{sentences.headline(study)}.", *([_COMPARED] if study.stages else []), Bullets(found)]
+        "Overview",
+        [
+            _headline(study),
+            *([Bullets(notes)] if notes else []),
+            *_with_rows(tables.unfinished(study), tables.doubted_rates(study)),
+            *([_AGAINST_BEST, _SPREADS, _BEYOND] if n else []),
+            *(_with_rows(*against_best) if n else []),
+        ],
     )
+
+
+def _headline(study: Study) -> str:
+    header, settings = study.header, study.header.settings
+    numbers = {
+        "method": len(settings["methods"]),
+        "seed": len(settings["seeds"]),
+        "order": len(header.orders),
+        "domain": len(header.orders[0]),
+    }
+    counted = ", ".join(f"{number} {what}{'s' * (number != 1)}" for what, number in numbers.items())
+    adapters = "carried over from stage to stage" if settings["keep_adapters"] else "absorbed after each stage"
+    return (
+        f"{header.model} learns one domain after another: {counted}. A stage has {settings['steps']} steps of "
+        f"{settings['batch_tokens']} tokens in {settings['dtype']}. Adapters are {adapters}."
+    )
+
+
+def _notes(study: Study, runs: Sequence[Run], n: int) -> list[str]:
+    """What a reader has to know of an unfinished or small study."""
+    if study.base is None:
+        return ["The base model has not been measured yet, so there is nothing to compare with."]
+    if n == 0:
+        return ["No stage is finished yet."]
+    notes = []
+    if n < len(study.header.orders[0]):
+        notes.append(
+            f"No run is further than stage {n} of {len(study.header.orders[0])}: figures are after that stage."
+        )
+    if n == 1:
+        notes.append("After one stage there are no earlier domains, so nothing is known of forgetting.")
+    if max(Counter(run.method for run in runs if len(run.stages) >= n).values()) == 1:
+        notes.append("There is one run a method: nothing is known of the spread, and a difference may be chance.")
+    return notes
+
+
+def _with_rows(*several: Table) -> list[Table]:
+    return [table for table in several if table.rows]
 
 
 def _what_was_run(study: Study) -> Section:
@@ -120,68 +177,71 @@ def _what_was_run(study: Study) -> Section:
     return Section("What was run", blocks)
 
 
-def _learned_and_forgotten(study: Study, some: Sequence[Run], n: int, plots: Sequence[Plot]) -> Section:
+def _learned_and_forgotten(study: Study, runs: Sequence[Run], n: int, plots: Sequence[Plot]) -> Section:
     blocks: list[str | Table | Plot] = [
-        f"Changes of perplexity after stage {n} against the base model, or as the last section says; below zero is better. "
-        f"{_SPREADS}",
-        tables.summary(some, n),
+        f"Changes of perplexity after stage {n}, as the last section defines them. Below zero is better.",
+        tables.summary(runs, n),
         *_named(plots, "trade-off"),
     ]
     if n > 2:
-        blocks += [tables.by_stage(some, metrics.EARLIER, n), tables.by_stage(some, metrics.BEST, n)]
+        blocks += [tables.by_stage(runs, metrics.EARLIER, n), tables.by_stage(runs, metrics.BEST, n)]
     if n > 1 and len(study.header.orders) > 1:
-        blocks.append(tables.by_order(study, some, metrics.EARLIER, n))
+        blocks.append(tables.by_order(study, runs, metrics.EARLIER, n))
     return Section("Learning and forgetting", blocks)
 
 
-def _perplexities(study: Study, some: Sequence[Run], n: int, plots: Sequence[Plot]) -> Section:
+def _perplexities(study: Study, runs: Sequence[Run], n: int, plots: Sequence[Plot]) -> Section:
     return Section(
         "Perplexity by domain",
         [
-            f"After stage {n}, the mean over seeds and orders; in brackets the change of the geometric mean against the base.",
-            tables.final_perplexities(study, some, n),
+            f"The mean over seeds and orders after stage {n}. In brackets: the change of the geometric mean against the base.",
+            tables.final_perplexities(study, runs, n),
             *_named(plots, "forgetting-order"),
             *_named(plots, "curves-order"),
         ],
     )
 
 
-def _differences(some: Sequence[Run], n: int) -> Section:
-    blocks: list[str | Table] = [_PAIRS, tables.differences(some, metrics.IN_DOMAIN, n)]
+def _differences(runs: Sequence[Run], n: int) -> Section:
+    blocks: list[str | Table] = [_PAIRS, tables.differences(runs, metrics.IN_DOMAIN, n)]
     if n > 1:
-        blocks.append(tables.differences(some, metrics.EARLIER, n))
+        blocks.append(tables.differences(runs, metrics.EARLIER, n))
     return Section("Methods against each other", blocks)
 
 
-def _matched(some: Sequence[Run]) -> Section:
-    title, changes = "At matched in-domain perplexity", tables.matched_changes(some)
+def _matched(runs: Sequence[Run]) -> Section:
+    title, changes = "At matched in-domain perplexity", tables.matched_changes(runs)
     if not changes.rows:
-        return Section(title, ["No perplexity was measured in the middle of a stage, so no method can be matched."])
+        return Section(title, ["No perplexity was measured within a stage, so no method can be matched."])
     return Section(
         title,
         [
-            "Who learns less may forget less. So here each method is looked at where its in-domain perplexity first is, in "
-            "the middle of a stage, the one that all reach: the worst of the methods' best in that stage. Between two points "
-            "of a curve the logarithm of perplexity is taken for a straight line. A method that does not come below the base "
-            "model in-domain sets no target and is not matched there; means are over the stages that all reach, if there are "
-            "such. What the stages before did, in which the methods were not matched, is in the figures against the base "
-            "model; the column since the stage began leaves it out. All are of the few validation windows that curves are of.",
-            "The learning rate falls along a stage: a method that is caught early is caught at a high one, which has a cost of "
-            "its own on the earlier domains. Ends of stages at several learning rates and lengths are the surer comparison.",
+            "A method that learns less may forget less. So this section compares methods at equal learning. In each stage "
+            "every method has a best in-domain perplexity. The target is the worst of these, so all methods reach it. Each "
+            "method is measured where it first reaches the target, between two points of its curve along a straight line in "
+            "(step, log perplexity).",
+            "A method that does not get below the base model in-domain sets no target and is not matched in that stage. Means "
+            "are over the stages where all methods are matched, if there are any. In the overview the best method is one that "
+            "is matched in all stages, if there is any.",
+            "The figures against the base model include what the earlier stages did, where the methods were not matched. The "
+            "column since the stage began leaves that out. All figures are of the few validation windows that curves are of.",
+            "The learning rate falls within a stage. A method that reaches the target early is measured at a high learning "
+            "rate, which has a cost of its own on the earlier domains. The ends of stages at several learning rates and "
+            "lengths are the safer comparison.",
             changes,
-            f"{_PAIRS} The target is that of the two methods alone.",
-            tables.matched_differences(some),
+            f"{_PAIRS} The target is that of the two methods only.",
+            tables.matched_differences(runs),
         ],
     )
 
 
-def _downstream(study: Study, some: Sequence[Run], n: int) -> Section:
+def _downstream(study: Study, runs: Sequence[Run], n: int) -> Section:
     return Section(
         "Downstream accuracy",
         [
-            f"Multiple-choice items answered right after stage {n}, in percent; in brackets the change in points. After the "
-            "base model's ± stands the standard error of a set of that size.",
-            tables.accuracies(study, some, n),
+            f"The share of multiple-choice items with the right answer after stage {n}, in percent; in brackets the change in "
+            "points. After the base model's ± is the standard error of a set of that size.",
+            tables.accuracies(study, runs, n),
         ],
     )
 
@@ -190,7 +250,7 @@ def _costs(study: Study) -> Section:
     return Section(
         "Cost",
         [
-            "Means over all stages; of bytes the largest. Tokens per second are of the training steps alone.",
+            "Means over all stages, and the maximum for bytes. Tokens per second are of the training steps only.",
             tables.costs(study),
         ],
     )
@@ -200,8 +260,9 @@ def _rates(study: Study, plots: Sequence[Plot]) -> Section:
     return Section(
         "Learning rates",
         [
-            "Each method's rate is the one of its grid with the lowest perplexity on the selection windows of the first "
-            "domain of the first order, with the first seed.",
+            f"A method's rate is the lowest of its grid whose perplexity is at most {100 * chosen_rates.MARGIN:g} % above the "
+            "best one. The perplexity is of the selection windows of the first domain, in the first order and with the first "
+            "seed.",
             tables.learning_rates(study),
             *_named(plots, "learning-rates"),
         ],
@@ -213,8 +274,8 @@ def _meanings() -> Section:
     return Section(
         "How the figures are computed",
         [
-            "P[k, d] is the perplexity of domain d after k stages, k = 0 the base model; d_k is the domain of stage k, n the "
-            "last stage; A is accuracy. A measure of perplexities is a mean of logarithms of ratios, and is shown as "
+            "P[k, d] is the perplexity of domain d after k stages, and k = 0 is the base model. d_k is the domain of stage k, "
+            "n is the last stage, and A is accuracy. A measure of perplexity is a mean of logarithms of ratios. It is shown as "
             "100 (exp(mean) - 1) percent.",
             Table(["", "equation", "meaning"], rows, frozenset({1, 2})),
         ],
