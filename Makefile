@@ -40,7 +40,7 @@ lint: $(VENV)/.dev
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/clang-format --dry-run -Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
 	$(MAKE) imports
-	cd build/types && $(CURDIR)/$(VENV)/bin/mypy -p gain_ops -p gain_study
+	cd build/types && $(CURDIR)/$(VENV)/bin/mypy -p gain_ops -p gain_study -p benchmarks
 
 # import-linter and mypy do not follow package_dir: they are shown the packages as they are installed
 imports: $(VENV)/.dev

@@ -25,14 +25,16 @@ def main() -> None:
     run = commands.add_parser("run", help="what this machine can, in minutes, and print the tables")
     run.add_argument("--out", type=Path, default=Path("build/bench/results.csv"), help="the results file; replaced")
     run.add_argument("--minutes", type=float, default=4.0)
-    gpu = commands.add_parser("gpu", help="everything, on a GPU")
-    gpu.add_argument(
+    everything = commands.add_parser("gpu", help="everything, on a GPU")
+    everything.add_argument(
         "--out", type=Path, required=True, help="the folder for results.csv, report.md and the tuned table"
     )
-    gpu.add_argument("--minutes", type=float, default=9.0, help="for everything, building included")
-    gpu.add_argument("--resume", action="store_true", help="go on with the results of --out")
-    gpu.add_argument("--resume-from", type=Path, metavar="PATH", help="go on with another run's folder or results file")
-    gpu.add_argument("--commit", default="", help="what the rows say where there is no git to ask")
+    everything.add_argument("--minutes", type=float, default=9.0, help="for everything, building included")
+    everything.add_argument("--resume", action="store_true", help="go on with the results of --out")
+    everything.add_argument(
+        "--resume-from", type=Path, metavar="PATH", help="go on with another run's folder or results file"
+    )
+    everything.add_argument("--commit", default="", help="what the rows say where there is no git to ask")
     report = commands.add_parser("report", help="tables and plots from results files")
     report.add_argument("files", type=Path, nargs="*", help="default: benchmarks/results/*.csv")
     report.add_argument("--plots", type=Path, default=None, help="a folder for the plots")

@@ -6,6 +6,8 @@ Each is a layer y = f(x) round one frozen weight W [out, in], with its own train
 import dataclasses
 import importlib.util
 from collections.abc import Callable
+from functools import partial
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -39,27 +41,19 @@ def contestants() -> list[Contestant]:
     for backend in ("eager", "triton", "cuda"):
         for side, save in (("output", "output"), ("output", "input"), ("input", "auto")):
             kept = "" if side == "input" else f", keeps {'z' if save == 'output' else 'x'}"
-            found.append(
-                Contestant(
-                    f"gain, {side} side{kept}",
-                    backend,
-                    lambda linear, side=side, save=save, backend=backend: GainLinear.from_linear(
-                        linear, side=side, save=save, backend=backend
-                    ),
-                    lambda x, backend=backend: backend_obstacle(backend, x),
-                )
-            )
+            build = partial(GainLinear.from_linear, side=side, save=save, backend=backend)
+            found.append(Contestant(f"gain, {side} side{kept}", backend, build, partial(backend_obstacle, backend)))
     return [
         *found,
         Contestant("F.linear(x, W) * s", "-", Scaled),
-        Contestant("torch.compile of F.linear(x, W) * s", "-", lambda linear: torch.compile(Scaled(linear))),
+        Contestant("torch.compile of F.linear(x, W) * s", "-", _compiled),
         Contestant("F.linear(x, s[:, None] * W)", "-", ScaledWeight),
         Contestant("PEFT (IA)^3, output side", "-", _ia3(feedforward=False), _missing("peft")),
         Contestant("PEFT (IA)^3, input side", "-", _ia3(feedforward=True), _missing("peft")),
         Contestant(f"PEFT LoRA r={RANK}", "-", _lora(dora=False), _missing("peft")),
         Contestant(f"PEFT DoRA r={RANK}", "-", _lora(dora=True), _missing("peft")),
         Contestant("QuACK's epilogues, output side, keeps x", "-", _quack, _quack_obstacle),
-        *(Contestant(name, "-", _never, lambda x, reason=reason: reason) for name, reason in _NOT_COMPARED.items()),
+        *(Contestant(name, "-", _never, partial(_say, reason)) for name, reason in _NOT_COMPARED.items()),
     ]
 
 
@@ -78,6 +72,14 @@ _NOT_COMPARED = {
 
 def _never(linear: nn.Linear) -> nn.Module:
     raise AssertionError("a contestant with an obstacle is not built")
+
+
+def _say(reason: str, x: Tensor) -> str:
+    return reason
+
+
+def _compiled(linear: nn.Linear) -> nn.Module:
+    return cast(nn.Module, torch.compile(Scaled(linear)))
 
 
 def _quack(linear: nn.Linear) -> nn.Module:
@@ -113,16 +115,19 @@ class _Host(nn.Module):
         self.linear = linear
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear(x)
+        y: Tensor = self.linear(x)
+        return y
 
 
 def _ia3(feedforward: bool) -> Callable[[nn.Linear], nn.Module]:
     def build(linear: nn.Linear) -> nn.Module:
         import peft
 
-        targets = ["linear"]
-        config = peft.IA3Config(target_modules=targets, feedforward_modules=targets if feedforward else [])
-        return peft.get_peft_model(_Host(linear), config).base_model.model
+        host, targets = _Host(linear), ["linear"]
+        peft.get_peft_model(
+            host, peft.IA3Config(target_modules=targets, feedforward_modules=targets if feedforward else [])
+        )
+        return host
 
     return build
 
@@ -131,7 +136,8 @@ def _lora(dora: bool) -> Callable[[nn.Linear], nn.Module]:
     def build(linear: nn.Linear) -> nn.Module:
         import peft
 
-        config = peft.LoraConfig(r=RANK, target_modules=["linear"], use_dora=dora)
-        return peft.get_peft_model(_Host(linear), config).base_model.model
+        host = _Host(linear)
+        peft.get_peft_model(host, peft.LoraConfig(r=RANK, target_modules=["linear"], use_dora=dora))
+        return host
 
     return build

@@ -8,7 +8,7 @@ start and are held to that.
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +43,9 @@ def trained_gain(layer: nn.Module) -> Trained | None:
         if isinstance(module, Scaled):
             return Trained(module.s, "output", 0)
         if hasattr(module, "ia3_l"):
-            return Trained(module.ia3_l["default"], "input" if module.is_feedforward else "output", 0)
+            return Trained(
+                cast(nn.ParameterDict, module.ia3_l)["default"], "input" if module.is_feedforward else "output", 0
+            )
     return None
 
 
@@ -104,9 +106,9 @@ class Judge:
     def _truth(self, side: str | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The equations in fp64, and on absolute values, where x's dtype will do."""
         if side not in self._truths:
-            given = (self.x, self.weight, self.dy, self._gains[side])
-            exact = _equations(*(t.double() for t in given), side)
-            self._truths[side] = exact, _equations(*(t.abs() for t in given), side)
+            x, weight, dy, gain = self.x, self.weight, self.dy, self._gains[side]
+            exact = _equations(x.double(), weight.double(), dy.double(), gain.double(), side)
+            self._truths[side] = exact, _equations(x.abs(), weight.abs(), dy.abs(), gain.abs(), side)
         return self._truths[side]
 
     def _plain(self, trained: Trained | None) -> dict[str, Tensor]:

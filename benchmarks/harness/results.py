@@ -8,7 +8,7 @@ import os
 import subprocess
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 
@@ -57,7 +57,17 @@ class Row:
     date: str = ""
 
 
-def site_row(group: str, site: Site, tokens: int, dtype: torch.dtype, about: dict[str, str]) -> Callable[..., Row]:
+class Environment(TypedDict):
+    """The columns that say where a figure comes from."""
+
+    device: str
+    torch: str
+    triton: str
+    commit: str
+    date: str
+
+
+def site_row(group: str, site: Site, tokens: int, dtype: torch.dtype, about: Environment) -> Callable[..., Row]:
     """Makes rows of one site: what is left to say is who, the metric and the figure; about is environment()."""
     return functools.partial(
         Row,
@@ -75,8 +85,8 @@ _KINDS: dict[str, Any] = {"tokens": int, "in_features": int, "out_features": int
 _KINDS |= dict.fromkeys(("median", "q20", "q80", "floor"), float)
 
 
-def environment(device: torch.device) -> dict[str, str]:
-    """The columns that say where a figure comes from."""
+def environment(device: torch.device) -> Environment:
+    """Of a device, these packages and this checkout."""
     try:
         import triton
 

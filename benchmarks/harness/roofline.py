@@ -43,9 +43,9 @@ def assumed(device: torch.device) -> Ceilings | None:
 
 def measured(rows: Iterable[Row]) -> Ceilings | None:
     """The ceilings that benchmarks/suites/ceilings.py measured, from its rows; None where there is no ``copy`` among them."""
-    found = [row for row in rows if row.group == "ceiling" and row.median is not None]
-    copies = [row.median for row in found if row.metric == "copy"]
-    flops = {getattr(torch, row.dtype): row.median for row in found if row.metric == "matmul"}
+    found = [(row, row.median) for row in rows if row.group == "ceiling" and row.median is not None]
+    copies = [rate for row, rate in found if row.metric == "copy"]
+    flops = {getattr(torch, row.dtype): rate for row, rate in found if row.metric == "matmul"}
     return Ceilings(flops, copies[-1]) if copies else None
 
 

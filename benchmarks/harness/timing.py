@@ -10,10 +10,11 @@ the L2 cache is swept, by writing and then reading twice its size: cold, and wit
 
 import contextlib
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypedDict, TypeVar
 
 import numpy as np
 import torch
@@ -38,6 +39,15 @@ class Case:
         return None if self.setup is None else self.setup()
 
 
+class Columns(TypedDict):
+    """The columns of a results.Row that are the figure."""
+
+    median: float | None
+    q20: float | None
+    q80: float | None
+    samples: int
+
+
 @dataclasses.dataclass(frozen=True)
 class Quantiles:
     """Of the rounds of one run, in microseconds (a ratio: in units of its base); note: how they were taken."""
@@ -53,12 +63,12 @@ class Quantiles:
         """How many rounds."""
         return len(self.rounds)
 
-    def columns(self) -> dict[str, Any]:
-        """The columns of a results.Row."""
+    def columns(self) -> Columns:
+        """As a results.Row has them."""
         return {"median": self.median, "q20": self.q20, "q80": self.q80, "samples": self.samples}
 
 
-NO_FIGURE: dict[str, Any] = {"median": None, "q20": None, "q80": None, "samples": 0}  # columns() of what did not run
+NO_FIGURE: Columns = {"median": None, "q20": None, "q80": None, "samples": 0}  # columns() of what did not run
 
 
 def quantiles(rounds: Sequence[float], note: str = "") -> Quantiles:
@@ -137,7 +147,11 @@ def shared_out(
     end = clock() + budget_s * 1e9
     for index, item in enumerate(items):
         until = clock() + (end - clock()) / (len(items) - index)
-        yield item, lambda until=until: max(0.0, (until - clock()) / 1e9)
+        yield item, functools.partial(_left, until, clock)
+
+
+def _left(until: float, clock: Callable[[], int]) -> float:
+    return max(0.0, (until - clock()) / 1e9)
 
 
 def first_line(reason: BaseException) -> str:
@@ -281,7 +295,7 @@ class _DeviceWatch:
         f()
         end.record()
         end.synchronize()
-        return 1e3 * start.elapsed_time(end)
+        return 1e3 * float(start.elapsed_time(end))
 
 
 def _take_turns(

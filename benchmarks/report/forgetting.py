@@ -34,6 +34,7 @@ from gain_study.report.report import write_report
 from gain_study.report.tables import NOTHING, Strong, Table, spread_text
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -197,7 +198,7 @@ def draw(studies: Mapping[str, Study]) -> Figure:
         _draw_panel(axes, points)
         axes.set_title(title, loc="left", fontsize=10)
     hide(every[len(panels) :])
-    handles = {}
+    handles: dict[str, Artist] = {}
     for axes in figure.axes:
         handles |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     names = [method for method in _EVERY if method in handles]

@@ -131,10 +131,11 @@ def _inverse(value: float | None) -> float | None:
 def _exposed(rows: Sequence[Row], bandwidth: float | None) -> float | None:
     """What storing z adds to the forward, over the time that its bytes take at the copy's bandwidth."""
     plain, stored = (ours(rows, "op", name, "time") for name in ("linear", "linear_z"))
+    pairs = [(row, row.median, plain[key].median) for key, row in stored.items() if key in plain and row.tokens == 8192]
     found = [
-        1e-6 * (row.median - plain[key].median) * bandwidth / (E * row.tokens * row.out_features)
-        for key, row in stored.items()
-        if key in plain and row.tokens == 8192 and bandwidth is not None
+        1e-6 * (us - base) * bandwidth / (E * row.tokens * row.out_features)
+        for row, us, base in pairs
+        if us is not None and base is not None and bandwidth is not None
     ]
     return median(found) if found else None
 

@@ -1,8 +1,10 @@
 """What the device can do at most, measured: the copy of a large buffer, the vendor's matrix product, the least of kernels."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
+from torch import Tensor
 
 from benchmarks.harness import results, timing
 from benchmarks.harness.results import Row
@@ -23,19 +25,24 @@ def rows(device: torch.device, budget_s: float) -> Iterator[Row]:
     n = 8192 if large else 512
     for dtype in DTYPES:
         a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-        spent = timing.measure(lambda a=a, b=b: a @ b, device, budget_s=budget_s / 5)
+        spent = timing.measure(partial(torch.matmul, a, b), device, budget_s=budget_s / 5)
         yield _row("matmul", "flop/s", str(dtype).removeprefix("torch."), 2 * n**3, spent, about)
     if large:
         yield _launch(device, budget_s / 5, about)
 
 
-def _launch(device: torch.device, budget_s: float, about: dict[str, str]) -> Row:
+def _launch(device: torch.device, budget_s: float, about: results.Environment) -> Row:
     tiny = torch.zeros(128, device=device)
-    cases = {count: lambda count=count: [tiny.add_(1) for _ in range(count)] for count in (1, 1 + KERNELS)}
+    cases = {count: partial(_add, tiny, count) for count in (1, 1 + KERNELS)}
     one, many = timing.measure_together(cases, device, budget_s=budget_s).values()
     spent = timing.quantiles([(b - a) / KERNELS for a, b in zip(one.rounds, many.rounds, strict=True)], one.note)
-    columns = {**spent.columns(), "note": spent.note, **about}
-    return Row("ceiling", "launch", "-", "-", "launch", "us", "float32", 0, 0, 0, **columns)
+    who = ("ceiling", "launch", "-", "-", "launch", "us", "float32", 0, 0, 0)
+    return Row(*who, **spent.columns(), note=spent.note, **about)
+
+
+def _add(tiny: Tensor, count: int) -> None:
+    for _ in range(count):
+        tiny.add_(1)
 
 
 def _copy(size: int, device: torch.device) -> Callable[[], object]:
@@ -44,7 +51,7 @@ def _copy(size: int, device: torch.device) -> Callable[[], object]:
     return lambda: target.copy_(source)
 
 
-def _row(metric: str, unit: str, dtype: str, work: float, spent: timing.Quantiles, about: dict[str, str]) -> Row:
+def _row(metric: str, unit: str, dtype: str, work: float, spent: timing.Quantiles, about: results.Environment) -> Row:
     rate = [work / (us * 1e-6) for us in (spent.median, spent.q80, spent.q20)]
     return Row(
         "ceiling", metric, "-", "-", metric, unit, dtype, 0, 0, 0, rate[0], rate[1], rate[2], spent.samples, **about

@@ -238,7 +238,9 @@ def allocator_peak(step: Callable[[], object]) -> int:
         path = Path(folder) / "trace.json"
         profiled.export_chrome_trace(str(path))
         events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
-    changes = sorted((event["ts"], event["args"]["Bytes"]) for event in events if event["name"] == "[memory]")
+    changes: list[tuple[float, int]] = sorted(
+        (event["ts"], event["args"]["Bytes"]) for event in events if event["name"] == "[memory]"
+    )
     return max(itertools.accumulate((nbytes for _, nbytes in changes), initial=0))
 
 
@@ -327,7 +329,7 @@ def _empty(
 
 
 @functools.cache
-def _about() -> dict[str, str]:
+def _about() -> results.Environment:
     """Asked once: it runs git, and a meta tensor is counted in less time."""
     return results.environment(torch.device("cpu")) | {"device": ANY_DEVICE}
 

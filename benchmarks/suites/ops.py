@@ -94,7 +94,8 @@ def _cases(
     names: Sequence[str], backends: Sequence[str], given: dict[str, Any]
 ) -> tuple[dict[tuple[str, str], Callable[[], object]], dict[tuple[str, str], str]]:
     """The calls to be timed, and why the others are not, by op and backend."""
-    cases, reasons = {}, {}
+    cases: dict[tuple[str, str], Callable[[], object]] = {}
+    reasons: dict[tuple[str, str], str] = {}
     for name in names:
         arguments = [given[argument] for argument in ARGUMENTS[name]]
         for backend, reason in obstacles(name, arguments, backends).items():

@@ -113,8 +113,11 @@ def peak_rows(device: torch.device, pending: Sequence[Setting] | None = None) ->
     pending: the models; two layers of each architecture, not checkpointed, if not given.
     """
     if pending is None:
-        short = {"layers": PEAK_LAYERS, "warm_up": 1, "timed": 1}
-        pending = [dataclasses.replace(setting, **short) for setting in settings(device) if not setting.checkpointed]
+        pending = [
+            dataclasses.replace(setting, layers=PEAK_LAYERS, warm_up=1, timed=1)
+            for setting in settings(device)
+            if not setting.checkpointed
+        ]
     for setting in pending:
         yield from setting_rows(setting, 0.0, math.inf, [METHODS[name] for name in (FROZEN, LEAN, *LORA_PEERS)])
 

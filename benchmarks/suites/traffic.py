@@ -114,7 +114,7 @@ def table(architecture: Architecture, world: int) -> str:
     return "\n".join(lines)
 
 
-def _size(count: int) -> str:
+def _size(count: float) -> str:
     for unit in ("B", "KiB", "MiB"):
         if count < 1024:
             return f"{count:.3g} {unit}"

@@ -122,16 +122,12 @@ GRADIENTS: dict[str, Callable[[Varied, Tensor, Tensor], Gradients]] = {
 def varied() -> list[Contestant]:
     """The frozen linear, the layers that ship and keep z, and every other backward."""
     known = [c for c in contestants() if c.name == FROZEN or (c.name == SHIPPED and c.backend != "eager")]
-    others = [
-        Contestant(
-            name,
-            "triton",
-            type("Varied", (Varied,), {"gradients": way}).from_linear,
-            partial(backend_obstacle, "triton"),
-        )
-        for name, way in GRADIENTS.items()
-    ]
-    return [*known, *others]
+    obstacle = partial(backend_obstacle, "triton")
+    return [*known, *(Contestant(name, "triton", _with(way).from_linear, obstacle) for name, way in GRADIENTS.items())]
+
+
+def _with(way: Callable[[Varied, Tensor, Tensor], Gradients]) -> type[Varied]:
+    return type("Varied", (Varied,), {"gradients": way})
 
 
 def rows(
@@ -172,11 +168,10 @@ def kernel_rows(
         layers.free_memory(device)
 
 
-def _kernels(given: dict[str, Tensor | None]) -> Iterator[tuple[str, str, Any, list[Tensor | None], dict[str, Any]]]:
+def _kernels(given: dict[str, Any]) -> Iterator[tuple[str, str, Any, list[Tensor | None], dict[str, Any]]]:
     """What results are called, the product beside them, the equation, its arguments, and who computes it by name."""
-    x, weight, dy, z, delta = (given[name] for name in ("x", "weight", "dy", "z", "delta_out"))
-    assert x is not None
-    assert weight is not None
+    tensors: list[Tensor] = [given[name] for name in ("x", "weight", "dy", "z", "delta_out")]
+    x, weight, dy, z, delta = tensors
     if backend_obstacle("triton", x) is not None:
         return
     from benchmarks.experiments import fused_backward
