@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from benchmarks.contestants.scaled import Scaled
 from gain_ops import BackendUnavailable, GainLinear
 from gain_ops.ops import dispatch
+from gain_ops.planning.methods import DORA, IA3, LORA, METHODS, Method, by_peft
 
 FROZEN = "frozen linear"  # the floor: every other figure is also given as a ratio to it
-RANK = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,10 +48,7 @@ def contestants() -> list[Contestant]:
         Contestant("F.linear(x, W) * s", "-", Scaled),
         Contestant("torch.compile of F.linear(x, W) * s", "-", _compiled),
         Contestant("F.linear(x, s[:, None] * W)", "-", ScaledWeight),
-        Contestant("PEFT (IA)^3, output side", "-", _ia3(feedforward=False), _missing("peft")),
-        Contestant("PEFT (IA)^3, input side", "-", _ia3(feedforward=True), _missing("peft")),
-        Contestant(f"PEFT LoRA r={RANK}", "-", _lora(dora=False), _missing("peft")),
-        Contestant(f"PEFT DoRA r={RANK}", "-", _lora(dora=True), _missing("peft")),
+        *(Contestant(f"PEFT {name}", "-", _by_peft(method), _missing("peft")) for name, method in _PEFT.items()),
         Contestant("QuACK's epilogues, output side, keeps x", "-", _quack, _quack_obstacle),
         *(Contestant(name, "-", _never, partial(_say, reason)) for name, reason in _NOT_COMPARED.items()),
     ]
@@ -67,6 +64,13 @@ class ScaledWeight(Scaled):
 # named all the same: a reader who knows them will look for them
 _NOT_COMPARED = {
     "Liger": "does not apply: it fuses no scaled linear",
+}
+
+_PEFT = {
+    f"{IA3}, output side": METHODS[IA3],
+    f"{IA3}, input side": by_peft(f"{IA3}, input side", "IA3Config", feedforward_modules=["linear"]),
+    LORA: METHODS[LORA],
+    DORA: METHODS[DORA],
 }
 
 
@@ -119,25 +123,10 @@ class _Host(nn.Module):
         return y
 
 
-def _ia3(feedforward: bool) -> Callable[[nn.Linear], nn.Module]:
+def _by_peft(method: Method) -> Callable[[nn.Linear], nn.Module]:
     def build(linear: nn.Linear) -> nn.Module:
-        import peft
-
-        host, targets = _Host(linear), ["linear"]
-        peft.get_peft_model(
-            host, peft.IA3Config(target_modules=targets, feedforward_modules=targets if feedforward else [])
-        )
-        return host
-
-    return build
-
-
-def _lora(dora: bool) -> Callable[[nn.Linear], nn.Module]:
-    def build(linear: nn.Linear) -> nn.Module:
-        import peft
-
         host = _Host(linear)
-        peft.get_peft_model(host, peft.LoraConfig(r=RANK, target_modules=["linear"], use_dora=dora))
+        method.put(host, ["linear"])
         return host
 
     return build

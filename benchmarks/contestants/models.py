@@ -2,136 +2,80 @@
 
 import dataclasses
 import importlib.util
-from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-import gain_ops
 from benchmarks.contestants import liger_swiglu
-from benchmarks.contestants.contestants import RANK
 from benchmarks.contestants.sites import Architecture
 from gain_ops.measure import meta_models
 from gain_ops.measure.meta_models import blocks as blocks  # the benchmarks take all that is about a model from here
 from gain_ops.measure.meta_models import checkpoint as checkpoint
-from gain_ops.measure.meta_models import quiet as quiet
-from gain_ops.models.sites import preset_sites
+from gain_ops.planning import methods
+from gain_ops.planning.methods import DORA, FROZEN, FULL, IA3, IN_MODEL_DTYPE, ON_PEFTS_LAYERS
 
-FROZEN = "frozen"  # the floor: what every other figure is compared with
-FROZEN_LIGER = "frozen, with Liger's SwiGLU"  # and the floor of who keeps less than eager PyTorch
+_LIGER = ", with Liger's SwiGLU"
+FROZEN_LIGER = FROZEN + _LIGER  # the floor of who keeps less than eager PyTorch; FROZEN is that of the others
 CONTEXT = {"llama": 8192, "qwen2": 32768, "gpt2": 1024}  # the longest window; more tokens make more windows
 GATED = ("llama", "qwen2")  # the model types with a SwiGLU
 
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """A way to adapt a model.
+    """A way to adapt a model, by the name that results files have for it, with a learning rate that suits it.
 
-    put(model, backend) does it in place and leaves requires_grad as training would have it; backend is for our gains alone.
-    rate is a learning rate that suits the method; packages are what it needs, model_types what it is for.
+    liger: the hidden activation of every FFN is kept as Liger keeps it.
     """
 
     name: str
-    put: Callable[[nn.Module, str], object]
+    way: methods.Method
     rate: float
-    packages: tuple[str, ...] = ()
-    ours: bool = False
-    model_types: tuple[str, ...] = tuple(CONTEXT)
+    liger: bool = False
+
+    def put(self, model: nn.Module, backend: str) -> None:
+        """Adapt a model in place; requires_grad is as training would have it. backend is of gains."""
+        if self.liger:
+            liger_swiglu.put(model)
+        self.way.put(model, backend=backend)
 
     def obstacle(self, model_type: str | None = None) -> str | None:
         """What is not installed that building a model or this method needs, or that it is not for such a model, or None."""
-        missing = [package for package in ("transformers", *self.packages) if importlib.util.find_spec(package) is None]
+        needed = ("transformers", self.way.package)
+        missing = [package for package in needed if package and importlib.util.find_spec(package) is None]
         if missing:
             return f"{' and '.join(missing)} not installed"
-        unfit = model_type is not None and model_type not in self.model_types
+        unfit = self.liger and model_type is not None and model_type not in GATED
         return f"does not apply: {model_type} has no gated FFN" if unfit else None
 
 
-def _gain(name: str, targets: str, **options: Any) -> Method:
-    def put(model: nn.Module, backend: str) -> None:
-        gain_ops.apply(model, targets, backend=backend, **options)
-
-    return Method(name, put, 1e-2, ours=True)
-
-
-def _peft(name: str, rate: float, config: Callable[[nn.Module], object], fp32_adapters: bool = True) -> Method:
-    def put(model: nn.Module, backend: str) -> None:
-        import peft
-
-        with quiet():
-            peft.get_peft_model(cast(Any, model), cast(Any, config(model)), autocast_adapter_dtype=fp32_adapters)
-
-    return Method(name, put, rate, ("peft",))
-
-
-def _with_liger(method: Method, name: str) -> Method:
-    """A method with the hidden activation of every FFN as Liger keeps it."""
-
-    def put(model: nn.Module, backend: str) -> None:
-        liger_swiglu.put(model)
-        method.put(model, backend)
-
-    return dataclasses.replace(method, name=name, put=put, model_types=GATED)
-
-
-def _ia3(model: nn.Module) -> object:
-    import peft
-
-    return peft.IA3Config(target_modules=_same_layers(model), feedforward_modules=[])
-
-
-def _lora(targets: Callable[[nn.Module], list[str]], dora: bool = False) -> Callable[[nn.Module], object]:
-    def config(model: nn.Module) -> object:
-        import peft
-
-        return peft.LoraConfig(r=RANK, target_modules=targets(model), use_dora=dora)
-
-    return config
-
-
-def _same_layers(model: nn.Module) -> list[str]:
-    """The layers that "gain-ffn" takes."""
-    return [site.name for site in preset_sites(model, ffn=True)]
-
-
-def _query_and_value(model: nn.Module) -> list[str]:
-    """PEFT's own default; in GPT-2 one layer holds q, k and v."""
-    return ["c_attn"] if cast(Any, model).config.model_type == "gpt2" else ["q_proj", "v_proj"]
-
-
-_SAME = "on o_proj and down_proj"
+_SAME = " on o_proj and down_proj"
+LORA = f"PEFT {methods.LORA}{_SAME}"
+LORA_16 = LORA + IN_MODEL_DTYPE
+# published results have these names, which say whose adapters they are, on which layers, and what a fused FFN implies
 METHODS = {
-    method.name: method
-    for method in (
-        Method(FROZEN, lambda model, backend: model.requires_grad_(False), 0.0),
-        _gain("gain", "gain"),
-        _gain("gain, lean", "gain", memory="lean"),
-        _gain("gain-ffn", "gain-ffn"),
-        _gain("gain-ffn, lean", "gain-ffn", memory="lean"),
-        _gain("gain-ffn, input side", "gain-ffn", side="input"),
-        _gain("gain-ffn, input side, fused MLP", "gain-ffn", side="input", fuse_mlp=True),
-        _gain("gain-ffn, input side, fused MLP, lean", "gain-ffn", side="input", fuse_mlp=True, memory="lean"),
-        _peft(f"PEFT (IA)^3 {_SAME}", 1e-2, _ia3),
-        _peft(f"PEFT LoRA r={RANK} {_SAME}", 1e-3, _lora(_same_layers)),
-        _peft(f"PEFT LoRA r={RANK} {_SAME}, adapters in the model's dtype", 1e-3, _lora(_same_layers), False),
-        _peft(f"PEFT LoRA r={RANK} on q and v", 1e-3, _lora(_query_and_value)),
-        _peft(f"PEFT DoRA r={RANK} {_SAME}", 1e-3, _lora(_same_layers, dora=True)),
-        _peft(
-            f"PEFT DoRA r={RANK} {_SAME}, adapters in the model's dtype", 1e-3, _lora(_same_layers, dora=True), False
-        ),
-        Method("full fine-tuning", lambda model, backend: model.requires_grad_(True), 1e-4),
+    name: Method(name, methods.METHODS[way], rate)
+    for name, way, rate in (
+        (FROZEN, FROZEN, 0.0),
+        ("gain", "gain", 1e-2),
+        ("gain, lean", "gain, lean", 1e-2),
+        ("gain-ffn", "gain-ffn", 1e-2),
+        ("gain-ffn, lean", "gain-ffn, lean", 1e-2),
+        ("gain-ffn, input side", "gain-ffn, input side", 1e-2),
+        ("gain-ffn, input side, fused MLP", "gain-ffn, fused", 1e-2),
+        ("gain-ffn, input side, fused MLP, lean", "gain-ffn, fused, lean", 1e-2),
+        (f"PEFT {IA3}{_SAME}", IA3, 1e-2),
+        (LORA, methods.LORA, 1e-3),
+        (LORA_16, methods.LORA + IN_MODEL_DTYPE, 1e-3),
+        (f"PEFT {methods.LORA} on q and v", methods.LORA + ON_PEFTS_LAYERS, 1e-3),
+        (f"PEFT {DORA}{_SAME}", DORA, 1e-3),
+        (f"PEFT {DORA}{_SAME}{IN_MODEL_DTYPE}", DORA + IN_MODEL_DTYPE, 1e-3),
+        (FULL, FULL, 1e-4),
     )
 }
-_LORA = f"PEFT LoRA r={RANK} {_SAME}"
-_LORA_16 = f"{_LORA}, adapters in the model's dtype"
 COUNTED = METHODS | {
-    method.name: method
-    for method in (
-        _with_liger(METHODS[FROZEN], FROZEN_LIGER),
-        _with_liger(METHODS[_LORA], f"{_LORA}, with Liger's SwiGLU"),
-        _with_liger(METHODS[_LORA_16], f"{_LORA_16}, with Liger's SwiGLU"),
-    )
+    f"{name}{_LIGER}": dataclasses.replace(METHODS[name], name=f"{name}{_LIGER}", liger=True)
+    for name in (FROZEN, LORA, LORA_16)
 }
 """METHODS and those that are counted and never timed: they keep what another's kernels keep, in plain PyTorch."""
 

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.contestants.contestants import FROZEN
-from benchmarks.contestants.models import FROZEN as FROZEN_MODEL
 from benchmarks.contestants.models import FROZEN_LIGER
 from benchmarks.harness.results import Row
 from benchmarks.report import predict, targets
 from benchmarks.suites.blocks import LINEARS, WHOLE
 from benchmarks.suites.memory import ANY_DEVICE
 from benchmarks.suites.ops import OVER_PRODUCT
+from gain_ops.planning.methods import FROZEN as FROZEN_MODEL
 from gain_ops.utils.wording import size_text
 
 FLOORS = (FROZEN, FROZEN_MODEL, FROZEN_LIGER)  # what the others are compared with, so never called the best

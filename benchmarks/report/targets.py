@@ -7,15 +7,15 @@ without a figure is not met, but not measured.
 import dataclasses
 from collections.abc import Callable, Sequence
 
-from benchmarks.contestants.contestants import RANK
 from benchmarks.harness.results import Row, ours
 from benchmarks.suites import blocks, ops, steps, variants
+from gain_ops.planning.methods import LORA
 
 BOTH = "forward+backward"
 SQUARE = ("Llama-3-8B o_proj", 8192)  # 4096 x 4096
 PEERS = {
     "PEFT (IA)^3": ("PEFT (IA)^3, output side", blocks.IA3),
-    f"PEFT LoRA r={RANK}": (f"PEFT LoRA r={RANK}", blocks.LORA),
+    blocks.LORA: (blocks.LORA, blocks.LORA),  # a layer and a block alike
     "torch.compile of F.linear(x, W) * s": ("torch.compile of F.linear(x, W) * s", blocks.COMPILED),
 }
 
@@ -150,7 +150,7 @@ TARGETS = (
         Target(f"times as fast as {peer}, every shape", 1.0, goal, _times_as_fast(peer), more=True, strict=True)
         for peer, goal in zip(PEERS, (1.5, 1.5, 1.1), strict=True)
     ),
-    Target(f"peak of a step, lean / LoRA r={RANK}, every shape", 1.0, 1.0, _lean_peaks, strict=True),
+    Target(f"peak of a step, lean / {LORA}, every shape", 1.0, 1.0, _lean_peaks, strict=True),
 )
 
 

@@ -7,7 +7,6 @@ input of its own, where nothing dilutes what a gain costs.
 
 import dataclasses
 import importlib.util
-import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, cast
@@ -15,9 +14,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-import gain_ops
 from benchmarks.contestants import models
-from benchmarks.contestants.contestants import RANK, backend_obstacle
+from benchmarks.contestants.contestants import backend_obstacle
 from benchmarks.contestants.scaled import Scaled
 from benchmarks.contestants.sites import ARCHITECTURES, Architecture
 from benchmarks.harness import gate, timing
@@ -25,14 +23,16 @@ from benchmarks.harness.results import Row, environment
 from benchmarks.suites import layers
 from gain_ops.layers.linears import sizes
 from gain_ops.models.sites import pattern_sites, preset_sites
+from gain_ops.planning import methods
+from gain_ops.planning.methods import FROZEN, IN_MODEL_DTYPE
 
 TOKENS = 8192
 SEED = 0
 VOCABULARY = 64  # of a model whose block alone is called
 GATE_TOKENS = 256  # attention in fp64 has no kernel but the one that forms [heads, T, T]
 WHOLE, LINEARS = "forward+backward", "forward+backward of the linears"
-GAIN, IA3, LORA = "gain", "PEFT (IA)^3", f"PEFT LoRA r={RANK}"
-LORA_16, COMPILED = f"{LORA}, adapters in the model's dtype", "torch.compile of F.linear(x, W) * s"
+GAIN, IA3, LORA = "gain", f"PEFT {methods.IA3}", f"PEFT {methods.LORA}"
+LORA_16, COMPILED = LORA + IN_MODEL_DTYPE, "torch.compile of F.linear(x, W) * s"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,10 +96,6 @@ class _ScaledModule(Scaled):
         return y
 
 
-def _gained(model: nn.Module, names: list[str], backend: str) -> None:
-    gain_ops.apply(model, [re.escape(name) for name in names], backend=backend)
-
-
 def _scaled(model: nn.Module, names: list[str], compiled: bool = False, dtype: torch.dtype | None = None) -> None:
     """dtype: of the scale; the weight's, if not given."""
     model.requires_grad_(False)
@@ -110,27 +106,13 @@ def _scaled(model: nn.Module, names: list[str], compiled: bool = False, dtype: t
         setattr(model.get_submodule(parent), last, torch.compile(layer, dynamic=False) if compiled else layer)
 
 
-def _peft(model: nn.Module, names: list[str], config: Callable[[Any, list[str]], Any], fp32: bool = True) -> None:
-    import peft
-
-    with models.quiet():
-        peft.get_peft_model(cast(Any, model), config(peft, names), autocast_adapter_dtype=fp32)
-
-
-def _ia3(peft: Any, names: list[str]) -> Any:
-    return peft.IA3Config(target_modules=names, feedforward_modules=[])
-
-
-def _lora(peft: Any, names: list[str]) -> Any:
-    return peft.LoraConfig(r=RANK, target_modules=names)
-
-
+_WAYS = methods.METHODS
 METHODS = (
-    Method(models.FROZEN, "-", lambda model, names: model.requires_grad_(False)),
-    *(Method(GAIN, backend, partial(_gained, backend=backend)) for backend in ("eager", "triton", "cuda")),
-    Method(IA3, "-", partial(_peft, config=_ia3), "peft"),
-    Method(LORA, "-", partial(_peft, config=_lora), "peft"),
-    Method(LORA_16, "-", partial(_peft, config=_lora, fp32=False), "peft"),
+    Method(FROZEN, "-", _WAYS[FROZEN].put),
+    *(Method(GAIN, backend, partial(_WAYS["gain"].put, backend=backend)) for backend in ("eager", "triton", "cuda")),
+    Method(IA3, "-", _WAYS[methods.IA3].put, "peft"),
+    Method(LORA, "-", _WAYS[methods.LORA].put, "peft"),
+    Method(LORA_16, "-", _WAYS[methods.LORA + IN_MODEL_DTYPE].put, "peft"),
     Method(COMPILED, "-", partial(_scaled, compiled=True)),
 )
 

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.contestants import models
-from benchmarks.contestants.contestants import RANK
-from benchmarks.contestants.models import FROZEN, METHODS, Method
+from benchmarks.contestants.models import METHODS, Method
 from benchmarks.contestants.sites import ARCHITECTURES, SMALL, Architecture
 from benchmarks.harness import results, timing
 from benchmarks.harness.results import Row
 from benchmarks.suites import memory
 from gain_ops.measure.perplexity import logits, next_token_loss
 from gain_ops.ops import dispatch
+from gain_ops.planning.methods import FROZEN
 
 SEED = 0
 ROUNDS = 5  # at most; fewer where the time is up
@@ -33,9 +33,7 @@ GATE_TOKENS = 1024  # of a window: in fp32 a GPU may have no attention but the o
 NO_TIME = "no time was left"
 PEAK_LAYERS = 2  # of the steps whose peak alone is asked for
 LEAN = "gain-ffn, lean"
-LORA_PEERS = tuple(
-    f"PEFT LoRA r={RANK} on o_proj and down_proj{kind}" for kind in ("", ", adapters in the model's dtype")
-)
+LORA_PEERS = (models.LORA, models.LORA_16)
 FILL = 0.7  # of the free memory: the rest is for the logits, workspaces and fragments
 
 
@@ -293,7 +291,7 @@ def _rows(setting: Setting, found: dict[str, Measured]) -> Iterator[Row]:
     kind = str(setting.dtype).removeprefix("torch.")
     floor = found[FROZEN]
     for name, measured in found.items():
-        backend = dispatch.explain(setting.device.type, setting.dtype)[0][1] if METHODS[name].ours else "-"
+        backend = dispatch.explain(setting.device.type, setting.dtype)[0][1] if METHODS[name].way.targets else "-"
         shape = (setting.tokens, a.hidden, a.intermediate)
         row = Row(
             "step", setting.site, name, backend, "throughput", "tokens/s", kind, *shape, **timing.NO_FIGURE, **about

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.contestants import models
-from benchmarks.contestants.contestants import RANK
 from benchmarks.contestants.sites import ARCHITECTURES, Architecture
+from gain_ops.planning.methods import FULL
 
-METHODS = ("gain-ffn", f"PEFT LoRA r={RANK} on o_proj and down_proj", "full fine-tuning")
+METHODS = ("gain-ffn", models.LORA, FULL)
 
 Payload = dict[str, int]
 """Bytes by the kind of collective."""

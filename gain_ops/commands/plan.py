@@ -83,7 +83,7 @@ def plan(
 
 def launch(row: Row, gpus: int) -> list[str]:
     """What starts such a training: lines of a script (docs/howto/distributed.md has the rest), and last what runs it."""
-    from gain_ops.planning.counts import METHODS
+    from gain_ops.planning.methods import METHODS
     from gain_ops.planning.strategies import NODE
 
     lines = [METHODS[row.method].line]

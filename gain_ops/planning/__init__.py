@@ -1,1 +1,1 @@
-"""What a run would need, counted without running it."""
+"""The ways to adapt a model, and what a run of each would need, counted without running it."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import astuple, dataclass, replace
 from typing import Any
 
@@ -13,64 +12,12 @@ from gain_ops.measure import meta_models
 from gain_ops.measure.peak_bytes import peak_bytes
 from gain_ops.measure.perplexity import next_token_loss
 from gain_ops.measure.saved_bytes import saved_bytes
-from gain_ops.measure.step_bytes import LORA_RANK
-from gain_ops.models.apply import apply
-from gain_ops.models.sites import preset_sites
 from gain_ops.planning.configs import with_layers
+from gain_ops.planning.methods import Method
 
-__all__ = ["METHODS", "Counts", "Method", "blocks_alike", "count", "count_pass"]
+__all__ = ["Counts", "blocks_alike", "count", "count_pass"]
 
 _FEW = 2  # layers: the counts of so many and of one more give those of all
-
-
-@dataclass(frozen=True)
-class Method:
-    """A way to adapt a model: its name, what puts it on, the line of a script that does, and the package it needs, if any.
-
-    fused says whether an FFN runs as one function.
-    """
-
-    name: str
-    put: Callable[[nn.Module], object]
-    line: str
-    package: str | None = None
-    fused: bool = False
-
-
-def _gain(name: str, targets: str, **options: Any) -> Method:
-    arguments = "".join(f", {key}={value!r}" for key, value in options.items())
-    line = f'gain_ops.apply(model, "{targets}"{arguments})'.replace("'", '"')
-    fused = "fuse_mlp" in options
-    return Method(name, lambda model: apply(model, targets, **options), line, fused=fused)
-
-
-def _lora(name: str, *, fp32: bool) -> Method:
-    def put(model: nn.Module) -> None:
-        import peft
-
-        config = peft.LoraConfig(r=LORA_RANK, target_modules=[site.name for site in preset_sites(model, ffn=True)])
-        with meta_models.quiet():
-            peft.get_peft_model(model, config, autocast_adapter_dtype=fp32)
-
-    line = f"model = peft.get_peft_model(model, peft.LoraConfig(r={LORA_RANK}, target_modules=...))"
-    return Method(name, put, line, "peft")
-
-
-METHODS = {
-    method.name: method
-    for method in (
-        _gain("gain", "gain"),
-        _gain("gain, lean", "gain", memory="lean"),
-        _gain("gain-ffn", "gain-ffn"),
-        _gain("gain-ffn, lean", "gain-ffn", memory="lean"),
-        _gain("gain-ffn, fused", "gain-ffn", side="input", fuse_mlp=True),
-        _gain("gain-ffn, fused, lean", "gain-ffn", side="input", fuse_mlp=True, memory="lean"),
-        _lora(f"LoRA r={LORA_RANK}", fp32=True),
-        _lora(f"LoRA r={LORA_RANK}, adapters in the model's dtype", fp32=False),
-        Method("full fine-tuning", lambda model: model.requires_grad_(True), "model.requires_grad_(True)"),
-    )
-}
-"""By name, the simplest of ours first; LoRA sits on the layers of gain-ffn."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +68,7 @@ def count(
 
     Args:
         config: of transformers.
-        method: one of METHODS.
+        method: how it is adapted.
         tokens: of a pass.
         length: of a window, at most.
         dtype: of the frozen weights.

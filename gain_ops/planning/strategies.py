@@ -52,12 +52,14 @@ from torch import nn
 
 from gain_ops.measure import meta_models
 from gain_ops.planning.configs import split_config, split_weights, summed_weights
-from gain_ops.planning.counts import METHODS, Counts, Method, blocks_alike, count
+from gain_ops.planning.counts import Counts, blocks_alike, count
+from gain_ops.planning.methods import FULL, IN_MODEL_DTYPE, LORA, METHODS, Method
 from gain_ops.utils.errors import UsageError
 
 __all__ = [
     "GIB",
     "NODE",
+    "PLANNED",
     "Job",
     "Row",
     "Sizes",
@@ -73,6 +75,10 @@ __all__ = [
 GIB = 2**30
 NODE = 8
 """GPUs of a machine. A group of tensor parallelism spans no more: its all-reduces would cross the network."""
+
+_GAINS = ("gain", "gain, lean", "gain-ffn", "gain-ffn, lean", "gain-ffn, fused", "gain-ffn, fused, lean")
+PLANNED = {name: METHODS[name] for name in (*_GAINS, LORA, LORA + IN_MODEL_DTYPE, FULL)}
+"""By name, the simplest of ours first; LoRA sits on the layers of gain-ffn."""
 
 
 @dataclass(frozen=True)
@@ -178,7 +184,7 @@ def strategies(config: Any, model: nn.Module, gpus: int) -> list[Strategy]:
     return found
 
 
-def rows(job: Job, methods: Sequence[Method] = tuple(METHODS.values())) -> Iterator[Row]:
+def rows(job: Job, methods: Sequence[Method] = tuple(PLANNED.values())) -> Iterator[Row]:
     """Every strategy with every method, without and with activation checkpointing.
 
     Raises:
@@ -219,7 +225,7 @@ def recommend(found: Sequence[Row], family: str) -> Row | None:
         found: of rows().
         family: "gain" or "gain-ffn": which methods count.
     """
-    names = [name for name in METHODS if name == family or name.startswith(f"{family},")]
+    names = [name for name, method in PLANNED.items() if method.targets == family]
     shares = list(dict.fromkeys(row.strategy for row in found))
     fitting = [row for row in found if row.fits and row.method in names]
     return min(

@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from benchmarks.contestants import models
-from benchmarks.contestants.contestants import FROZEN, RANK, Contestant, contestants
+from benchmarks.contestants.contestants import FROZEN, Contestant, contestants
 from benchmarks.contestants.scaled import Scaled
 from benchmarks.contestants.sites import ARCHITECTURES, Architecture, Site
 from benchmarks.harness.results import Row
 from benchmarks.suites import memory
 from gain_ops.measure.saved_bytes import SavedBytes, SavedTensor
+from gain_ops.measure.step_bytes import LORA_RANK as RANK
 
 T, IN, OUT = 24, 80, 48
 SITE = Site("a site", IN, OUT)

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from benchmarks.contestants import models
-from benchmarks.contestants.contestants import RANK
 from benchmarks.contestants.liger_swiglu import SwiGlu
 from benchmarks.contestants.sites import ARCHITECTURES, Architecture
 from gain_ops.measure.perplexity import logits, next_token_loss
+from gain_ops.measure.step_bytes import LORA_RANK as RANK
 
 TINY = {
     "llama": Architecture("Tiny", "llama", 64, 160, 2, 4, 2, 96),

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import time
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -68,6 +69,10 @@ def test_rounds_go_on_while_there_is_time_and_ratios_are_taken_within_them(monke
     assert own.samples == frozen.samples == rows["gain-ffn", "throughput / frozen"].samples == 6
 
 
+def _way(name: str, put: Callable[..., object]) -> Method:
+    return dataclasses.replace(GAIN, name=name, way=dataclasses.replace(GAIN.way, put=put))
+
+
 def _off(model: torch.nn.Module, backend: str) -> None:
     gain_ops.apply(model, "gain-ffn")
     for module in model.modules():
@@ -85,7 +90,7 @@ def test_a_method_that_does_not_start_as_the_frozen_model_has_no_figure(
             if isinstance(module, Gained):
                 torch.nn.init.constant_(module.delta, 3.0)
 
-    wrong = Method("wrong", _off if dtype == torch.float32 else far_off, 1e-2)
+    wrong = _way("wrong", _off if dtype == torch.float32 else far_off)
     monkeypatch.setitem(METHODS, "wrong", wrong)
     rows = _measure(FROZEN, wrong, GAIN, setting=dataclasses.replace(SETTING, dtype=dtype))
     assert rows["wrong", "throughput"].median is None
@@ -104,7 +109,7 @@ def test_an_error_of_one_method_is_its_reason(monkeypatch: pytest.MonkeyPatch) -
     def put(model: torch.nn.Module, backend: str) -> None:
         raise torch.OutOfMemoryError("too large\nsecond line")
 
-    monkeypatch.setitem(METHODS, "large", Method("large", put, 1e-2))
+    monkeypatch.setitem(METHODS, "large", _way("large", put))
     rows = _measure(FROZEN, METHODS["large"])
     assert rows["large", "throughput"].note == "OutOfMemoryError: too large"
     assert rows["large", "throughput"].samples == 0

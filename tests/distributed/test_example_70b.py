@@ -25,7 +25,7 @@ import gain_ops
 from gain_ops.gainfiles.file import read_gains
 from gain_ops.models.record import gained_modules
 from gain_ops.planning.configs import read_config
-from gain_ops.planning.counts import METHODS
+from gain_ops.planning.methods import METHODS
 from gain_ops.planning.strategies import GIB, Job, rows
 from gain_ops.training.domains import from_path
 

@@ -19,7 +19,8 @@ from gain_ops.commands.plan import launch
 from gain_ops.integrations.tensor_parallel import FusedMlpParallel, place_gains
 from gain_ops.measure import meta_models
 from gain_ops.measure.perplexity import next_token_loss
-from gain_ops.planning.counts import METHODS, count_pass
+from gain_ops.planning.counts import count_pass
+from gain_ops.planning.methods import METHODS
 from gain_ops.planning.strategies import GIB, Job, Row, gathered_at_once, rows, sharded_traffic, sizes_of
 
 from support.traffic import Traffic

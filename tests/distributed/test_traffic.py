@@ -14,6 +14,7 @@ from benchmarks.contestants import models
 from benchmarks.contestants.sites import Architecture
 from benchmarks.suites import traffic
 from gain_ops.integrations.tensor_parallel import place_gains
+from gain_ops.planning.methods import FROZEN
 
 WORLD = 2
 TINY = Architecture("tiny", "llama", 24, 42, 3, 2, 1, 51)  # odd sizes, which FSDP2 pads
@@ -74,7 +75,7 @@ def counted_by_tensor(method):
 
 
 def test_tensor_parallelism_sends_what_the_frozen_model_does_and_the_gradients_of_the_gains(two):
-    (frozen, _), (gained, _) = two(counted_by_tensor, models.FROZEN), two(counted_by_tensor, "gain-ffn")
+    (frozen, _), (gained, _) = two(counted_by_tensor, FROZEN), two(counted_by_tensor, "gain-ffn")
     # a block's sums: of o_proj and down_proj in the forward; of the inputs of q, k, v, gate and up in the backward
     activation = 8 * EVEN.hidden * torch.bfloat16.itemsize
     assert frozen == {"all_reduce": 7 * EVEN.layers * activation}

@@ -13,11 +13,22 @@ from gain_ops.measure.peak_bytes import peak_bytes
 from gain_ops.measure.perplexity import next_token_loss
 from gain_ops.planning import configs
 from gain_ops.planning.configs import read_config, split_config, split_weights, with_layers
-from gain_ops.planning.counts import METHODS, blocks_alike, count, count_pass
-from gain_ops.planning.strategies import GIB, Job, Row, Sizes, gathered_at_once, recommend, rows, sizes_of, strategies
+from gain_ops.planning.counts import blocks_alike, count, count_pass
+from gain_ops.planning.strategies import (
+    GIB,
+    PLANNED,
+    Job,
+    Row,
+    Sizes,
+    gathered_at_once,
+    recommend,
+    rows,
+    sizes_of,
+    strategies,
+)
 
 TOKENS, LENGTH, VOCABULARY = 128, 64, 96
-NAMES = [name for name, method in METHODS.items() if method.package is None or importlib.util.find_spec(method.package)]
+NAMES = [name for name, method in PLANNED.items() if method.package is None or importlib.util.find_spec(method.package)]
 GENERATOR = torch.get_rng_state().nbytes  # kept by checkpointing for each block, outside of torch's dispatcher
 SCALARS = 256  # numbers such as LoRA's scale become tensors of 8 bytes there too
 
@@ -34,7 +45,7 @@ def tiny(layers: int = 2, **sizes: int):
 def adapted(config, name: str, checkpointed: bool, device: str, dtype: torch.dtype) -> nn.Module:
     torch.manual_seed(0)
     model = meta_models.build(config, device, dtype)
-    METHODS[name].put(model)
+    PLANNED[name].put(model)
     if checkpointed:
         meta_models.checkpoint(model)
     return model
@@ -86,7 +97,7 @@ def test_a_step_peaks_at_what_is_planned_or_its_gradients_less(name: str) -> Non
     """A gradient counts from the start, as in DDP's buckets; alone, it is not there yet when the most is alive."""
     config = tiny()
     (row,) = [
-        r for r in rows(Job(config, 1, GIB, TOKENS, LENGTH, torch.float32, 0), [METHODS[name]]) if not r.checkpointed
+        r for r in rows(Job(config, 1, GIB, TOKENS, LENGTH, torch.float32, 0), [PLANNED[name]]) if not r.checkpointed
     ]
     model = adapted(config, name, False, "cpu", torch.float32)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -109,7 +120,7 @@ def test_a_step_peaks_at_what_is_planned_or_its_gradients_less(name: str) -> Non
 def test_two_layers_and_three_say_what_seven_take(name: str, checkpointed: bool) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         few, whole = (
-            count(tiny(7), METHODS[name], TOKENS, LENGTH, dtype, checkpointed=checkpointed, alike=alike)
+            count(tiny(7), PLANNED[name], TOKENS, LENGTH, dtype, checkpointed=checkpointed, alike=alike)
             for alike in (True, False)
         )
         assert few == whole
@@ -182,7 +193,7 @@ class TestChoice:
         assert recommend([dataclasses.replace(found[2], obstacle="why")], "gain-ffn") is None
 
     def test_the_parts_add_up(self) -> None:
-        config, ffn = tiny(), METHODS["gain-ffn"]
+        config, ffn = tiny(), PLANNED["gain-ffn"]
         job = Job(config, 2, GIB, TOKENS, LENGTH, torch.bfloat16, 7)
         found = {(row.strategy, row.checkpointed): row for row in rows(job, [ffn])}
         assert len(found) == 2 * len({strategy for strategy, _ in found}) == 6
@@ -211,8 +222,8 @@ class TestChoice:
         sizes = {"hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4, "num_key_value_heads": 2}
         config = Qwen3Config(vocab_size=VOCABULARY, num_hidden_layers=2, head_dim=16, **sizes)
         job = Job(config, 2, GIB, TOKENS, LENGTH, torch.bfloat16, 0)
-        (row,) = [row for row in rows(job, [METHODS[name]]) if row.strategy == "TP 2" and not row.checkpointed]
-        sums = 2 * (6 if METHODS[name].fused else 7) + 2
+        (row,) = [row for row in rows(job, [PLANNED[name]]) if row.strategy == "TP 2" and not row.checkpointed]
+        sums = 2 * (6 if PLANNED[name].fused else 7) + 2
         assert row.sent - TOKENS * 64 * 2 * sums - TOKENS * VOCABULARY == summed, "full: the norms of q and k"
 
     def test_a_large_root_is_there_twice_when_it_is_gathered(self) -> None:
@@ -224,7 +235,7 @@ class TestChoice:
         config.vocab_size = 10_000
         large = sizes_of(meta_models.build(config))
         found = [
-            row for row in rows(Job(config, 2, GIB, 8, 8, reserve=0), [METHODS["gain"]]) if row.strategy == "FSDP 2"
+            row for row in rows(Job(config, 2, GIB, 8, 8, reserve=0), [PLANNED["gain"]]) if row.strategy == "FSDP 2"
         ]
         for row in found:
             gains = 64 * 4  # of a block

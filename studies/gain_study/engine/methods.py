@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING
 
 import gain_ops
+from gain_ops.planning import methods
 from gain_ops.utils.errors import MissingPackageError
 
 if TYPE_CHECKING:
@@ -51,103 +52,55 @@ class Adapter:
 class Method:
     """One way to adapt a model to one domain after another.
 
-    ``put_on`` takes a frozen causal language model, and leaves only what it trains with a gradient. ``rates`` is the grid of
-    learning rates; a method without one takes what was found for the method ``rates_of``, from which it does not differ on
-    the first domain. ``replays``: a share of each batch is windows of earlier domains. ``anchored``: weights that earlier
-    domains depend on are held by EWC.
+    ``way`` adapts a model once. ``rates`` is the grid of learning rates; a method without one takes what was found for the
+    method ``rates_of``, from which it does not differ on the first domain. ``replays``: a share of each batch is windows of
+    earlier domains. ``anchored``: weights that earlier domains depend on are held by EWC.
     """
 
-    put_on: Callable[[nn.Module], Adapter]
+    way: methods.Method
     rates: tuple[float, ...] = ()
     rates_of: str | None = None
     replays: bool = False
     anchored: bool = False
-    weights: bool = False
-    """Whether it trains the weights themselves."""
+
+    @property
+    def weights(self) -> bool:
+        """Whether it trains the weights themselves."""
+        return self.way.name == methods.FULL
+
+    def put_on(self, model: nn.Module) -> Adapter:
+        """Adapt a frozen causal language model: what it trains has a gradient then, and nothing else."""
+        adapted = self.way.put(model)
+        if self.way.package == "peft":
+            return Adapter(adapted.merge_and_unload, adapted.unload)
+        if self.weights:
+            freeze = partial(model.requires_grad_, False)
+            return Adapter(freeze, freeze)
+        return Adapter(partial(gain_ops.absorb, model), partial(gain_ops.remove, model))
 
 
 def check_packages(names: tuple[str, ...]) -> None:
     """Raise ImportError where one of the methods needs PEFT and it is not installed."""
-    needing = [name for name in names if METHODS[name].put_on in _BY_PEFT]
+    needing = [name for name in names if METHODS[name].way.package == "peft"]
     if needing and importlib.util.find_spec("peft") is None:
         raise MissingPackageError(
             f'{", ".join(needing)}: PEFT is needed: pip install "gain-ops[peft]", or leave them out (--methods)'
         )
 
 
-def _gain(targets: str, side: str) -> Callable[[nn.Module], Adapter]:
-    def put_on(model: nn.Module) -> Adapter:
-        gain_ops.apply(model, targets, side=side)
-        return Adapter(lambda: gain_ops.absorb(model), lambda: gain_ops.remove(model))
-
-    return put_on
-
-
-def _ia3(model: nn.Module) -> Adapter:
-    """On PEFT's choice of layers: keys, values and the FFN's down projection."""
-    import peft
-
-    return _by_peft(model, peft.IA3Config())
-
-
-def _lora(model: nn.Module) -> Adapter:
-    """On PEFT's choice of layers: queries and values."""
-    import peft
-
-    from gain_ops.measure.step_bytes import LORA_RANK
-
-    return _by_peft(model, peft.LoraConfig(r=LORA_RANK))
-
-
-def _lora_same(model: nn.Module) -> Adapter:
-    """On the layers of gain-ffn."""
-    import peft
-
-    from gain_ops.measure.step_bytes import LORA_RANK
-    from gain_ops.models.sites import preset_sites
-
-    names = [site.name for site in preset_sites(model, ffn=True)]
-    return _by_peft(model, peft.LoraConfig(r=LORA_RANK, target_modules=names))
-
-
-def _dora(model: nn.Module) -> Adapter:
-    import peft
-
-    from gain_ops.measure.step_bytes import LORA_RANK
-
-    return _by_peft(model, peft.LoraConfig(r=LORA_RANK, use_dora=True))
-
-
-def _by_peft(model: nn.Module, config: Any) -> Adapter:
-    import peft
-
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="fan_in_fan_out")  # PEFT sets it itself for Conv1D, and says so
-        warnings.filterwarnings("ignore", category=FutureWarning)
-        adapted = peft.get_peft_model(model, config)
-    return Adapter(adapted.merge_and_unload, adapted.unload)
-
-
-def _full(model: nn.Module) -> Adapter:
-    def freeze() -> None:
-        model.requires_grad_(False)
-
-    model.requires_grad_(True)
-    return Adapter(freeze, freeze)
-
-
-_BY_PEFT = (_ia3, _lora, _lora_same, _dora)
+_WAYS = methods.METHODS
+_LORA = _WAYS[methods.LORA + methods.ON_PEFTS_LAYERS]
 
 METHODS = {
-    "gain": Method(_gain("gain", "output"), _GAIN_RATES),
-    "gain-ffn": Method(_gain("gain-ffn", "output"), _GAIN_RATES),
-    "gain-ffn-input": Method(_gain("gain-ffn", "input"), _GAIN_RATES),
-    "ia3": Method(_ia3, _GAIN_RATES),
-    "lora": Method(_lora, _LORA_RATES),
-    "lora-same": Method(_lora_same, _LORA_RATES),
-    "dora": Method(_dora, _LORA_RATES),
-    "lora-replay": Method(_lora, rates_of="lora", replays=True),
-    "ewc": Method(_full, rates_of="full", anchored=True, weights=True),
-    "full": Method(_full, _FULL_RATES, weights=True),
+    "gain": Method(_WAYS["gain"], _GAIN_RATES),
+    "gain-ffn": Method(_WAYS["gain-ffn"], _GAIN_RATES),
+    "gain-ffn-input": Method(_WAYS["gain-ffn, input side"], _GAIN_RATES),
+    "ia3": Method(_WAYS[methods.IA3 + methods.ON_PEFTS_LAYERS], _GAIN_RATES),
+    "lora": Method(_LORA, _LORA_RATES),
+    "lora-same": Method(_WAYS[methods.LORA], _LORA_RATES),
+    "dora": Method(_WAYS[methods.DORA + methods.ON_PEFTS_LAYERS], _LORA_RATES),
+    "lora-replay": Method(_LORA, rates_of="lora", replays=True),
+    "ewc": Method(_WAYS[methods.FULL], rates_of="full", anchored=True),
+    "full": Method(_WAYS[methods.FULL], _FULL_RATES),
 }
-"""By the name that records and options have for them."""
+"""By the name that options have for them, and records: published ones too."""
