@@ -30,15 +30,15 @@ _NONE = "-"
 _TEXT = ("", "op", "site", "target", "where", "verdict", "constant")  # columns of words
 _NOTE = 240  # characters of a note: an exception may bring pages
 _MEANINGS = {
-    "saved": "kept for backward",
-    "saved, one block run again": "every block's input and all of one block: what is alive while it runs again",
-    "saved by the loss": "how much of it is the loss's",
-    "saved inputs": "kept of the input, which costs nothing where that is alive anyway",
-    "optimizer": "the gradient of what is trained, and AdamW's two moments",
-    "peak": "the most that was allocated",
-    "peak, counted": "weights, AdamW's moments, and the most that is alive of what forward and backward make",
+    "saved": "activations saved for backward",
+    "saved, one block run again": "every block's input, and all of the block that is recomputed",
+    "saved by the loss": "the part of these that the loss saves",
+    "saved inputs": "the part of these that is the layer's input, which costs nothing where another op already holds it",
+    "optimizer": "the gradients of the trained parameters, and AdamW's two moments",
+    "peak": "the most that was allocated at once",
+    "peak, counted": "weights, AdamW's moments, and the most that forward and backward hold at once",
 }
-_BRACKETS = "in brackets its 20 % to 80 % quantiles"
+_BRACKETS = "with its 20 % to 80 % quantiles in brackets"
 
 
 class Who(NamedTuple):
@@ -90,7 +90,7 @@ def goals(rows: Sequence[Row]) -> str:
     made = []
     for device, here in _by_device(rows).items():
         if cells := targets.lines(here):
-            note = "worst: at the worst of the shapes measured, in brackets its 20 % to 80 % quantiles."
+            note = f"worst: the worst of the measured shapes, {_BRACKETS}."
             shown = [row for row in here if row.group in ("op", "layer", "block", "step")]
             wrong = dict.fromkeys(f"{row.site}, {_who(row).label}" for row in shown if row.note.startswith("not right"))
             notes = [note, *([f"Not right, so without a figure: {_plain('; '.join(wrong))}."] if wrong else [])]
@@ -127,9 +127,7 @@ def ways(rows: Sequence[Row]) -> str:
             [who.label, *(_predicted(figures.get((who, site)), machine) for site, _ in places)]
             for who in dict.fromkeys(map(_who, ratios))
         ]
-        legend = (
-            f"Over the frozen linear, {_BRACKETS}; then what was assumed to come, and what the measured constants give."
-        )
+        legend = f"Over the frozen linear, {_BRACKETS}; then as predicted by the assumed constants, and by the measured ones."
         title = f"ways of a layer, {WHOLE}, {here[0].dtype}, {tokens} tokens, {device}"
         heads = ["", *(heading for _, heading in places)]
         made.append(_assemble(title, heads, cells, [legend, *_remarks(here, {WHOLE + RATIO})], here))
@@ -150,7 +148,7 @@ def over_products(rows: Sequence[Row]) -> str:
                 cells.append([who.label, *(_NONE if row is None else _relative(row) for row in line)])
             title = f"{group}s over the vendor's product of the same operands, {dtype}, {tokens} tokens, {device}"
             heads = ["", *(heading for _, heading in places)]
-            made.append(_assemble(title, heads, cells, [f"{_BRACKETS.capitalize()}."], here))
+            made.append(_assemble(title, heads, cells, [f"The ratio, {_BRACKETS}."], here))
     return "\n\n".join(made)
 
 
@@ -244,7 +242,7 @@ def ops(rows: Sequence[Row]) -> str:
         if backends:
             table = [line for line in lines if set(line[2:]) != {_NONE}]
             legend = (
-                f"After the time the share of it that the roofline's floor takes, {_BRACKETS}. "
+                f"After each time: the share of it that the roofline's floor takes, {_BRACKETS}. "
                 "Bold: better than all others of its row by more than the spread."
             )
             notes = [legend, *_ceilings(rows, device, dtype), *_remarks(here, {"time"})]
@@ -365,9 +363,9 @@ def _grid(title: str, rows: Sequence[Row], columns: Sequence[Column]) -> str:
 def _legend(metrics: set[str]) -> str:
     told = [f"{metric}: {meaning}." for metric, meaning in _MEANINGS.items() if metric in metrics]
     if metrics & COMPARED:
-        told.append(f"After the figure its ratio to the frozen one's, {_BRACKETS}.")
+        told.append(f"After each figure: its ratio to the frozen one's, {_BRACKETS}.")
     return " ".join(
-        [*told, "Bold: better than all others of its column by more than the spread, the frozen one apart."]
+        [*told, "Bold: better than all others of its column by more than the spread, except the frozen one."]
     )
 
 
