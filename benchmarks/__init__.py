@@ -1,1 +1,1 @@
-"""Measured: times, memory and correctness of gain_ops beside its peers; `python -m benchmarks`."""
+"""Times, memory and correctness of gain_ops beside its peers, measured: `python -m benchmarks`."""

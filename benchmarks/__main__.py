@@ -1,4 +1,4 @@
-"""python -m benchmarks run | gpu | report: measure what the machine can, all of it on a GPU, or make tables of results."""
+"""python -m benchmarks run | gpu | report: measure what the machine can, measure everything on a GPU, or make tables."""
 
 import argparse
 import os
@@ -22,19 +22,19 @@ def main() -> None:
     """Read the command line and run."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    run = commands.add_parser("run", help="what this machine can, in minutes, and print the tables")
-    run.add_argument("--out", type=Path, default=Path("build/bench/results.csv"), help="the results file; replaced")
+    run = commands.add_parser("run", help="measure what this machine can, in minutes, and print the tables")
+    run.add_argument("--out", type=Path, default=Path("build/bench/results.csv"), help="the results file to replace")
     run.add_argument("--minutes", type=float, default=4.0)
-    everything = commands.add_parser("gpu", help="everything, on a GPU")
+    everything = commands.add_parser("gpu", help="measure everything, on a GPU")
     everything.add_argument(
         "--out", type=Path, required=True, help="the folder for results.csv, report.md and the tuned table"
     )
-    everything.add_argument("--minutes", type=float, default=9.0, help="for everything, building included")
-    everything.add_argument("--resume", action="store_true", help="go on with the results of --out")
+    everything.add_argument("--minutes", type=float, default=9.0, help="time for everything, building included")
+    everything.add_argument("--resume", action="store_true", help="continue with the results of --out")
     everything.add_argument(
-        "--resume-from", type=Path, metavar="PATH", help="go on with another run's folder or results file"
+        "--resume-from", type=Path, metavar="PATH", help="continue with another run's folder or results file"
     )
-    everything.add_argument("--commit", default="", help="what the rows say where there is no git to ask")
+    everything.add_argument("--commit", default="", help="the commit for the rows, in a copy without git")
     report = commands.add_parser("report", help="tables and plots from results files")
     report.add_argument("files", type=Path, nargs="*", help="default: benchmarks/results/*.csv")
     report.add_argument("--plots", type=Path, default=None, help="a folder for the plots")
@@ -62,7 +62,7 @@ def _run(out: Path, minutes: float) -> None:
 
 
 def _rows(budget_s: float) -> Iterator[Row]:
-    """Times at the sites that this device measures in the time, memory at true size on any."""
+    """Times at the sites that this device can measure in the budget, and memory at true size on any device."""
     from benchmarks.contestants import sites
     from benchmarks.harness import roofline
     from benchmarks.suites import ceilings, layers, memory, ops, steps
@@ -98,7 +98,7 @@ def _report(files: list[Path], plots_folder: Path | None, publish: bool) -> None
 
 
 def published(rows: Sequence[Row]) -> dict[Path, dict[str, str]]:
-    """The tables of each page that there are figures for."""
+    """The tables of each page that have figures."""
     from benchmarks.report import report
 
     tables = report.tables(filter(_decides, rows)) | {"targets": report.tables(rows).get("targets", "")}
@@ -106,7 +106,7 @@ def published(rows: Sequence[Row]) -> dict[Path, dict[str, str]]:
 
 
 def _decides(row: Row) -> bool:
-    """What a reader decides by: the memory of whole models, and the time of a layer at the longest common length."""
+    """Whether a reader decides by it: the memory of models, and the time of a layer at the longest common length."""
     if row.group == "model":
         return row.site in ("Llama-3-8B", "Llama-3-70B", "SmolLM2-135M", "SmolLM2-135M, checkpointed")
     longest = 1024 if row.device.endswith("threads") else 8192

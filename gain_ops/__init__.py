@@ -10,16 +10,16 @@ CUDA, no triton and no transformers.
     gain_linear, gain_scale             the operation                      ops/linear.py
     gain_glu, gain_swiglu, ...          the gain in an FFN's activation    ops/glu.py
     gain_rms_norm                       the gain in a norm                 ops/rms_norm.py
-    gain_mlp                            a whole FFN                        ops/mlp.py
+    gain_mlp                            an FFN as one function             ops/mlp.py
     GainLinear, GainWrapper             the layers                         layers/
     apply, remove                       gains on a model                   models/apply.py
     save_gains, load_gains              a model's gain file                models/files.py
-    GainFile, read_gains, write_gains   one without a model                gainfiles/file.py
+    GainFile, read_gains, write_gains   a gain file, without a model       gainfiles/file.py
     absorb                              fold the gains into the weights    models/absorb.py
     add_gains, set_gains, ...           several named gain sets            models/sets.py
     combine_gains                       gain files into one                gainfiles/combining.py
     saved_bytes                         what is saved for backward         measure/saved_bytes.py
-    GainOpsError                        the base of our errors             errors.py
+    GainOpsError                        the base of the package's errors   utils/errors.py
 """
 
 import sys
@@ -61,7 +61,7 @@ __all__ = [
     "write_gains",
 ]
 
-# torch takes seconds to import: the command, whose --help needs none of it, gets these names when it asks for one
+# torch takes seconds to import, and the command's --help needs none of it: the command gets these names when it asks for one
 if TYPE_CHECKING or [Path(name).name for name in sys.argv[:1]] != ["gain-ops"]:
     from gain_ops._exports import *
 else:

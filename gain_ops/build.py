@@ -1,13 +1,13 @@
-"""Builds csrc/ into ``gain_ops/_C.abi3.so``: the one place that knows its compilers, sources, architectures and flags.
+"""Builds csrc/ into ``gain_ops/_C.abi3.so``: the only file that knows its compilers, sources, architectures and flags.
 
 setup.py loads this file by its path to build ahead of time, under GAIN_OPS_BUILD_CUDA:
 
-    auto   build what the machine can, say what was left out (the default)
-    1      build all of it, or fail and say why
-    0      leave it out
+    auto   build what the machine can, and say what was left out (the default)
+    1      build everything, or fail and say why
+    0      build nothing
 
-``python -m gain_ops.build`` builds it into an installed package afterwards. Objects are made by ninja, through ccache where
-that is installed. Nothing here asks the hardware: GAIN_OPS_CUDA_ARCHITECTURES (default 80;90a;100a) says what is built for.
+``python -m gain_ops.build`` builds it into an installed package afterwards. ninja makes the objects, through ccache where
+that is installed. Nothing here asks the hardware: GAIN_OPS_CUDA_ARCHITECTURES (default 80;90a;100a) has the architectures.
 """
 
 import argparse
@@ -83,12 +83,12 @@ class Parameters:
         return [
             *("-std=c++17", "-O3", "-DNDEBUG", "--expt-relaxed-constexpr", "-Xptxas", "-v"),
             *("-Xcompiler", "-fPIC,-fvisibility=hidden"),
-            *("-isystem", str(self.cuda_home / "include")),  # nvcc knows it: so that another toolkit is another command
+            *("-isystem", str(self.cuda_home / "include")),  # nvcc knows it; it makes another toolkit another command
             *(["-isystem", str(self.cutlass)] if self.cutlass else []),
         ]
 
     def link_flags(self) -> list[str]:
-        """CUDA's runtime goes in, so that the file loads where there is none; torch is found loaded."""
+        """CUDA's runtime is linked in, so that the file loads where CUDA is missing; torch is loaded already."""
         return [
             *("-shared", "-Wl,--no-as-needed", f"-L{self.torch_home / 'lib'}", "-ltorch", "-ltorch_cpu"),
             *(
@@ -124,7 +124,7 @@ class Parameters:
 
 
 def _gencode(architectures: tuple[str, ...]) -> tuple[str, ...]:
-    """Machine code for each, and PTX of those that later chips can translate (an "a" cannot be)."""
+    """Machine code for each, and PTX of those that later chips can translate (not those with an "a")."""
     flags = []
     for name in architectures:
         code = f"sm_{name}" if name.endswith("a") else f"[sm_{name},compute_{name}]"
@@ -237,13 +237,13 @@ def write_ninja(build: Parameters, output: Path, folder: Path) -> Path:
         "ninja_required_version = 1.8",
         f"builddir = {_escape(str(folder))}",
         "rule cxx",
-        # -MD and not -MMD: another version of torch or CUTLASS has the same path, and is a system header
+        # -MD and not -MMD, which leaves out system headers: another version of torch or CUTLASS has the same path
         f"  command = {launcher} g++ -MD -MF $out.d {_join(build.cxx_flags())} $flags -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "  description = g++ $in",
         "rule nvcc",
-        # the report of ptxas is kept, and shown when the compile fails
+        # the report of ptxas stays beside the object, and is shown when the compile fails
         f"  command = {launcher} {_escape(build.nvcc)} -MD -MF $out.d {_join(build.nvcc_flags())} $flags -c $in -o $out "
         "> $out.log 2>&1 || (cat $out.log; exit 1)",
         "  depfile = $out.d",
@@ -273,7 +273,7 @@ def _join(flags: list[str] | tuple[str, ...]) -> str:
 
 
 def jobs() -> int:
-    """MAX_JOBS, or as many compiles as there are cores and 3 GiB of memory: one of the GEMMs takes about 2."""
+    """MAX_JOBS, or the number of cores, at most one for each 3 GiB of memory: one of the GEMMs takes about 2 GiB."""
     given = os.environ.get("MAX_JOBS")
     if given:
         return int(given)
@@ -295,7 +295,7 @@ def build(made_of: Parameters, output: Path, folder: Path, *objects: str) -> Non
         write_ninja(made_of, output.resolve(), folder)
         for line in made_of.left_out:
             print(f"gain_ops: left out {line}", file=sys.stderr)
-        # ccache then takes another checkout of the same sources for the same
+        # so that ccache shares objects between checkouts of the same sources
         environment = {"CCACHE_BASEDIR": str(made_of.csrc.parent), "CCACHE_NOHASHDIR": "1"} | os.environ
         command = [_ninja(), "-C", str(folder), "-j", str(jobs()), *objects]
         run = subprocess.run(command, env=environment, stdout=sys.stderr)
@@ -304,7 +304,7 @@ def build(made_of: Parameters, output: Path, folder: Path, *objects: str) -> Non
 
 
 def object_folder() -> Path:
-    """Where objects are kept: build/cuda of a checkout, the user's cache for an installed package."""
+    """The folder of the objects: build/cuda of a checkout, the user's cache for an installed package."""
     if (HERE.parent / "csrc" / "module.cpp").exists():
         return HERE.parent / "build" / "cuda"
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "gain_ops" / "build"

@@ -1,14 +1,15 @@
-"""The equations of a gained linear map in plain torch: the eager backend, and the truth that the kernels are tested against.
+"""The equations of a gained linear map in plain torch: the eager backend, and the reference for testing the kernels.
 
 Every function works on flat activations: ``x`` [T, in], ``dy`` and ``z`` [T, out], ``weight`` [out, in] of any strides,
-``delta`` [out] on the output side or [in] on the input side, ``gain = 1 + delta``;
-``gate``, ``up`` and ``dh`` [T, n]. Results are contiguous. Products with
-the gain and all sums run in fp32 (fp64 for fp64); what is an activation is rounded once to the activation's dtype, a
-``ddelta`` stays in the accumulation dtype and its caller rounds it to delta's. What is rounded is written where it belongs
-by the op that computes it, with no fp32 copy between: so these functions are not differentiable. ``composite*``, ``ddelta``,
-``ddelta_recompute`` and ``rms_norm_backward`` are.
+``delta`` [out] on the output side or [in] on the input side, ``gain = 1 + delta``; ``gate``, ``up`` and ``dh`` [T, n].
+Results are contiguous.
 
-Line by line (the kernels name these):
+Products with the gain and all sums run in fp32 (fp64 for fp64). An activation is rounded once to its dtype. A ``ddelta`` stays
+in the accumulation dtype, and its caller rounds it to delta's. The op that computes an activation writes it rounded, without an
+fp32 copy between, so these functions are not differentiable; ``composite*``, ``ddelta``, ``ddelta_recompute`` and
+``rms_norm_backward`` are.
+
+The kernels name these lines:
 
     (1)  z      = x @ W.T
     (2)  y      = gain * z + b                        output side
@@ -36,9 +37,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu2")
-"""What an FFN does between its projections; gelu_tanh is GPT-2's and Gemma's, relu2 the square of relu."""
+"""The activations of an FFN; gelu_tanh is GPT-2's and Gemma's, relu2 is the square of relu."""
 
-# elements that a sum over tokens widens at once: 32 MiB of fp32 stay in a cache, and a GPU's launches cost little beside
+# how many elements a sum over tokens widens at once: 32 MiB of fp32 stay in a cache, and a GPU's launches cost little beside it
 _WIDENED = 2**22
 
 
@@ -57,7 +58,7 @@ def scale(x: Tensor, delta: Tensor) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor, delta: Tensor, bias: Tensor | None) -> Tensor:
-    """Lines (1), (2): ``gain * (x @ W.T) + b`` -> [T, out], where z was. z is rounded first, as plain torch does."""
+    """Lines (1), (2): ``gain * (x @ W.T) + b`` -> [T, out], in z's memory. z is rounded first, as plain torch does."""
     z = F.linear(x, weight)
     return _scale_into(z, z, delta, bias)
 
@@ -74,7 +75,7 @@ def linear_input(x: Tensor, weight: Tensor, delta: Tensor, bias: Tensor | None) 
 
 
 def backward(dy: Tensor, z: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
-    """Lines (3), (4) from a kept z: -> dz [T, out], ddelta [out]."""
+    """Lines (3), (4) from a saved z: -> dz [T, out], ddelta [out]."""
     return scale(dy, delta), ddelta(dy, z)
 
 
@@ -90,7 +91,7 @@ def ddelta(dy: Tensor, z: Tensor) -> Tensor:
 
 
 def backward_recompute(dy: Tensor, x: Tensor, weight: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
-    """Lines (1), (3), (4) from a kept x: -> dz [T, out], ddelta [out]."""
+    """Lines (1), (3), (4) from a saved x: -> dz [T, out], ddelta [out]."""
     return scale(dy, delta), ddelta_recompute(dy, x, weight)
 
 
@@ -197,9 +198,9 @@ def composite_rms_norm(x: Tensor, weight: Tensor, delta: Tensor, eps: float) -> 
 
 
 def composite(x: Tensor, weight: Tensor, delta: Tensor, bias: Tensor | None, side: str) -> Tensor:
-    """Lines (1), (2) or (5) for x of any rank, out of differentiable torch calls alone.
+    """Lines (1), (2) or (5) for x of any rank, by differentiable torch calls alone.
 
-    What torch.func transforms, forward-mode and double backward run: all of autograd applies to it, and nothing is fused.
+    torch.func transforms, forward-mode and double backward run this: all of autograd applies to it, and nothing is fused.
     """
     if side == "output":
         z = F.linear(x, weight)

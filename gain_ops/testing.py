@@ -1,4 +1,4 @@
-"""What results are held to: a rule instead of tolerances set by hand, and the layer as anybody would write it."""
+"""The rule for results, in place of tolerances set by hand, and the layer as anybody would write it."""
 
 from typing import Any
 
@@ -27,9 +27,9 @@ def assert_no_worse_than_torch(
     """Raise AssertionError unless ``result`` errs at most twice what ``plain`` (torch in the same dtype) errs.
 
     Errors are relative, in the Frobenius norm, against the fp64 ``truth``.
-    One unit in the last place of the accumulation dtype is granted beside, for a plain result that happens to be exact: of
-    ``unit`` instead, where an operand is itself rounded to that. It is a unit of ``magnitude``, the same computation on
-    absolute values, where the terms of a sum may cancel.
+    One unit in the last place of the accumulation dtype is allowed in addition, for a plain result that happens to be exact;
+    where an operand is itself rounded to ``unit``, this is a unit of that dtype. Where the terms of a sum may cancel, it is a
+    unit of ``magnitude``, the same computation on absolute values.
     """
     if result.shape != truth.shape:
         raise AssertionError(f"{name}: shape {tuple(result.shape)}, expected {tuple(truth.shape)}")
@@ -37,13 +37,13 @@ def assert_no_worse_than_torch(
     if magnitude is not None and truth.norm() > 0:
         floor *= max(1.0, (magnitude.double().norm() / truth.double().norm()).item())
     error, allowed = relative_error(result, truth), 2 * relative_error(plain, truth) + floor
-    # written so that NaN fails, and raised so that Python's -O leaves it
+    # written so that NaN fails, and raised so that Python's -O does not remove it
     if not error <= allowed:
         raise AssertionError(f"{name}: relative error {error:.3e}, allowed {allowed:.3e} (twice plain torch's)")
 
 
 class PlainGain(nn.Module):
-    """The composite without any of the package's code: F.linear and a multiplication, every parameter its own."""
+    """The layer without any of the package's code: F.linear and a multiplication, with parameters of its own."""
 
     def __init__(self, linear: Any, side: str = "output") -> None:
         super().__init__()

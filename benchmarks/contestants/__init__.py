@@ -1,1 +1,1 @@
-"""Who is compared: layers and models, ours and others'."""
+"""Who is compared: the layers and models of gain_ops, and those of others."""

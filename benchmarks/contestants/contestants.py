@@ -1,6 +1,6 @@
-"""Who is compared: a gain by each of our backends, and what users do instead, all on one weight and one input.
+"""Who is compared: a gain by each backend, and what users do instead, all on one weight and one input.
 
-Each is a layer y = f(x) round one frozen weight W [out, in], with its own trained parameters and nothing else that trains.
+Each is a layer y = f(x) around one frozen weight W [out, in], with its own trained parameters and no others.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from gain_ops import BackendUnavailable, GainLinear
 from gain_ops.ops import dispatch
 from gain_ops.planning.methods import DORA, IA3, LORA, METHODS, Method, by_peft
 
-FROZEN = "frozen linear"  # the floor: every other figure is also given as a ratio to it
+FROZEN = "frozen linear"  # the floor: every other figure also has a ratio to it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Contestant:
 
 
 def contestants() -> list[Contestant]:
-    """All of them, the frozen linear first; who is not installed is in the list with the reason."""
+    """All of them, the frozen linear first; a contestant that is not installed is in the list with the reason."""
     found = [Contestant(FROZEN, "-", _Host)]
     for backend in ("eager", "triton", "cuda"):
         for side, save in (("output", "output"), ("output", "input"), ("input", "auto")):
@@ -55,13 +55,13 @@ def contestants() -> list[Contestant]:
 
 
 class ScaledWeight(Scaled):
-    """The scale on W, made again in every forward; autograd then forms dW to reduce it."""
+    """The scale on W, computed again in every forward; autograd then forms dW to reduce it."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.s[:, None] * self.linear.weight)
 
 
-# named all the same: a reader who knows them will look for them
+# listed anyway, since a reader who knows them will look for them
 _NOT_COMPARED = {
     "Liger": "does not apply: it fuses no scaled linear",
 }
@@ -112,7 +112,7 @@ def backend_obstacle(backend: str, x: Tensor) -> str | None:
 
 
 class _Host(nn.Module):
-    """The layer as it is, and a model of one layer: what PEFT takes."""
+    """The layer, and a model of this one layer for PEFT."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()

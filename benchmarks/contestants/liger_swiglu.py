@@ -1,8 +1,8 @@
-"""What Liger's SwiGLU keeps for backward, without Liger, whose kernels need a GPU: counted here, never timed.
+"""What Liger's SwiGLU saves for backward, without Liger, whose kernels need a GPU: counted here, never timed.
 
 Liger's LigerSiLUMulFunction saves gate and up, computes silu again in its backward and writes the gradients over the two
-(liger_kernel/ops/swiglu.py, seen at commit 06e2af7). So does SwiGlu, out of ops that are opaque as its kernels are: what torch
-allocates within them on a CPU is not part of what is counted on meta.
+(liger_kernel/ops/swiglu.py, read at commit 06e2af7). SwiGlu does the same with ops that are opaque, as Liger's kernels are:
+memory that torch allocates within them on a CPU does not count on meta.
 """
 
 import types
@@ -16,7 +16,7 @@ from gain_ops.measure.meta_models import blocks
 
 
 class SwiGlu(torch.autograd.Function):
-    """``h = silu(gate) * up``, which keeps gate and up and overwrites both by their gradients."""
+    """``h = silu(gate) * up``, which saves gate and up and overwrites both with their gradients."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:

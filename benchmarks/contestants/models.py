@@ -77,7 +77,7 @@ COUNTED = METHODS | {
     f"{name}{_LIGER}": dataclasses.replace(METHODS[name], name=f"{name}{_LIGER}", liger=True)
     for name in (FROZEN, LORA, LORA_16)
 }
-"""METHODS and those that are counted and never timed: they keep what another's kernels keep, in plain PyTorch."""
+"""METHODS, and methods that are counted and never timed: in plain PyTorch they save what another package's kernels save."""
 
 
 def build(

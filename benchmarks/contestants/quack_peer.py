@@ -1,7 +1,8 @@
-"""QuACK's GEMM with the gain in its epilogue, on the output side, keeping x: what its vocabulary of epilogues gives.
+"""QuACK's GEMM with the gain in its epilogue, on the output side, saving x, by the epilogues that QuACK has.
 
-Forward D = acc * s; backward acc = x @ W.T again, D = dy * s and ds = sum_t acc * dy in one GEMM, then the vendor's dx. Written
-to the contract of quack.epilogue as of August 2026 and not yet run beside the package: the gate decides whether it is right.
+Forward D = acc * s; backward acc = x @ W.T again, D = dy * s and ds = sum_t acc * dy in one GEMM, then the vendor's dx. It is
+written to the interface of quack.epilogue as of August 2026 and has not yet run with the package: the gate will show whether it
+is right.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""A frozen linear and a learned scale, in plain PyTorch: what the fused layers are compared with."""
+"""A frozen linear and a learned scale, in plain PyTorch, to compare the fused layers with."""
 
 import torch
 import torch.nn.functional as F
@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 class Scaled(nn.Module):
-    """What one writes first: the scale in W's dtype, a pass of its own."""
+    """The obvious code: the scale in W's dtype, a pass of its own."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What is measured: the projections of real models that take a gain, and the models' own sizes."""
+"""Where we measure: the projections of real models that take a gain, and the models' own sizes."""
 
 import dataclasses
 
@@ -14,7 +14,7 @@ class Site:
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """The sizes of a decoder: what a transformers config of it says."""
+    """The sizes of a decoder, as in its transformers config."""
 
     name: str
     model_type: str  # llama | qwen2 | gpt2
@@ -54,7 +54,7 @@ SITES = [site for a in ARCHITECTURES.values() for site in (a.o_proj, a.down_proj
 SHAPES = [site for a in ARCHITECTURES.values() for site in (a.o_proj, a.up_proj, a.down_proj)]
 TOKENS = [512, 2048, 8192, 32768]
 
-# what a CPU measures in seconds: the shapes of SmolLM2-135M
+# shapes that a CPU measures in seconds: those of SmolLM2-135M
 SMALL = Architecture("SmolLM2-135M", "llama", 576, 1536, 30, 9, 3, 49152)
 SMALL_SITES = [SMALL.o_proj, SMALL.down_proj]
 SMALL_TOKENS = [256, 1024]

@@ -1,1 +1,1 @@
-"""Kernels that are tried out: measured beside those that ship, and run by no op."""
+"""Experimental kernels: measured beside the shipped ones, and run by no op."""

@@ -1,10 +1,10 @@
 """dx = (dy * gain) @ W and ddelta = sum_t dy * z in one GEMM: lines (3), (4) of reference.py with no dz in memory.
 
-dy is scaled in registers on its way into the product, or W comes scaled and dy goes in as it is. Of the tiles that read the
-same rows of dy each adds up its share of the blocks of ``out``: z is read once, and partials.py adds the rows of partials in
-their order. Bytes: the GEMM's and z; rows.py and a GEMM move dz twice and dy once more.
+dy is scaled in registers before the product, or W is scaled already and dy is not. The tiles that read the same rows of dy each
+sum their share of the blocks of ``out``: z is read once, and partials.py adds the rows of partials in a fixed order. Bytes: the
+GEMM's and z; rows.py and a GEMM move dz twice and dy once more.
 
-No op runs it yet: what the scaling costs the main loop only a GPU can tell (benchmarks/NOTES.md).
+No op runs it yet: only a GPU can show what the scaling costs the main loop (benchmarks/NOTES.md).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def backward_dx_kernel(
     a,  # dy [M, K], descriptor, as all but the vectors
     b,  # W [K, N], or [N, K] when not B_IS_KN
     z,  # [M, K]
-    delta,  # [K], or None where W comes scaled
+    delta,  # [K], or None where W is scaled already
     dx,  # [M, N]
     partials,  # [m_tiles, K] fp32
     M,
@@ -73,8 +73,8 @@ def backward_dx_kernel(
             if delta is not None:
                 factor = (dy_tile.to(tl.float32) * load_gain(delta, ks, K)[None, :]).to(dy_tile.dtype)
             acc = tl.dot(factor, w_tile, acc)
-            # n_tiles programs come by this block of dy: one of them sums it. It reads dy again: a tile that fed a wgmma
-            # and a sum had a buffer less in the pipeline than the product needs, and was overwritten under it
+            # n_tiles programs read this block of dy: one of them sums it. It reads dy again: a tile that fed both a wgmma
+            # and a sum had one buffer too few in the pipeline, and was overwritten while in use
             if (k // BLOCK_K) % n_tiles == tile_n:
                 sums = tl.sum(a.load([row, k]).to(tl.float32) * z.load([row, k]).to(tl.float32), axis=0)
                 tl.store(partials + tile_m.to(tl.int64) * K + ks, sums, mask=ks < K)
@@ -106,7 +106,7 @@ def backward_dx(dy: Tensor, z: Tensor, weight: Tensor, delta: Tensor | None) -> 
     if fuses(dy, weight.t(), z):
         config = tables.gemm_config("backward_dx", dy, weight.t())
         if delta is None:
-            # a product that reads dy from shared memory holds one tile of it more, and 4 stages of the large tile do not fit
+            # a product that reads dy from shared memory holds one more tile of it, and 4 stages of the large tile do not fit
             config = replace(config, num_stages=min(config.num_stages, 3))
         if serves(architecture(dy.device.index), config):
             dx = torch.empty((dy.shape[0], weight.shape[1]), dtype=dy.dtype, device=dy.device)
@@ -138,13 +138,13 @@ CALLS: dict[str, Call] = {
     "backward_dx": lambda x, w, bias, delta: backward_dx(x, x, w, delta),
     "backward_dx, W scaled": lambda x, w, bias, delta: backward_dx(x, x, w, None),
 }
-"""What gain_ops.kernels.aot compiles of it."""
+"""The calls that gain_ops.kernels.aot compiles."""
 
 
 def tune(
     tokens: int, out_features: int, in_features: int, dtype: torch.dtype, path: Path | None = None
 ) -> Iterator[tuple[str, GemmConfig]]:
-    """Tune the kernel as tuning.tune_layer tunes those that ship; nothing where it does not run."""
+    """Tune the kernel as tuning.tune_layer tunes the shipped ones; yield nothing where it does not run."""
     device = torch.device("cuda", torch.cuda.current_device())
     dy, z = (torch.randn((tokens, out_features), device=device).to(dtype) for _ in range(2))
     weight = (torch.randn((out_features, in_features), device=device) / in_features**0.5).to(dtype)

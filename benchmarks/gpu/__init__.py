@@ -1,1 +1,1 @@
-"""The one command for a GPU: its parts, the proof, and what they need."""
+"""The command that measures everything on a GPU: its parts, the proof, and their helpers."""

@@ -1,7 +1,7 @@
 """Asks cuBLASLt whether any of its algorithms scales the rows of a product by a vector on the device.
 
-A bf16 algorithm with that pointer mode would make the gained forward the vendor's own GEMM. It needs a GPU, and the cuBLASLt
-that torch loaded. The numbers are cublasLt.h's.
+With a bf16 algorithm of that pointer mode, the gained forward would be the vendor's own GEMM. The question needs a GPU, and the
+cuBLASLt that torch loaded. The numbers are those of cublasLt.h.
 """
 
 import ctypes
@@ -45,7 +45,7 @@ class _Heuristic(ctypes.Structure):
 
 
 def lines() -> Iterator[str]:
-    """One line a case: which pointer modes algorithms claim, and how many the heuristic offers in each."""
+    """One line for each case: the pointer modes that algorithms claim, and how many the heuristic offers in each."""
     torch.zeros(1, device="cuda") @ torch.zeros(1, device="cuda")  # loads torch's cuBLAS
     library = _load()
     if library is None:
@@ -96,7 +96,7 @@ def _claimed(lt: ctypes.CDLL, handle: ctypes.c_void_p, ab: int, d: int, compute:
 
 
 def _offered(lt: ctypes.CDLL, handle: ctypes.c_void_p, ab: int, d: int, compute: int, scale: int, mode: int) -> int:
-    """How many algorithms the heuristic gives for a product in that pointer mode."""
+    """How many algorithms the heuristic offers for a product in that pointer mode."""
     description, preference = ctypes.c_void_p(), ctypes.c_void_p()
     a, b, c = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_void_p()
     lt.cublasLtMatmulDescCreate(ctypes.byref(description), compute, scale)

@@ -1,9 +1,9 @@
-"""The one command for a GPU machine: the parts of parts.py in order, within the time, each in a process of its own.
+"""The command for a GPU machine: the parts of parts.py in order, within the time, each in a process of its own.
 
-A part that hangs or breaks the device takes no other with it; what it had measured stays. How every part ended is a row of
-group ``part`` in OUT/results.csv, so that one file says where ``--resume`` or ``--resume-from`` is to go on: with what was
-not tried or was cut by the clock, in order, and then again with what failed. Where the tests or memcheck are red nothing is
-timed; what another sanitizer says is printed and makes the exit status 1.
+A part that hangs or breaks the device stops no other part, and its measured rows stay. A row of group ``part`` in
+OUT/results.csv says how each part ended, so that this file says where ``--resume`` or ``--resume-from`` continues: with the
+parts that were not tried or ran out of time, in order, and then again with the failed ones. If the tests or memcheck are red,
+nothing is timed; an error of another sanitizer is printed and makes the exit status 1.
 """
 
 import datetime
@@ -26,16 +26,16 @@ from benchmarks.harness.results import Row
 from benchmarks.report import report
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-GRACE_S = 45.0  # beyond twice its share a part is taken to hang: imports, compiling and the least rounds are in it
+GRACE_S = 45.0  # seconds beyond twice its share until a part counts as hung: imports, compiling, the least rounds
 SUMMARY = ("products", "variants", "constants", "targets")
 FINISHED, CUT, FAILED = "finished", "cut", "failed"
 
 
 def run(out: Path, minutes: float, resume: bool, resume_from: Path | None = None) -> bool:
-    """Run the parts within the time and print what they say to the targets; whether nothing was red or failed.
+    """Run the parts within the time and print the targets' verdicts; return whether nothing was red or failed.
 
     Raises:
-        FileNotFoundError: nothing at ``resume_from``.
+        FileNotFoundError: no file at ``resume_from``.
 
     """
     deadline = time.monotonic() + 60 * minutes
@@ -62,7 +62,7 @@ def run(out: Path, minutes: float, resume: bool, resume_from: Path | None = None
 
 
 def begin(out: Path, resume: bool, resume_from: Path | None) -> Path:
-    """OUT/results.csv: none, the one that is there, or a copy of another run's (with its tuned table)."""
+    """OUT/results.csv: none, the existing one, or a copy of another run's (with its tuned table)."""
     out.mkdir(parents=True, exist_ok=True)
     file = out / "results.csv"
     if resume_from is not None:
@@ -80,7 +80,7 @@ def begin(out: Path, resume: bool, resume_from: Path | None) -> Path:
 
 
 def order(rows: Sequence[Row]) -> list[Part]:
-    """What is left to run: first what no row says anything of or was cut, then what failed; a red proof is to be made again."""
+    """The parts left to run: first those without a row or out of time, then the failed ones; a red proof runs again."""
     ended = {row.site: row.metric for row in rows if row.group == "part"}
     if red(rows, proof.BLOCKING):
         ended.pop("proof", None)
@@ -89,13 +89,13 @@ def order(rows: Sequence[Row]) -> list[Part]:
 
 
 def red(rows: Sequence[Row], steps: Sequence[str] = proof.STEPS) -> list[str]:
-    """The steps of the proof that said no when they last ran, with what they said."""
+    """The steps of the proof that were red when they last ran, with their summaries."""
     said = {row.site: row for row in rows if row.group == "proof" and row.site in steps}
     return [f"{step}: {row.note}" for step, row in said.items() if row.median == 0.0]
 
 
 def prepare() -> None:
-    """Make gain_ops.kernels importable, and build csrc/ where nothing built was brought along; both without a network."""
+    """Make gain_ops.kernels importable, and build csrc/ unless a built file is there; both without a network."""
     if importlib.util.find_spec("gain_ops.kernels") is None:
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "-e", str(ROOT)]
         subprocess.run(pip, check=True, env=os.environ | {"GAIN_OPS_BUILD_CUDA": "0"})
@@ -105,12 +105,12 @@ def prepare() -> None:
 
 
 def command(part: Part, out: Path, seconds: float) -> list[str]:
-    """What runs a part."""
+    """The command that runs a part."""
     return [sys.executable, "-m", "benchmarks.gpu.parts", part.name, str(out.resolve()), f"{seconds:.1f}"]
 
 
 def _run_part(part: Part, out: Path, left: float) -> Row:
-    """Run a part in a process of its own; the row that says how it ended."""
+    """Run a part in a process of its own, and return the row on how it ended."""
     started, share = time.monotonic(), part.share * left
     limit = min(left, 2 * share + GRACE_S)
     with (out / "log.txt").open("a", encoding="utf-8") as log:
@@ -129,7 +129,7 @@ def _run_part(part: Part, out: Path, left: float) -> Row:
 
 
 def _summarise(out: Path, file: Path) -> None:
-    """Write every table to OUT/report.md and print those that decisions are made by."""
+    """Write every table to OUT/report.md, and print those that decisions depend on."""
     rows = results.read([file]) if file.exists() else []
     tables = report.tables(rows)
     (out / "report.md").write_text("\n\n".join(tables.values()) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Every op of every fused backend once, on shapes with partial tiles and rows of every alignment: what sanitizers watch."""
+"""Every op of every fused backend once, on shapes with partial tiles and rows of every alignment, for the sanitizers."""
 
 import itertools
 
@@ -8,14 +8,14 @@ from benchmarks.contestants.sites import Site
 from benchmarks.suites.ops import ARGUMENTS, tensors
 from gain_ops.ops import dispatch, raw
 
-# the last two reach the large tiles that ship, with an odd count of tile rows and a last tile of 8 columns
+# the last two reach the shipped large tiles, with an odd number of tile rows and a last tile of 8 columns
 SHAPES = [(1, 8, 8), (5, 1, 1), (33, 29, 17), (129, 72, 264), (300, 520, 136), (2049, 64, 48)]
 SHAPES += [(4097, 72, 2312), (769, 2312, 2312)]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def main() -> None:
-    """Call them; a backend that cannot run here is named and left out."""
+    """Call all ops; a backend that cannot run here is named and skipped."""
     device = torch.device("cuda")
     for backend, dtype in itertools.product(("triton", "cuda"), DTYPES):
         try:

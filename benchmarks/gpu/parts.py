@@ -1,7 +1,7 @@
 """The parts of a run on a GPU, in order: python -m benchmarks.gpu.parts NAME OUT SECONDS runs one, for gpu.py.
 
-What is right comes first, then the numbers that predictions are made of, then what the targets ask for, then the rest.
-Every row is flushed to OUT/results.csv as it comes.
+The proof comes first, then the constants of the predictions, then the figures of the targets, then the rest. Every row is
+flushed to OUT/results.csv at once.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from gain_ops.backends import extension
 DEVICE = torch.device("cuda")
 DTYPE = torch.bfloat16
 LLAMA, GPT2 = ARCHITECTURES["Llama-3-8B"], ARCHITECTURES["GPT-2 Large"]
-# what the targets name comes first: a cut leaves the others
+# the targets' sites come first, in case the time runs out
 ORDERED = [LLAMA.o_proj, LLAMA.down_proj, GPT2.o_proj, GPT2.down_proj]
 ORDERED += [site for site in sites.SITES if site not in ORDERED]
 VARIED = ORDERED[:4]
@@ -37,7 +37,7 @@ Measure = Callable[[float, list[Row], Path], Iterator[Row]]
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A part, and its share of the time that is left when it starts; run(seconds, rows so far, the folder of the results)."""
+    """A part, and its share of the time left when it starts; run(seconds, rows so far, the folder of the results)."""
 
     name: str
     share: float
@@ -45,7 +45,7 @@ class Part:
 
 
 def environment(budget_s: float, before: list[Row], out: Path) -> Iterator[Row]:
-    """What a row has no column for."""
+    """Facts that a row has no column for."""
     query = ["nvidia-smi", "--query-gpu=driver_version,power.limit,clocks.max.sm", "--format=csv,noheader"]
     found = {
         "python": platform.python_version(),
@@ -58,7 +58,7 @@ def environment(budget_s: float, before: list[Row], out: Path) -> Iterator[Row]:
 
 
 def _proof(*steps: str) -> Measure:
-    """Those of the steps that are not green yet, and any that was red."""
+    """The steps that are not green yet, and any step that was red."""
 
     def run(budget_s: float, before: list[Row], out: Path) -> Iterator[Row]:
         said = {row.site: row.median for row in before if row.group == "proof"}
@@ -71,7 +71,7 @@ def _proof(*steps: str) -> Measure:
 
 
 def pointer_modes(budget_s: float, before: list[Row], out: Path) -> Iterator[Row]:
-    """What cuBLASLt can scale by."""
+    """The scalings that cuBLASLt offers."""
     for line in cublaslt.lines():
         yield _note("cublaslt", "pointer modes", None, line)
 
@@ -119,7 +119,7 @@ def _blocks(budget_s: float, before: list[Row], out: Path) -> Iterator[Row]:
 
 
 def _not_yet(before: Sequence[Row], *key: object) -> list[Site]:
-    """The sites that have no such figure yet; key: the group, contestant, metric and tokens of one that every site gets."""
+    """The sites without this figure; key: the group, contestant, metric and tokens of a figure that every site gets."""
     seen = {r.site for r in before if (r.group, r.contestant, r.metric, r.tokens) == key and r.median is not None}
     return [site for site in ORDERED if site.name not in seen]
 

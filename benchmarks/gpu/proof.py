@@ -12,21 +12,21 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-# those that run something on the GPU
+# the tests that run something on the GPU
 TESTS = ("tests/backends/test_parity.py", "tests/kernels", "tests/ops/test_dispatch.py::test_auto_is_triton_on_a_gpu")
 PARITY = "parity tests"
-DRAWN = "parity tests of drawn shapes"  # nearly each of which is compiled: minutes, and so a step of its own
+DRAWN = "parity tests of drawn shapes"  # a step of its own, since nearly each shape is compiled: minutes
 _DRAWN = "test_any_shape_and_strides"
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 STEPS = (PARITY, DRAWN, *TOOLS)
-# the other tools may take TMA and its barriers for what they are not: a person judges
+# the other tools may misread TMA and its barriers, so a person judges
 BLOCKING = (PARITY, DRAWN, "memcheck")
 SPARED_CORES = len(TOOLS)  # for the sanitizers
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What one step of the proof said: green is None where it could not run or end, and summary says why."""
+    """The outcome of one step of the proof: green is None if it could not run or end, and summary says why."""
 
     step: str
     green: bool | None
@@ -35,7 +35,7 @@ class Outcome:
 
 
 def steps(limit_s: float, names: Sequence[str]) -> Iterator[Outcome]:
-    """The steps of these names, all at once, each as it ends; what takes longer than the limit is stopped."""
+    """The steps of these names, all at once, each returned as it ends; a step that exceeds the limit is stopped."""
     with ThreadPoolExecutor(len(names)) as pool:
         running = [pool.submit(sanitizer if name in TOOLS else tests, name, limit_s) for name in names]
         for ended in as_completed(running):
@@ -43,7 +43,7 @@ def steps(limit_s: float, names: Sequence[str]) -> Iterator[Outcome]:
 
 
 def tests(step: str, limit_s: float) -> Outcome:
-    """The tests of PARITY or DRAWN that this machine can run, on the cores that are left; what failed is in the details."""
+    """The tests of PARITY or DRAWN that this machine can run, on the remaining cores; the details name the failed ones."""
     if importlib.util.find_spec("pytest") is None:
         return Outcome(step, None, "pytest is not installed")
     # the drawn shapes are slow, and a step of their own
@@ -81,7 +81,7 @@ def sanitizer(tool: str, limit_s: float) -> Outcome:
 
 
 def _run(command: Sequence[str], limit_s: float) -> tuple[int | None, list[str]]:
-    """The exit status, None where it had to be stopped with all that it started, and the lines it printed."""
+    """The exit status (None if it had to be stopped, with all its processes), and the lines that it printed."""
     with subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     ) as process:

@@ -1,4 +1,4 @@
-"""A pytest plugin for machines without hypothesis: tests that draw their shapes are skipped, the rest of their files runs."""
+"""A pytest plugin for machines without hypothesis: tests that draw their shapes are skipped, and the others run."""
 
 import sys
 from importlib.machinery import ModuleSpec
@@ -9,7 +9,7 @@ import pytest
 
 
 class _Absent(ModuleType):
-    """Whatever is asked of it, at import and in decorators."""
+    """A stand-in for any attribute that is used at import and in decorators."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name)

@@ -1,8 +1,8 @@
-"""No figure on a red gate: who is measured first gives the right outputs and gradients, at the very size that is measured.
+"""No figure on a red gate: a contestant first has to give the right outputs and gradients, at the measured size.
 
-A result may err at most twice what plain torch errs in the same dtype, against the equations in fp64: the rule of the tests.
-A gain is set away from 1 first, so that a contestant that leaves it out is seen; LoRA and DoRA are the frozen map at their
-start and are held to that.
+Against the equations in fp64, an error may be at most twice that of plain torch in the same dtype: the rule of the tests. A
+gain is set away from 1 first, so that a contestant that ignores it fails; LoRA and DoRA are the frozen map at their start, and
+are compared with it.
 """
 
 import dataclasses
@@ -50,7 +50,7 @@ def trained_gain(layer: nn.Module) -> Trained | None:
 
 
 def frozen_linear(weight: Tensor) -> nn.Linear:
-    """An nn.Linear without bias round a weight, which is shared and takes no gradient."""
+    """An nn.Linear without bias around a weight, which is shared and needs no gradient."""
     out_features, in_features = weight.shape
     linear = nn.Linear(in_features, out_features, bias=False, device="meta")
     linear.weight = nn.Parameter(weight, requires_grad=False)

@@ -1,4 +1,4 @@
-"""The roofline: what a computation cannot take less than, from its flops and bytes and from two ceilings of the device.
+"""The roofline: the least time of a computation, from its flops and bytes and from two ceilings of the device.
 
 Bytes and flops are those of kernels/README.md and csrc/README.md, with e bytes an element: each operand is read once and each
 result written once. A computation is a tuple of kernels that run one after the other; its floor is the sum of theirs.

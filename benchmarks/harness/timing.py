@@ -1,7 +1,7 @@
 """Times of callables that take turns: device time on CUDA, wall time on a CPU.
 
-Clocks, temperature and neighbours drift, so what is compared is measured in one run, in which every case is called once a
-round and the order turns round from one round to the next. A ratio is taken within each round and has its own spread.
+Clocks, temperature and other load drift, so cases that are compared are measured in one run: every case is called once a round,
+and the order is reversed from one round to the next. A ratio is taken within each round and has its own spread.
 
 On CUDA a case is captured into a CUDA graph and its replays are timed between two events: launches by the host leave no gaps
 in the figure. Where capturing fails the note says why, and the calls themselves are timed between events. Before each sample
@@ -29,7 +29,7 @@ Item = TypeVar("Item")
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What is timed: run(state), where state = setup() is made anew, untimed, for every sample."""
+    """What is timed: run(state), where state = setup() is made again, untimed, for every sample."""
 
     run: Callable[[Any], object]
     setup: Callable[[], Any] | None = None

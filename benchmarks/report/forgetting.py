@@ -1,13 +1,13 @@
-"""The published studies of what is forgotten: what each of them is, how it is run again, and what is shown of all of them.
+"""The published studies of what is forgotten: their options, how to run them again, and how they are shown.
 
     python examples/study_texts.py FOLDER/texts
-    python -m benchmarks.report.forgetting run NAME --folder FOLDER [OPTIONS]   again to go on; OPTIONS of gain-ops study
+    python -m benchmarks.report.forgetting run NAME --folder FOLDER [OPTIONS]   the same to continue; OPTIONS of gain-ops study
     python -m benchmarks.report.forgetting publish                       docs/forgetting.md, its plot, and the two reports
 
-A study's results go to FOLDER/NAME. Those in benchmarks/results/forgetting/NAME are published: all that is shown is made of
-them. SmolLM2-135M is studied at one length, as a stage takes minutes on a CPU. The others are byte-level models of two layers,
-trained from scratch on text that no domain has: a stage takes them seconds, so they show what length, learning rate,
-absorbing and size do.
+A study's results go to FOLDER/NAME. The results in benchmarks/results/forgetting/NAME are published, and everything shown is
+made from them. SmolLM2-135M is studied at one length, since a stage takes minutes on a CPU. The other models are byte-level, of
+two layers, and trained from scratch on text that no domain has. A stage takes seconds on them, so they show the effects of
+length, learning rate, absorbing and size.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ PUBLISHED = Path(__file__).resolve().parent.parent / "results" / "forgetting"
 PAGE = Path(__file__).resolve().parent.parent.parent / "docs" / "forgetting.md"
 PLOT = PAGE.with_name("forgetting.png")
 REPORTS = {name: PAGE.parent / "forgetting" / f"{name}.html" for name in ("smollm2", "small-100")}
-"""The whole reports that are published, of the studies with all methods."""
+"""The published full reports, of the studies with all methods."""
 
 _TEXTS = (
     "--domain texts/bible --domain texts/python --domain texts/foldoc --domain texts/licences "
     "--held-out texts/held-out/wikipedia --seeds 0,1,2 --orders 2"
 )
 LEARNED_BEFORE = ("held-out/wikipedia", "fortunes", "essays", "manual")
-"""The texts that the small models are trained on before."""
+"""The texts that the small models are pretrained on."""
 
 _OURS = "gain-ffn"
 _GAINS = ("gain", "gain-ffn", "gain-ffn-input", "ia3")
@@ -63,8 +63,8 @@ _FEW = ("gain", "gain-ffn", "lora", "lora-same", "full")
 class Published:
     """A study: its name in the table, its options, and the width of the model trained for it, None for SmolLM2.
 
-    ``beside`` is a study of the same model and texts, whose gain-ffn the methods of this one are compared with as long as it
-    has none itself.
+    ``beside`` is a study of the same model and texts; the methods of this study are compared with its gain-ffn as long as this
+    study has none itself.
     """
 
     title: str
@@ -135,14 +135,14 @@ _PANELS = {
     "… by the model's width": {"smaller-100": "80", "small-100": "160", "larger-100": "320"},
     "… absorbed after each domain, or carried over": {"small-100": "absorbed", "small-kept-100": "carried"},
 }
-"""Of each panel of the plot its studies, in the order in which a method's line joins them, and their labels."""
+"""The studies of each panel of the plot, in the order in which a method's line joins them, and their labels."""
 
 _Ends = dict[str, tuple[Spread, Spread]]
-"""Of each method the in-domain perplexity and that of the earlier domains after the last stage, in percent."""
+"""Each method's in-domain perplexity, and that of the earlier domains after the last stage, in percent."""
 
 
 def run(name: str, folder: Path, more: Sequence[str]) -> None:
-    """Run a study, or what is left of it, in ``folder``, which has ``texts``; its model is trained where it is missing."""
+    """Run a study, or the rest of it, in ``folder``, which has ``texts``; its model is trained if it is missing."""
     published = STUDIES[name]
     with contextlib.chdir(folder):
         model: tuple[str, ...] = ()
@@ -174,7 +174,7 @@ def tables(studies: Mapping[str, Study]) -> dict[str, str]:
 
 
 def _compared(name: str, studies: Mapping[str, Study]) -> list[Run]:
-    """A study's runs, and those of gain-ffn beside it where it has none."""
+    """A study's runs, with those of gain-ffn from the study beside it if it has none."""
     runs, beside = metrics.runs(studies[name]), studies.get(STUDIES[name].beside)
     if beside is not None and not any(run.method == _OURS for run in runs):
         runs += [run for run in metrics.runs(beside) if run.method == _OURS]
@@ -182,7 +182,7 @@ def _compared(name: str, studies: Mapping[str, Study]) -> list[Run]:
 
 
 def draw(studies: Mapping[str, Study]) -> Figure:
-    """Learning against forgetting, a panel for each thing that is varied: the line of a method goes through its values."""
+    """Learning against forgetting, a panel for each varied setting; the line of a method goes through its values."""
     from matplotlib.figure import Figure
 
     found = {name: _ends(study) for name, study in studies.items()}
@@ -282,7 +282,7 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    begin = commands.add_parser("run", help="a study, or what is left of it")
+    begin = commands.add_parser("run", help="run a study, or the rest of it")
     begin.add_argument("name", choices=STUDIES)
     begin.add_argument("--folder", type=Path, required=True, help="has texts/, and gets the models and results")
     commands.add_parser("publish", help="tables, plot and reports of the published results, in docs/")

@@ -1,6 +1,6 @@
 """Plots of results as PNG: the ratio to the frozen linear by contestant and by tokens, and the share of the roofline.
 
-Each is of one device and one dtype. Ours are blues, a backend each, that differ in lightness; the peers are greys.
+Each plot is of one device and one dtype. The backends of gain_ops are blues that differ in lightness; the peers are greys.
 """
 
 import math
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 OURS = {"eager": "#8fc1f2", "triton": "#0b6bcb", "cuda": "#08264d"}  # by backend
-PEERS = ("#8a8f98", "#4d5157", "#b9bdc4")  # in turn for lines; bars take the first
+PEERS = ("#8a8f98", "#4d5157", "#b9bdc4")  # lines take them in turn; bars take the first
 
 _INK = "#30343a"
 _MARKERS = "osD^vPX*<>hd"
@@ -35,7 +35,7 @@ _TICKS = (0.2, 0.3, 0.5, 0.7, 0.8, 0.9, 1, 1.1, 1.2, 1.3, 1.5, 1.75, 2, 2.5, 3, 
 
 
 def draw(rows: Iterable[Row], folder: Path, metric: str = "forward+backward") -> list[Path]:
-    """Every plot that has a figure; the files that were written, none where there is nothing to draw."""
+    """Draw every plot that has a figure, and return the written files."""
     kept = latest(rows)
     return [*bars(kept, folder, metric), *lines(kept, folder, metric), *roofline(kept, folder)]
 
@@ -67,7 +67,7 @@ def bars(rows: Sequence[Row], folder: Path, metric: str = "forward+backward") ->
 
 
 def lines(rows: Sequence[Row], folder: Path, metric: str = "forward+backward") -> list[Path]:
-    """Time over the frozen linear's against tokens, one panel a site that was measured at more than one number of them."""
+    """Time over the frozen linear's against tokens, one panel for each site measured at several numbers of tokens."""
     written = []
     for (device, dtype), here in split(_ratios(rows, metric), "layer", "device", "dtype").items():
         sites = {site: panel for site, panel in _sites(here).items() if len({row.tokens for row in panel}) > 1}
@@ -151,7 +151,7 @@ def _backends(rows: Iterable[Row]) -> dict[str, str]:
 
 
 def _styles(everyone: Iterable[Who]) -> dict[Who, dict[str, Any]]:
-    """A line for each: ours coloured by backend and dashed by what is computed, the peers with a marker each."""
+    """A line for each contestant: ours coloured by backend and dashed by method, each peer with its own marker."""
     kinds: dict[str, int] = {}
     styles: dict[Who, dict[str, Any]] = {}
     for who in everyone:
@@ -170,7 +170,7 @@ def _styles(everyone: Iterable[Who]) -> dict[Who, dict[str, Any]]:
 
 
 def _bounds(rows: Iterable[Row], room: float) -> tuple[float, float]:
-    """Limits of a logarithmic axis for ratios, 1 among them, with room for what is written after the highest."""
+    """Limits of a logarithmic axis for ratios, which include 1, with room for the text after the highest."""
     ends = [end for row in rows for end in (*spread(row), 1.0)]
     low, high = min(ends), max(*ends, 1.05)
     span = math.log(high / low)
@@ -178,7 +178,7 @@ def _bounds(rows: Iterable[Row], room: float) -> tuple[float, float]:
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """Round numbers between the two, 1 among them, no closer than their labels need."""
+    """Round numbers between the two, including 1, no closer than their labels need."""
     apart, chosen = math.log(high / low) / 9, [1.0]
     for tick in _TICKS:
         if low <= tick <= high and all(abs(math.log(tick / other)) >= apart for other in chosen):
@@ -205,11 +205,11 @@ def _panels(
 
 
 def _draw_bars(ax: "Axes", rows: Mapping[float, Row], thick: float, start: float) -> None:
-    """Bars from ``start``, at their places, with whiskers and the figure behind them."""
+    """Bars from ``start``, at their places, with whiskers, and the figure after them."""
     for at, row in rows.items():
         value, (low, high) = number(row), spread(row)
         ax.barh(at, value - start, thick, left=start, color=OURS.get(row.backend, PEERS[0]))
-        for color, width in (("white", 2.5), (_INK, 1.0)):  # outlined, so that it is seen on the darkest bar
+        for color, width in (("white", 2.5), (_INK, 1.0)):  # outlined, to be visible on the darkest bar
             ax.plot(
                 (low, high), (at, at), color=color, linewidth=width, marker="|", markersize=5, markeredgewidth=width
             )

@@ -1,4 +1,4 @@
-"""What every way of a gained layer should take, counted before it runs.
+"""The predicted time of every way of a gained layer, counted before it runs.
 
 ``python -m benchmarks.report.predict`` prints NOTES.md's table.
 
@@ -19,14 +19,14 @@ from benchmarks.suites import ops, variants
 
 E = 2  # bytes of an element in 16 bits
 MULTIPROCESSORS = 132
-# tiles of a vendor's library, and what each reaches of the best
+# tiles of a vendor's library, and the share of the best rate that each reaches
 _TILES = ((128, 256, 1.0), (256, 128, 1.0), (128, 192, 0.97), (128, 128, 0.93), (64, 256, 0.93), (64, 128, 0.80))
 KEEPS_X, INPUT_SIDE = "gain, output side, keeps x", "gain, input side"
 
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """The constants. Those without a unit are shares: of the vendor's GEMM of the same size, unless they say otherwise."""
+    """The constants. Without a unit they are shares, of the rate of the vendor's GEMM of the same size unless noted."""
 
     flops: float = 790e12  # flop/s of an 8192^3 product
     bytes: float = 3.0e12  # B/s of a device copy, read and written
@@ -43,7 +43,7 @@ ASSUMED = Machine()
 
 
 def measured(rows: Iterable[Row]) -> dict[str, float]:
-    """The constants that these rows of one device give, in 16 bits and where it counts at 8192 tokens, by their names."""
+    """The constants that these rows of one device give, by name, in 16 bits and, where it matters, at 8192 tokens."""
     kept = list(rows)
     ceiling = {(row.metric, row.dtype): row.median for row in kept if row.group == "ceiling"}
     found: dict[str, float | None] = {
@@ -72,7 +72,7 @@ def frozen_us(t: int, i: int, o: int, machine: Machine = ASSUMED) -> float:
 
 
 class _Count:
-    """The pieces that ways are made of, in us."""
+    """The pieces of the ways, in us."""
 
     def __init__(self, t: int, i: int, o: int, machine: Machine) -> None:
         self.machine = machine
@@ -114,7 +114,7 @@ WAYS: dict[str, Callable[[_Count], float]] = {
 def _typical(
     rows: Sequence[Row], group: str, contestants: Sequence[str], metric: str, *, least: int = 0
 ) -> float | None:
-    """The median over sites of so many in_features at least, and over contestants, at 8192 tokens."""
+    """The median over contestants and over sites of at least ``least`` in_features, at 8192 tokens."""
     found = [
         row.median
         for contestant in contestants
@@ -129,7 +129,7 @@ def _inverse(value: float | None) -> float | None:
 
 
 def _exposed(rows: Sequence[Row], bandwidth: float | None) -> float | None:
-    """What storing z adds to the forward, over the time that its bytes take at the copy's bandwidth."""
+    """The time that storing z adds to the forward, over the time of its bytes at the copy's bandwidth."""
     plain, stored = (ours(rows, "op", name, "time") for name in ("linear", "linear_z"))
     pairs = [(row, row.median, plain[key].median) for key, row in stored.items() if key in plain and row.tokens == 8192]
     found = [
@@ -141,7 +141,7 @@ def _exposed(rows: Sequence[Row], bandwidth: float | None) -> float | None:
 
 
 def main() -> None:
-    """Print what is predicted of every way, over the frozen linear, with the assumed constants."""
+    """Print the prediction for every way, over the frozen linear, with the assumed constants."""
     shapes = [site for site in sites.SHAPES if "Qwen" not in site.name]
     for name in WAYS:
         print(f"\n{name}\n{'':24s}" + "".join(f"{t:>8d}" for t in sites.TOKENS))

@@ -1,6 +1,6 @@
 """Markdown tables of results, and their places in README.md and in docs/.
 
-A table is of one device and one dtype; the versions, commits and days that its figures are from stand underneath, each once.
+A table is of one device and one dtype; below it are the versions, commits and dates of its figures, each once.
 """
 
 import dataclasses
@@ -18,17 +18,17 @@ from benchmarks.suites.ops import OVER_PRODUCT
 from gain_ops.planning.methods import FROZEN as FROZEN_MODEL
 from gain_ops.utils.wording import size_text
 
-FLOORS = (FROZEN, FROZEN_MODEL, FROZEN_LIGER)  # what the others are compared with, so never called the best
+FLOORS = (FROZEN, FROZEN_MODEL, FROZEN_LIGER)  # the others are compared with them, so they are never called the best
 RATIO = " / frozen"
 TIMES = {"forward", "backward", "forward+backward", LINEARS}
 LESS_IS_BETTER = {*TIMES, "saved", "optimizer", "peak", "peak, counted"}
 MORE_IS_BETTER = {"throughput"}
-COMPARED = {*TIMES, "throughput"}  # those that have a ratio
-TIME_COLUMNS, BYTE_COLUMNS = 4, 6  # what the width of a README holds; more sites go into a further table
+COMPARED = {*TIMES, "throughput"}  # the metrics that have a ratio
+TIME_COLUMNS, BYTE_COLUMNS = 4, 6  # they fit the width of a README; more sites go into another table
 
 _NONE = "-"
 _TEXT = ("", "op", "site", "target", "where", "verdict", "constant")  # columns of words
-_NOTE = 240  # characters of a note: an exception may bring pages
+_NOTE = 240  # characters of a note: the text of an exception may fill pages
 _MEANINGS = {
     "saved": "activations saved for backward",
     "saved, one block run again": "every block's input, and all of the block that is recomputed",
@@ -86,7 +86,7 @@ def tables(rows: Iterable[Row]) -> dict[str, str]:
 
 
 def goals(rows: Sequence[Row]) -> str:
-    """What is promised on a GPU, and what was measured of it; one table a device."""
+    """The targets on a GPU, and the measured figures; one table for each device."""
     made = []
     for device, here in _by_device(rows).items():
         if cells := targets.lines(here):
@@ -99,7 +99,7 @@ def goals(rows: Sequence[Row]) -> str:
 
 
 def constants(rows: Sequence[Row]) -> str:
-    """What predictions are made of: assumed, and measured where the file has it; one table a device."""
+    """The constants of the predictions: assumed, and measured if the file has them; one table for each device."""
     made = []
     for device, here in _by_device(rows).items():
         found = predict.measured(here)
@@ -113,7 +113,7 @@ def constants(rows: Sequence[Row]) -> str:
 
 
 def ways(rows: Sequence[Row]) -> str:
-    """Every way of a gained layer by sites: measured over the frozen linear, and as predicted before and after."""
+    """Every way of a gained layer by sites: measured over the frozen linear, and as predicted by both sets of constants."""
     made = []
     for (device, tokens), here in split(rows, "variant", "device", "tokens").items():
         ratios = [row for row in here if row.metric == WHOLE + RATIO and row.median is not None]
@@ -183,7 +183,7 @@ def layer_times(rows: Sequence[Row], metric: str = "forward+backward") -> str:
 
 
 def layer_bytes(rows: Sequence[Row]) -> str:
-    """Contestants by sites: what is kept for backward, how much of it is the input, and the peak."""
+    """Contestants by sites: bytes saved for backward, the input's part of them, and the peak."""
     made = []
     for (device, dtype, tokens), here in split(rows, "layer", "device", "dtype", "tokens").items():
         columns = [
@@ -197,12 +197,12 @@ def layer_bytes(rows: Sequence[Row]) -> str:
 
 
 def blocks(rows: Sequence[Row]) -> str:
-    """Methods by the time of a block, and by what it keeps, trains and holds."""
+    """Methods by the time of a block, and by the bytes that it saves, trains and holds."""
     return _by_site(rows, "block", (WHOLE, LINEARS, "saved", "saved inputs", "trained", "weights", "optimizer"))
 
 
 def kept_by_models(rows: Sequence[Row]) -> str:
-    """Methods by what whole models keep for backward, and by the peak of a step, where it is counted on meta."""
+    """Methods by the bytes that models save for backward, and by the peak of a step, if counted on meta."""
     made = []
     counted = [row for row in rows if row.device == ANY_DEVICE]
     for (dtype, tokens), here in split(counted, "model", "dtype", "tokens").items():
@@ -217,13 +217,13 @@ def kept_by_models(rows: Sequence[Row]) -> str:
 
 
 def models(rows: Sequence[Row]) -> str:
-    """Methods by what a model keeps, trains and holds, and by its peak."""
+    """Methods by the bytes that a model saves, trains and holds, and by its peak."""
     saved = ("saved", "saved, one block run again", "saved by the loss")
     return _by_site(rows, "model", (*saved, "trained", "weights", "optimizer", "peak, counted", "peak"))
 
 
 def steps(rows: Sequence[Row]) -> str:
-    """Methods by throughput of whole training steps, by what they keep and by their peak."""
+    """Methods by throughput of full training steps, by the bytes that they save and by their peak."""
     return _by_site(rows, "step", ("throughput", "saved", "peak"))
 
 
@@ -252,10 +252,10 @@ def ops(rows: Sequence[Row]) -> str:
 
 
 def update_page(page: Path, tables: Mapping[str, str]) -> None:
-    """Replace what stands between ``<!-- bench:NAME -->`` and ``<!-- /bench -->`` by the table of that name.
+    """Replace the text between ``<!-- bench:NAME -->`` and ``<!-- /bench -->`` by the table of that name.
 
     Raises:
-        ValueError: a marker that is missing, not closed or there twice; the file is then as it was.
+        ValueError: a marker that is missing, not closed or present twice; the file is then as it was.
 
     """
     text = page.read_text(encoding="utf-8")
@@ -276,7 +276,7 @@ def _replaced(text: str, name: str, table: str, page: Path) -> str:
 
 
 def latest(rows: Iterable[Row]) -> list[Row]:
-    """Of figures of the same thing on the same device the one of the latest day, and of one day the one read last."""
+    """The latest of the figures with the same key and device: the latest date, and on one date the one read last."""
     kept = {}
     for row in sorted(rows, key=lambda row: row.date):
         shape = (row.dtype, row.tokens, row.in_features, row.out_features)
@@ -313,7 +313,7 @@ def spread(row: Row) -> tuple[float, float]:
 
 
 def best(figures: Mapping[Who, Row], more: bool) -> set[Who]:
-    """Who is better than every other by more than the spread. Exact figures may share it, but no more than half of them."""
+    """Who is better than every other by more than the spread. Exact figures may tie, but at most half of them."""
     if not figures:
         return set()
     lead = (max if more else min)(figures.values(), key=number)
@@ -348,7 +348,7 @@ def _measured(rows: Mapping[Who, Row | None]) -> dict[Who, Row]:
 
 
 def _grid(title: str, rows: Sequence[Row], columns: Sequence[Column]) -> str:
-    """Contestants by columns; who has no figure in any is named underneath."""
+    """Contestants by columns; a contestant without any figure is named below."""
     sites, metrics = ({getattr(column, name) for column in columns} for name in ("site", "metric"))
     here = [row for row in rows if row.site in sites]
     figures = {(_who(row), row.site, row.metric): row for row in here}
@@ -411,10 +411,10 @@ def _relative(row: Row) -> str:
 
 
 def _remarks(rows: Iterable[Row], metrics: set[str]) -> list[str]:
-    """Two lists: who has no figure and why, and what was noted of a figure.
+    """Two lists: the contestants without a figure and why, and the notes on figures.
 
-    A reason may be given once, with whatever metric, for all that a contestant lacks at a site. Who has figures elsewhere in
-    the table is named with the site; a note of everyone names nobody.
+    A reason may be given once, with any metric, for everything that a contestant lacks at a site. A contestant with figures
+    elsewhere in the table is named with the site; a note of all contestants names none.
     """
     rows = list(rows)
     seen = {(_who(row), row.site) for row in rows if row.metric in metrics and row.median is not None}
@@ -439,7 +439,7 @@ def _remarks(rows: Iterable[Row], metrics: set[str]) -> list[str]:
 
 
 def _ceilings(rows: Iterable[Row], device: str, dtype: str) -> list[str]:
-    """What the floors are made of, where it was measured on the same device."""
+    """The ceilings behind the floors, if they were measured on the same device."""
     here = split(rows, "ceiling", "device").get((device,), [])
     told = [row for row in here if row.median is not None and (row.metric == "copy" or row.dtype == dtype)]
     return [f"Ceilings of the device: {', '.join(f'{row.metric} {_rate(row)}' for row in told)}."] if told else []
@@ -468,7 +468,7 @@ def _assemble(
 
 
 def _plain(text: str) -> str:
-    """Text that stays within its cell and its paragraph, and is not taken for HTML or a marker."""
+    """Text that stays within its cell and its paragraph, and is not read as HTML or as a marker."""
     return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
 
 

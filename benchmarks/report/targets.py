@@ -1,7 +1,7 @@
-"""What is promised of the kernels on a GPU, and what a results file says to it: every line is judged by its worst shape.
+"""The targets of the kernels on a GPU, and the verdict of a results file: every line is judged by its worst shape.
 
-Times are forward and backward in bf16 over the frozen linear's, medians, of the better of our backends at each shape. A line
-without a figure is not met, but not measured.
+Times are forward and backward in bf16 over the frozen linear's: medians, of the better of the backends at each shape. A line
+without a figure is "not measured", and not met.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ class Figure:
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """A line of the table: find(rows of one device) gives its figure at every shape that was measured."""
+    """A line of the table: find(rows of one device) returns its figure at every measured shape."""
 
     name: str
     must: float
@@ -42,7 +42,7 @@ class Target:
     strict: bool = False  # the bar itself is not enough
 
     def worst(self, rows: Sequence[Row]) -> tuple[Figure | None, int]:
-        """The worst figure, and how many there are."""
+        """The worst figure, and the number of figures."""
         found = self.find(rows)
         pick = min if self.more else max
         return (pick(found, key=lambda figure: figure.value) if found else None), len(found)
@@ -74,7 +74,7 @@ def _figure(row: Row, who: str = "") -> Figure:
 
 
 def _op(contestant: str, metric: str, tokens: int, features: int = 0) -> Callable[[Sequence[Row]], list[Figure]]:
-    """An op's figures from so many tokens and in_features on."""
+    """An op's figures from these tokens and in_features on."""
     return lambda rows: [
         _figure(row)
         for row in ours(rows, "op", contestant, metric).values()
@@ -96,7 +96,7 @@ def _block(place: blocks.Place, metric: str) -> Callable[[Sequence[Row]], list[F
 
 
 def _times_as_fast(peer: str) -> Callable[[Sequence[Row]], list[Figure]]:
-    """The peer's time over ours, of every layer and every block: both are over the same frozen one's."""
+    """The peer's time over that of gain_ops, for every layer and every block: both are over the same frozen one's."""
     of_layer, of_block = PEERS[peer]
     pairs = (("layer", variants.SHIPPED, of_layer, BOTH), ("block", blocks.GAIN, of_block, blocks.LINEARS))
 
@@ -116,7 +116,7 @@ def _times_as_fast(peer: str) -> Callable[[Sequence[Row]], list[Figure]]:
 
 
 def _lean_peaks(rows: Sequence[Row]) -> list[Figure]:
-    """The lean gains' peak over LoRA's on the same layers, its adapters in either dtype, of every step."""
+    """The peak of lean gains over LoRA's on the same layers, with adapters in either dtype, for every step."""
     peaks = {(row.site, row.contestant): row for row in rows if row.group == "step" and row.metric == "peak"}
     found = []
     for (site, name), row in peaks.items():
@@ -155,7 +155,7 @@ TARGETS = (
 
 
 def lines(rows: Sequence[Row]) -> list[list[str]]:
-    """The table's cells, for the rows of one device; none where nothing of it was measured."""
+    """The table's cells, for the rows of one device; none if nothing was measured."""
     found = [(target, *target.worst(rows)) for target in TARGETS]
     if all(figure is None for _, figure, _ in found):
         return []

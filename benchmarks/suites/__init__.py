@@ -1,1 +1,1 @@
-"""What is measured, one suite a file."""
+"""The measurements, one suite a file."""

@@ -2,9 +2,9 @@
 
 python -m pytest benchmarks/suites/bench_ops.py [-k "triton and backward and 8192"] [--benchmark-json=FILE]
 
-Wall time of a call and a synchronisation, with cold caches on CUDA: launches by the host are in it, so it serves to compare
-commits (--benchmark-compare). Figures to quote come from benchmarks/suites/ops.py and layers.py, which time the device.
-Real shapes in bf16 on CUDA; small ones in fp32 on a CPU.
+The time is the wall time of a call and a synchronisation, with cold caches on CUDA. It includes the host's launches, so use it
+to compare commits (--benchmark-compare). Quote figures of benchmarks/suites/ops.py and layers.py, which time the device. Shapes
+are real ones in bf16 on CUDA, and small ones in fp32 on a CPU.
 """
 
 from collections.abc import Callable

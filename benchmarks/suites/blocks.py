@@ -1,8 +1,8 @@
-"""One decoder block of true size with random weights, forward and backward, whole and its gained linears alone.
+"""One decoder block of true size with random weights, forward and backward: the full block, and its gained linears alone.
 
-The frozen block, our gains by each backend and the peers, all on the same layers, take turns on one input. ``forward+backward``
-is the whole block with its attention and norms; ``forward+backward of the linears`` only the layers of the block, each on an
-input of its own, where nothing dilutes what a gain costs.
+The frozen block, gains by each backend and the peers, all on the same layers, take turns on one input. ``forward+backward`` is
+the full block with its attention and norms. ``forward+backward of the linears`` is the block's layers alone, each on an input
+of its own, where nothing dilutes the cost of a gain.
 """
 
 import dataclasses
@@ -83,7 +83,7 @@ class Method:
 
 
 class _ScaledModule(Scaled):
-    """``base(x) * s``: what one writes first, round a linear map of either kind."""
+    """``base(x) * s``: the obvious code, around a linear map of either kind."""
 
     def __init__(self, base: nn.Module, dtype: torch.dtype | None = None) -> None:
         nn.Module.__init__(self)

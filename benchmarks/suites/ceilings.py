@@ -1,4 +1,4 @@
-"""What the device can do at most, measured: the copy of a large buffer, the vendor's matrix product, the least of kernels."""
+"""The ceilings of the device, measured: the copy of a large buffer, the vendor's matrix product, the smallest kernel."""
 
 from collections.abc import Callable, Iterator
 from functools import partial

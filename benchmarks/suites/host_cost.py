@@ -1,4 +1,4 @@
-"""Host cost of a call on tiny CPU tensors, in microseconds: what Python and the dispatcher take beside the arithmetic.
+"""Host cost of a call on tiny CPU tensors, in microseconds: the time of Python and the dispatcher beside the arithmetic.
 
 python benchmarks/suites/host_cost.py
 """
@@ -37,7 +37,7 @@ torch.library.register_autograd("host_cost::linear_z", _backward, setup_context=
 
 
 class Bare(torch.autograd.Function):
-    """The least that keeps z: the raw ops, no checks, no autocast, no choice of what is kept."""
+    """The minimum that saves z: the raw ops, no checks, no autocast, no choice of what is saved."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, delta: Tensor) -> Tensor:

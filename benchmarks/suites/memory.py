@@ -1,11 +1,11 @@
-"""Bytes that a forward pass keeps for its backward: of a layer, of a decoder block, of a whole model; exact, no GPU needed.
+"""Bytes that a forward pass saves for its backward: of a layer, of a decoder block, of a model; exact, without a GPU.
 
-Counted by saved-tensor hooks on the meta device, where nothing is allocated: storages, each once, parameters and buffers
-apart. ``saved`` is what the pass made, ``saved inputs`` what it holds of its own input, which costs nothing where that is
-alive anyway. ``optimizer`` is the gradient and AdamW's two moments of what is trained, each in the parameter's dtype.
-``peak, counted`` of a model is its weights, the moments, and the most that was alive of what forward and backward made, counted
-op by op; cpu_peak_rows() has the CPU allocator's own figure beside it. peak_rows() is the one that needs a GPU: what the
-allocator saw of a layer's forward and backward.
+Saved-tensor hooks count on the meta device, where nothing is allocated: storages, each once, without parameters and buffers.
+``saved`` is what the pass made. ``saved inputs`` is what it holds of its own input, which costs nothing where another op
+already holds it. ``optimizer`` is the gradients and AdamW's two moments of the trained parameters, in the parameters' dtypes.
+``peak, counted`` of a model is its weights, the moments, and the most that forward and backward hold at once, counted op by op;
+cpu_peak_rows() has the CPU allocator's own figure beside it. Only peak_rows() needs a GPU: the allocator's figure for a layer's
+forward and backward.
 """
 
 import argparse
@@ -89,7 +89,7 @@ def _layer(contestant: Contestant, site: Site, tokens: int, dtype: torch.dtype) 
 
 
 def layer_saved(layer: nn.Module, x: Tensor) -> SavedBytes:
-    """What ``layer(x)`` keeps, x told apart."""
+    """What ``layer(x)`` saves, with x counted separately."""
     return saved_bytes(lambda: layer(x), exclude=layer, inputs=[x])
 
 
@@ -135,7 +135,7 @@ def block_rows(architecture: Architecture, tokens: int, dtype: torch.dtype) -> I
 
 
 def block_saved(model: nn.Module, tokens: int) -> SavedBytes:
-    """What the first block of a model keeps that is not checkpointed; the rotary tables serve all blocks, so not they."""
+    """What the first block of a model saves without checkpointing, except the rotary tables, which serve all blocks."""
     any_model = cast(Any, model)
     body, config = any_model.base_model, any_model.config
     weight = next(model.parameters())
@@ -173,7 +173,7 @@ def model_rows(architecture: Architecture, tokens: int, dtype: torch.dtype, peak
 
 
 def model_saved(model: nn.Module, ids: Tensor) -> SavedBytes:
-    """What the next-token loss of a model keeps."""
+    """What the next-token loss of a model saves."""
     return saved_bytes(lambda: next_token_loss(model, ids), exclude=model, inputs=[ids])
 
 
@@ -193,7 +193,7 @@ def held(model: nn.Module) -> int:
 
 
 def counted_pass(model: nn.Module, ids: Tensor, *, eager: bool = False) -> int:
-    """The most that is alive of what forward and backward make, gradients too; our ops as kernels, or as a CPU runs them."""
+    """The most that forward and backward hold at once, gradients too; with our ops as kernels, or as a CPU runs them."""
     apart = [*model.parameters(), *model.buffers(), ids]
     return peak_bytes(lambda: next_token_loss(model, ids).backward(), exclude=apart, eager=eager)
 
@@ -291,7 +291,7 @@ def _peak(contestant: Contestant, site: Site, tokens: int, dtype: torch.dtype, d
 
 
 def figures(module: nn.Module, kept: SavedBytes) -> Figures:
-    """What the module keeps, trains and holds, by metric, with the unit."""
+    """What the module saves, trains and holds, by metric, with the unit."""
     trained = models.trained(module)
     return {
         "saved": (kept.new, "B"),

@@ -1,7 +1,7 @@
-"""Whole training steps of a true-shape stack of blocks: forward, loss, backward, AdamW; tokens a second and peak memory.
+"""Full training steps of a stack of blocks of true shape: forward, loss, backward, AdamW; tokens a second and peak memory.
 
-Methods take turns, round after round, so that drift meets them alike. One model is alive at a time, built from the same seed
-in every turn: all start from the same weights, and the peak is one method's own. The batch is the same in every step.
+Methods take turns, round after round, so that drift affects them equally. Only one model exists at a time, built from the same
+seed in every turn: all start from the same weights, and the peak is one method's own. The batch is the same in every step.
 """
 
 import dataclasses
@@ -149,7 +149,7 @@ def layers_that_fit(setting: Setting, available: int) -> int:
 
 @functools.cache
 def block_bytes(architecture: Architecture, tokens: int, dtype: torch.dtype) -> int:
-    """What a block takes under the method that takes most: weights, gradients, moments, and what is kept for backward."""
+    """The bytes of a block under the largest method: weights, gradients, moments, and what is saved for backward."""
     most = 0
     for method in METHODS.values():
         if method.obstacle() is None:

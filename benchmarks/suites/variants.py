@@ -1,7 +1,7 @@
-"""The second round: other forwards and backwards of the output side, measured beside those that ship. No user reaches them.
+"""Variants: other forwards and backwards of the output side, measured beside the shipped ones. No user reaches them.
 
-What each should cost is counted in predict.py and was written down in NOTES.md before it ran. W' is ``gain[:, None] * W``,
-a copy of W that is made again in every backward, or kept over the micro-batches of one optimizer step.
+predict.py counts what each should cost, and NOTES.md had the prediction before it ran. W' is ``gain[:, None] * W``, a copy of W
+that is made again in every backward, or reused over the micro-batches of one optimizer step.
 """
 
 from __future__ import annotations

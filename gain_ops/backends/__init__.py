@@ -1,1 +1,1 @@
-"""What runs an op beside the reference and the Triton kernels: the compiled extension, its loading, the fakes."""
+"""The CUDA backend and the loading of its extension, the fakes, and the choice of a GEMM's operands."""

@@ -2,7 +2,7 @@
 
 A GEMM's epilogue does the work where a fused kernel serves the operands: sm_90, bfloat16 or float16, rows that TMA can
 address. Elsewhere (other cards, float32, odd sizes) the vendor's GEMM runs, with tf32 only where torch allows it, and one
-hand-written pass follows: two passes over [T, out] more, which benchmarks/NOTES.md counts.
+hand-written pass follows, which reads and writes [T, out] once more (the count is in benchmarks/NOTES.md).
 """
 
 import functools
@@ -18,7 +18,7 @@ from gain_ops.backends import operands
 _ops: Any = torch.ops.gain_ops_cuda
 
 _ACTIVATIONS = {name: number for number, name in enumerate(reference.ACTIVATIONS)}
-_NORM_COLUMNS = 24_000  # kNormColumns of csrc/norm.h: wider rows are left to plain torch
+_NORM_COLUMNS = 24_000  # kNormColumns of csrc/rms_norm.h: wider rows are left to plain torch
 
 
 def scale(x: Tensor, delta: Tensor) -> Tensor:
@@ -50,12 +50,12 @@ def linear_z(x: Tensor, weight: Tensor, delta: Tensor, bias: Tensor | None) -> t
 
 
 def linear_input(x: Tensor, weight: Tensor, delta: Tensor, bias: Tensor | None) -> Tensor:
-    """Line (5): -> y [T, out]; the smaller operand is scaled on its way in."""
+    """Line (5): -> y [T, out]; the smaller operand is scaled before the GEMM."""
     return operands.linear_input(x, weight, delta, bias, scale, scale_rows)
 
 
 def backward(dy: Tensor, z: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
-    """Lines (3), (4) from a kept z, in one pass: -> dz [T, out], ddelta [out]."""
+    """Lines (3), (4) from a saved z, in one pass: -> dz [T, out], ddelta [out]."""
     dz, sums = _ops.backward(dy, z, _fp32(delta))
     return dz, sums
 
@@ -67,7 +67,7 @@ def ddelta(dy: Tensor, z: Tensor) -> Tensor:
 
 
 def backward_recompute(dy: Tensor, x: Tensor, weight: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
-    """Lines (1), (3), (4) from a kept x: -> dz [T, out], ddelta [out]."""
+    """Lines (1), (3), (4) from a saved x: -> dz [T, out], ddelta [out]."""
     if not _fuses(x, weight, dy):
         return backward(dy, F.linear(x, weight), delta)
     dz, sums = _ops.backward_recompute(dy, x, weight, _fp32(delta))
@@ -75,7 +75,7 @@ def backward_recompute(dy: Tensor, x: Tensor, weight: Tensor, delta: Tensor) -> 
 
 
 def ddelta_recompute(dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """Lines (1), (4): -> [out]. Called where no dx is wanted, a first layer at most: z goes through memory."""
+    """Lines (1), (4): -> [out]. Only a first layer calls it, where no dx is needed; z goes through memory."""
     return ddelta(dy, F.linear(x, weight))
 
 
@@ -147,6 +147,6 @@ def _like(bias: Tensor | None, x: Tensor) -> Tensor | None:
 
 
 def _vector(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """Contiguous, from a multiple of 16 bytes on: where a view starts elsewhere, the passes move one element at a time."""
+    """The vector, contiguous and aligned to 16 bytes: with another start the passes would move one element at a time."""
     t = t.to(dtype).contiguous()
     return t if t.data_ptr() % 16 == 0 else t.clone()

@@ -1,4 +1,4 @@
-"""Loads ``gain_ops._C``, the compiled csrc/, when the CUDA backend is first asked for; says why where it cannot."""
+"""Loads ``gain_ops._C``, the compiled csrc/, at the first use of the CUDA backend; says why where it cannot be loaded."""
 
 import ctypes
 import functools
@@ -19,7 +19,7 @@ _REMEDY = "python -m gain_ops.build"
 
 @functools.cache
 def obstacle() -> str | None:
-    """Why the CUDA kernels are not there, or None once they are loaded and ``torch.ops.gain_ops_cuda`` is filled."""
+    """Why the CUDA kernels are missing, or None once they are loaded and ``torch.ops.gain_ops_cuda`` is filled."""
     if importlib.util.find_spec("gain_ops._C") is None:
         return _not_built()
     try:
@@ -35,9 +35,9 @@ def obstacle() -> str | None:
 
 
 def architectures() -> str | None:
-    """What the loaded kernels were built for, and whether the fused GEMMs are among them, or None.
+    """The architectures of the loaded kernels, and whether the fused GEMMs are among them, or None.
 
-    Where they are not, the backend composes the vendor's GEMM and a pass.
+    Without the fused GEMMs the backend composes the vendor's GEMM and a pass.
     """
     if obstacle():
         return None
@@ -48,8 +48,8 @@ def architectures() -> str | None:
 def _driver_obstacle(built_with: int, architectures: str) -> str | None:
     """Why the driver cannot run what a toolkit built, or None; versions as CUDA counts them, 12080 for 12.8.
 
-    A driver serves every toolkit of its own major version, with a newer minor one as far as there is machine code: it cannot
-    translate PTX that is newer than itself. https://docs.nvidia.com/deploy/cuda-compatibility
+    A driver serves every toolkit of its own major version. With a newer minor version it serves machine code alone, as it
+    cannot translate PTX that is newer than itself. https://docs.nvidia.com/deploy/cuda-compatibility
     """
     driver = _driver_version()
     if driver is None or built_with <= driver:
@@ -87,7 +87,7 @@ def _devices() -> list[tuple[int, int]]:
 
 
 def _has_machine_code(capability: tuple[int, int], architectures: str) -> bool:
-    """Whether a device runs some of it untranslated: code of its major version and no later minor, or its own of an "a"."""
+    """Whether a device runs some of the code untranslated: of its major version and no later minor, or its own "a"."""
     for name in architectures.split(";"):
         major, minor = divmod(int(name.rstrip("a")), 10)
         if capability == (major, minor) or (
@@ -108,13 +108,13 @@ def _not_built() -> str:
         build.parameters()
     except build.CannotBuild as reason:
         return f"the CUDA kernels are not built, and cannot be here: {reason}"
-    return f"the CUDA kernels are not built ({_REMEDY} builds them, in some minutes)"
+    return f"the CUDA kernels are not built ({_REMEDY} builds them, in a few minutes)"
 
 
 def register_fakes(namespace: str) -> None:
     """Give the ops that csrc/ defined under ``torch.ops.<namespace>`` their fakes: those of fakes.py, by the same names.
 
-    The arguments are the same too, but for the activation, which is a number here.
+    The arguments are the same too, except the activation, which is a number here.
     """
 
     def scale(x: Tensor, delta: Tensor, bias: Tensor | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""What every function of reference.py returns, without computing it: shape, dtype, device, contiguous strides."""
+"""The result of every function of reference.py, without computing it: shape, dtype, device, contiguous strides."""
 
 import torch
 from torch import Tensor

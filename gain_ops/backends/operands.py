@@ -1,4 +1,4 @@
-"""What the fused backends decide of a GEMM's operands: whether wide accesses can read them, and which one to scale."""
+"""Two decisions on a GEMM's operands, for the fused backends: whether wide accesses can read them, and which one to scale."""
 
 from collections.abc import Callable
 
@@ -11,8 +11,8 @@ def fuses(a: Tensor, weight: Tensor, *tiles: Tensor) -> bool:
     """Whether a fused GEMM serves a [M, K], weight [N, K], the [M, N] tiles that it reads and a contiguous result [M, N].
 
     16-bit dtypes alone: fp32 in full precision gains nothing (benchmarks/NOTES.md), and Triton's dot truncates to tf32 where
-    the vendor's GEMM rounds. Sizes that are no multiples of 8, and rows that wide accesses cannot read, would be read element
-    by element, at some 4 % of the tensor cores' rate.
+    the vendor's GEMM rounds. Features that are no multiple of 8, and rows that wide accesses cannot read, would be read element
+    by element, at about 4 % of the tensor cores' rate.
     """
     return (
         a.dtype in (torch.bfloat16, torch.float16)
@@ -28,7 +28,7 @@ def _aligned(a: Tensor, weight: Tensor, *tiles: Tensor) -> bool:
 
 
 def _row_major(t: Tensor) -> bool:
-    """Elements, unit-stride rows that do not overlap, 16-byte steps between them and a 16-byte base."""
+    """Whether it is not empty and has unit-stride rows that do not overlap, with 16-byte steps and a 16-byte base."""
     return (
         t.numel() > 0
         and t.stride(1) == 1
@@ -48,13 +48,13 @@ def linear_input(
 ) -> Tensor:
     """``(x * gain) @ W.T + b``, line (5): x [T, in], weight [out, in], delta [in] -> [T, out].
 
-    ``scale(x, delta)`` is the pass ``gain * x`` and ``scale_rows`` ``gain[:, None] * x``. The smaller of x and W goes through
-    one of them, the GEMM stays the vendor's (the count is in benchmarks/NOTES.md).
+    ``scale(x, delta)`` is the pass ``gain * x``, and ``scale_rows`` is ``gain[:, None] * x``. The smaller of x and W goes
+    through one of them, and the GEMM stays the vendor's (the count is in benchmarks/NOTES.md).
     """
     bias = None if bias is None else bias.to(x.dtype)
     if x.shape[0] <= weight.shape[0]:
         return F.linear(scale(x, delta), weight, bias)
     if weight.stride(0) == 1:
-        # a transposed view keeps its layout: its memory has the gain along the rows
+        # a transposed view stays transposed: in its memory the gain goes along the rows
         return F.linear(x, scale_rows(weight.t(), delta).t(), bias)
     return F.linear(x, scale(weight, delta), bias)

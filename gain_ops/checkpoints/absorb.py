@@ -1,6 +1,6 @@
-"""Fold a gain file into a checkpoint on disk: its files are copied, and in the copy the rows that change are rewritten.
+"""Fold a gain file into a checkpoint on disk: copy its files, and rewrite the rows that change in the copy.
 
-Nothing is parsed and written anew, so all but those rows stays as it is to the byte: headers, index, alignment, metadata.
+No file is parsed and written again, so everything else equals the base to the byte: headers, index, alignment, metadata.
 Rows go through memory a few at a time, so no tensor has to fit.
 """
 
@@ -22,11 +22,11 @@ from gain_ops.utils.wording import some_of
 
 __all__ = ["Absorbed", "Progress", "absorb", "check_out", "verify"]
 
-_ROWS_AT_ONCE = 1 << 18  # bytes: what a scheme unpacks of it, to float64 in places, should stay in a cache
+_ROWS_AT_ONCE = 1 << 18  # bytes: a scheme unpacks them, to float64 in places, and this should stay in a cache
 _COMPARED_AT_ONCE = 4 << 20
 
 Progress = Callable[[str, int, int], object]
-"""Is told what is being done, how many bytes of it are done, and of how many in all."""
+"""Called with the present action, how many of its bytes are done, and their total."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,11 @@ class Absorbed:
     """What was done.
 
     Attributes:
-        layers: how many layers had their gain folded in.
-        tensors: how many tensors were rewritten for it.
+        layers: how many layers' gains were folded in.
+        tensors: how many tensors were rewritten for them.
         rounding: the largest absolute and the largest relative error of a rewritten value.
         where: the layer with the largest relative error.
-        lost: how many gains changed nothing, as they are nearer to 1 than what is stored resolves.
+        lost: how many gains changed nothing, as they are nearer to 1 than the stored dtype resolves.
         verified: whether the copy was read again and compared with the base.
 
     """
@@ -59,21 +59,21 @@ def absorb(
     force: bool = False,
     progress: Progress = lambda what, done, total: None,
 ) -> Absorbed:
-    """Write the checkpoint with its gains folded in to the folder ``out``.
+    """Write the checkpoint, with the gains folded in, to the folder ``out``.
 
-    It is written beside ``out``, read again there, and moved into place. A run that is cut leaves the files it had
-    finished beside ``out``: the same call goes on from there, one with other inputs starts anew.
+    The result is written beside ``out``, read again there, and moved into place. An interrupted run leaves its finished files
+    beside ``out``: the same call continues from there, and a call with other inputs starts again.
 
     Args:
         plan: from gain_ops.checkpoints.plan.plan().
-        out: a folder that is not there yet, or is empty.
-        verified: whether to verify() what was written before it is moved into place.
-        force: replace what is at ``out``, if it is a model folder or holds nothing but files of these names.
+        out: a folder that does not exist yet, or is empty.
+        verified: whether to verify() the result before it is moved into place.
+        force: replace what is at ``out``, if it is a model folder or holds only files of these names.
         progress: see Progress.
 
     Raises:
-        CheckpointError: ``out`` cannot be used, absorbed weights are not finite, or what was written is not what should
-            have been: nothing is left then.
+        CheckpointError: ``out`` cannot be used, absorbed weights are not finite, or the written files are not as expected;
+            nothing is left then.
         OSError: files that cannot be read or written, a disk that is too full, or another run that writes to ``out``.
 
     """
@@ -89,7 +89,7 @@ def absorb(
 
 
 def verify(plan: Plan, folder: Path, progress: Progress = lambda what, done, total: None) -> Absorbed:
-    """Compare a folder with what absorbing gives, bit for bit: what is rewritten is computed anew from the base.
+    """Compare a folder with the result of absorbing, bit for bit: rewritten rows are computed again from the base.
 
     Raises:
         CheckpointError: a file too many or too few, or a byte that differs.
@@ -119,7 +119,7 @@ class _Meter:
 
 
 def check_out(plan: Plan, out: Path, *, force: bool) -> None:
-    """Raise CheckpointError for an ``out`` that is in use or too near to what is read; see absorb()."""
+    """Raise CheckpointError for an ``out`` that is in use, or that overlaps the files to read; see absorb()."""
     place = out.resolve()
     if plan.base.is_dir() and place.is_relative_to(plan.base.resolve()):
         raise CheckpointError(f"{out} lies in the base, {plan.base}: name a folder outside it")
@@ -134,7 +134,7 @@ def check_out(plan: Plan, out: Path, *, force: bool) -> None:
         raise CheckpointError(f"{out} is not empty: name another folder, or replace it with --force")
     for path in (plan.base, plan.gain, *plan.files.values()):
         if path.resolve().is_relative_to(place):
-            raise CheckpointError(f"{out} holds {path}, which is to be read: name another folder")
+            raise CheckpointError(f"{out} holds {path}, which has to be read: name another folder")
     if "config.json" not in here and not here <= plan.files.keys():
         raise CheckpointError(f"{out} is not a model folder (no config.json in it), so --force does not replace it")
 
@@ -144,7 +144,7 @@ def _check_space(plan: Plan, staged: StagedFolder) -> None:
     free = shutil.disk_usage(staged.folder).free
     if needed > free:
         raise FileError(
-            f"{staged.folder} is to take {needed:,} bytes more, and its disk has {free:,}: make room, or name a folder "
+            f"{staged.folder} needs {needed:,} bytes more, and its disk has {free:,}: make room, or name a folder "
             "on another disk"
         )
 
@@ -190,7 +190,7 @@ def _compare(base: Path, copy: Path, edits: Iterable[Edit], advance: Callable[[i
                 if found.read(piece.size) != rows:
                     raise CheckpointError(
                         f"{copy} does not hold {edit.tensor} of {base} with its gain, at byte {piece.offset} or soon "
-                        "after. The disk may be failing; where it is not, please report this"
+                        "after. The disk may be failing; if it is not, please report this"
                     )
                 _merge(roundings, {edit.layer: rounding})
                 advance(piece.size)
@@ -200,13 +200,13 @@ def _compare(base: Path, copy: Path, edits: Iterable[Edit], advance: Callable[[i
 
 
 def _compare_until(end: int, expected: BinaryIO, found: BinaryIO, advance: Callable[[int], object]) -> None:
-    """Raise CheckpointError unless two files have the same bytes from where they stand to ``end``."""
+    """Raise CheckpointError unless two files have the same bytes from their present positions to ``end``."""
     while (start := expected.tell()) < end:
         size = min(end - start, _COMPARED_AT_ONCE)
         if expected.read(size) != found.read(size):
             raise CheckpointError(
                 f"{found.name} differs from {expected.name} at byte {start} or soon after, where no gain goes. The disk may "
-                "be failing, or the base was written to meanwhile; where it is neither, please report this"
+                "be failing, or the base was changed meanwhile; if it is neither, please report this"
             )
         advance(size)
 
@@ -221,7 +221,7 @@ def _rewritten(edit: Edit) -> Iterator[tuple[Region, bytes, Rounding]]:
 
 
 def _edits_of(plan: Plan, file: Path) -> list[Edit]:
-    """The edits of one file, as they lie in it."""
+    """The edits of one file, in their order in it."""
     edits = (edit for edit in plan.edits if edit.region.file == file)
     return sorted(edits, key=lambda edit: edit.region.offset)
 

@@ -1,4 +1,4 @@
-"""What two checkpoints differ in: tensor by tensor, and whether the change of a weight is that of gains."""
+"""How two checkpoints differ: tensor by tensor, and whether gains explain the change of a weight."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from gain_ops.checkpoints.formats.headers import read_header
 __all__ = ["Difference", "Listed", "compare", "list_tensors"]
 
 _AT_ONCE = 4 << 20  # bytes of a tensor
-_EXPLAINED = 0.05  # of the change, what rounding may leave
+_EXPLAINED = 0.05  # the share of the change that rounding may leave
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,11 @@ class Difference:
 
     Attributes:
         name: the tensor.
-        stored: its stored form in A and in B; empty where one has no such tensor.
+        stored: its stored form in A and in B; empty if one of them has no such tensor.
         change: the relative change of its values, or None where they are not comparable numbers.
-        side: "output" or "input", where gains on rows or columns explain the change but for rounding, else None.
-        gains: the least and the largest of these gains.
-        rest: what the gains of that side leave of the change.
+        side: "output" or "input" if gains on rows or columns explain the change up to rounding, otherwise None.
+        gains: the smallest and the largest of these gains.
+        rest: the share of the change that the gains of this side do not explain.
 
     """
 
@@ -58,10 +58,10 @@ def compare(one: Path, other: Path) -> tuple[list[Difference], int]:
     """The tensors in which two checkpoints differ, and the number of those that are equal to the byte.
 
     Memory is bounded by a few rows of a tensor. The gain of a row (or column) is the one that fits it best,
-    ``sum(a * b) / sum(a * a)``; a row is an output feature but for GPT-2's Conv1D, which stores the transpose.
+    ``sum(a * b) / sum(a * a)``; a row is an output feature, except in GPT-2's Conv1D, which stores the transpose.
 
     Raises:
-        CheckpointError: what is not a checkpoint, or damaged.
+        CheckpointError: not a checkpoint, or damaged.
         OSError: files that cannot be read.
 
     """
@@ -82,7 +82,7 @@ def list_tensors(path: Path) -> dict[str, Listed]:
     """The tensors of a folder of safetensors, of a .safetensors or of a .gguf file, by name; none is read.
 
     Raises:
-        CheckpointError: nothing of the kind, or damaged.
+        CheckpointError: none of these, or damaged.
         OSError: it cannot be read.
 
     """
@@ -159,7 +159,7 @@ def _rows(region: Region, start: int, count: int) -> Tensor:
 
 
 class _Fit:
-    """The gains that fit best, a row or a column each, by the three products that say how well they do."""
+    """The gains that fit best, one for each row or column, by the three products that show how well they fit."""
 
     def __init__(self) -> None:
         self._products: list[Tensor] = []

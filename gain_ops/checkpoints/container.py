@@ -1,4 +1,4 @@
-"""What the engine asks of a checkpoint on disk: its files, and the edits that fold gains into it."""
+"""What the engine needs from a checkpoint on disk: its files, and the edits that fold gains into it."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,11 +10,11 @@ from gain_ops.utils.wording import first_of
 
 
 class Container(Protocol):
-    """A checkpoint that was opened: headers are read, tensors are not."""
+    """An opened checkpoint: headers are read, tensors are not."""
 
     @property
     def root(self) -> Path:
-        """The folder that holds the files, absolute; a copy keeps every path relative to it."""
+        """The folder that holds the files, absolute; a copy has the same paths relative to its own root."""
         ...
 
     @property
@@ -23,20 +23,20 @@ class Container(Protocol):
         ...
 
     def edits(self, gains: GainFile, *, requantize: bool, check_base: bool) -> list[Edit]:
-        """What has to be rewritten, in the gain file's order; ``Edit.layer`` is the gain file's name. Changes nothing.
+        """The edits to make, in the gain file's order; ``Edit.layer`` is the gain file's name. Changes nothing.
 
-        A gain goes into its layer's own weight where that can take it exactly; else, on the input side of the down
-        projection of a gated FFN, into the rows of the up projection (models/up_rows.py). Else it is refused, or the weight
-        is quantised anew if that was asked for.
+        A gain goes into its layer's own weight where this can take it exactly; otherwise, on the input side of the down
+        projection of a gated FFN, into the rows of the up projection (models/up_rows.py). Otherwise it is refused, or with
+        ``requantize`` the weight is quantised again.
 
         Args:
             gains: the gains to fold in.
-            requantize: whether quantised weights may be decoded, scaled and quantised anew where no scale can take the
+            requantize: whether quantised weights may be decoded, scaled and quantised again where no scale can take the
                 gain exactly.
             check_base: whether the weights must have the fingerprints in the gain file.
 
         Raises:
-            CheckpointError: one error with all that does not fit: layers, sizes, formats, fingerprints.
+            CheckpointError: one error with everything that does not fit: layers, sizes, formats, fingerprints.
 
         """
         ...

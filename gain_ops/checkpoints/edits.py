@@ -1,8 +1,8 @@
-"""What absorbing changes in the files of a checkpoint: rows of bytes, each rewritten in place to as many bytes.
+"""The changes of absorbing in the files of a checkpoint: rows of bytes, each rewritten in place to the same number of bytes.
 
-Nothing here knows a format. A container (a folder of safetensors, a GGUF file) says where tensors lie; a scheme (plain
-weights, GPTQ, a GGUF block type) says which of them carry a layer's gain and what becomes of their rows; the engine in
-absorb.py copies the files and rewrites those rows, a few at a time.
+Nothing here knows a format. A container (a folder of safetensors, a GGUF file) says where tensors lie. A scheme (plain
+weights, GPTQ, a GGUF block type) says which tensors carry a layer's gain and what their rows become. The engine in absorb.py
+copies the files and rewrites these rows, a few at a time.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -21,7 +21,7 @@ class CheckpointError(GainOpsError, ValueError):
 
 
 class InexactError(CheckpointError):
-    """A gain that nothing stored of its layer can take exactly."""
+    """A gain that no stored tensor of its layer can take exactly."""
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,14 @@ class Region:
     row_bytes: int
 
     def read(self) -> Tensor:
-        """All of it, uint8 [rows, row_bytes], a copy."""
+        """The full region, uint8 [rows, row_bytes], a copy."""
         found = np.fromfile(self.file, dtype=np.uint8, count=self.size, offset=self.offset)
         if found.size != self.size:
             raise CheckpointError(f"{self.file} ends {self.size - found.size} bytes early: it is cut")
         return torch.from_numpy(found).view(self.rows, self.row_bytes)
 
     def blocks(self, size: int) -> Iterator[tuple[int, "Region"]]:
-        """The region in pieces of at most ``size`` bytes, or of a row where that is more: (first row, piece)."""
+        """The region in pieces of at most ``size`` bytes, but at least one row: (first row, piece)."""
         step = max(1, size // max(1, self.row_bytes))
         for start in range(0, self.rows, step):
             rows = min(step, self.rows - start)
@@ -63,7 +63,7 @@ class Stored:
     region: Region
 
     def read(self) -> Tensor:
-        """The whole tensor, a copy: for scales and the like; weights go by rows."""
+        """The full tensor, a copy: for scales and other small tensors; weights go by rows."""
         return self.region.read().view(-1).view(self.dtype).view(self.shape)
 
 
@@ -71,8 +71,8 @@ class Stored:
 class Layer:
     """A linear layer of a checkpoint, and the gain to absorb: [out_features] or [in_features] by ``side``.
 
-    The gain is float32 (float64 beside a float64 weight). ``tensors`` are those below the layer's name, by what follows
-    it: "weight", "weight_scale", "qweight".
+    The gain is float32 (float64 beside a float64 weight). ``tensors`` are those below the layer's name, by the rest of
+    their names: "weight", "weight_scale", "qweight".
     """
 
     name: str
@@ -96,10 +96,10 @@ class Rounding:
 class Edit:
     """A change of one tensor for one layer.
 
-    ``rewrite(block, start)`` takes rows ``start`` and following, uint8 [n, row_bytes], and gives the new rows, of the
-    same shape, and their rounding. It raises CheckpointError for values that are not finite after it. It is called with
-    any number of rows at a time, in any order, and more than once. ``into_up`` says that the tensor is the up projection's,
-    and the gain that of the down projection's input. ``lost`` gains are too near to 1 for the tensor's dtype.
+    ``rewrite(block, start)`` takes the rows from ``start`` on, uint8 [n, row_bytes], and returns the new rows, of the same
+    shape, and their rounding. It raises CheckpointError for new values that are not finite. It is called with any number of
+    rows at a time, in any order, and more than once. With ``into_up`` the tensor is the up projection's, and the gain is that
+    of the down projection's input. ``lost`` gains are too near to 1 for the tensor's dtype.
     """
 
     layer: str

@@ -1,4 +1,4 @@
-"""What absorbing a gain file into a checkpoint would do, after everything that can be checked beforehand."""
+"""What absorbing a gain file into a checkpoint will do, with everything checked that can be checked beforehand."""
 
 import hashlib
 import json
@@ -19,9 +19,9 @@ __all__ = ["Change", "Plan", "open_checkpoint", "plan"]
 
 @dataclass(frozen=True)
 class Change:
-    """What happens to one tensor: its stored form, its size in bytes, and the least and the largest gain.
+    """The change of one tensor: its stored form, its size in bytes, and the smallest and the largest gain.
 
-    ``into_up`` says that it is the up projection's, and the layer the down projection with the gain.
+    With ``into_up`` the tensor is the up projection's, and the layer is the down projection with the gain.
     """
 
     layer: str
@@ -40,11 +40,11 @@ class Plan:
     Attributes:
         base: the folder or file that was given.
         gain: the gain file.
-        files: what is copied, by the name that it gets.
-        edits: what is rewritten in the copy, in an order of no meaning.
-        changes: the same for people.
+        files: the files to copy, by their new names.
+        edits: what is rewritten in the copy, in no particular order.
+        changes: the same in readable form.
         left_out: files of the base that are not copied, and links to folders.
-        identity: a hash of all that the result depends on.
+        identity: a hash of everything that the result depends on.
 
     """
 
@@ -68,16 +68,16 @@ class Plan:
 
 
 def plan(base: Path, gain: Path, *, requantize: bool = False, check_base: bool = True) -> Plan:
-    """Check a gain file against a checkpoint, headers and fingerprints, and say what absorbing it would change.
+    """Check a gain file against a checkpoint, headers and fingerprints, and plan what absorbing it will change.
 
     Args:
         base: as in open_checkpoint().
         gain: a file of gain_ops.save_gains().
-        requantize: decode, scale and quantise anew where no scale of a quantised weight can take the gain exactly.
+        requantize: decode, scale and quantise again where no scale of a quantised weight can take the gain exactly.
         check_base: refuse gains that were trained on other weights.
 
     Raises:
-        CheckpointError: what cannot be read or does not fit, all of it in one error.
+        CheckpointError: everything that cannot be read or does not fit, in one error.
         GainFileError: not a gain file.
         OSError: files that cannot be read.
 
@@ -107,7 +107,7 @@ def open_checkpoint(path: Path) -> Container:
     """Open a folder with config.json and safetensors, a .safetensors file, a .gguf file, or a folder with one of those.
 
     Raises:
-        CheckpointError: nothing of the kind, or damaged.
+        CheckpointError: none of these, or damaged.
         OSError: it cannot be read.
 
     """
@@ -132,13 +132,13 @@ def open_checkpoint(path: Path) -> Container:
         )
     if path.is_dir() and not (path / "config.json").is_file():
         raise CheckpointError(
-            f"{path} has no config.json: give the folder of a whole model, or the file of its weights"
+            f"{path} has no config.json: give the folder of a complete model, or the file of its weights"
         )
     return SafetensorsCheckpoint(path)
 
 
 def _refuse_overlap(edits: Iterable[Edit]) -> None:
-    """Two gains on one tensor would need an order, which no gain file says."""
+    """Refuse two gains on one tensor: they would need an order, which no gain file has."""
     for one, other in pairwise(sorted(edits, key=lambda edit: (edit.region.file, edit.region.offset))):
         end = one.region.offset + one.region.size
         if one.region.file == other.region.file and other.region.offset < end:
@@ -162,7 +162,7 @@ def _change(edit: Edit, gains: GainFile, container: Container, names: Mapping[Pa
 
 
 def _left_out(base: Path, files: dict[str, Path]) -> Iterable[str]:
-    """The files of a base folder that are not copied, and links to folders, which are not followed; but hidden ones."""
+    """The files of a base folder that are not copied, and links to folders, which are not followed; without hidden ones."""
     if base.is_dir():
         for path in sorted(base.rglob("*")):
             inside = path.relative_to(base)

@@ -1,4 +1,4 @@
-"""``gain-ops absorb``: a checkpoint with the gains folded in, or what that would change."""
+"""``gain-ops absorb``: a checkpoint with the gains folded in, or a list of what would change."""
 
 from __future__ import annotations
 
@@ -34,21 +34,21 @@ def absorb(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, list what would change, stop.")] = False,
     verify: Annotated[
-        bool, typer.Option(help="Read what was written again, and compare every byte with the base and its gains.")
+        bool, typer.Option(help="Read the result again, and compare every byte with the base and its gains.")
     ] = True,
     requantize: Annotated[
         bool,
         typer.Option(
-            "--requantize", help="Quantise anew where no scale of a quantised weight can take the gain exactly."
+            "--requantize", help="Quantise again where no scale of a quantised weight can take the gain exactly."
         ),
     ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace a model folder that is there already.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing model folder.")] = False,
     check_base: Annotated[bool, typer.Option(help="Refuse gains that were trained on other weights.")] = True,
 ) -> None:
-    """Fold a gain file into a checkpoint on disk, tensor by tensor, whatever its size; the copy needs no gain_ops.
+    """Fold a gain file into a checkpoint on disk, tensor by tensor, of any size; the copy needs no gain_ops.
 
     The base's files are copied, quantised ones as well, and only the rows with a gain are rewritten in the copy. After
-    Ctrl-C or a crash the same command goes on from there.
+    Ctrl-C or a crash the same command continues.
     """
     with clear_errors(lambda: _kept(out)):
         from gain_ops.checkpoints.absorb import check_out
@@ -96,7 +96,7 @@ def _kept(out: Path) -> str:
     stage = stage_of(out)
     if not stage.exists():
         return "Nothing was written."
-    return f"What is finished is in {escape(str(stage))}: the same command goes on from there."
+    return f"The finished files are in {escape(str(stage))}: the same command continues from there."
 
 
 def _print_changes(work: Plan) -> None:
@@ -121,18 +121,18 @@ def _print_changes(work: Plan) -> None:
 
 def _print_absorbed(work: Plan, done: Absorbed, out: Path) -> None:
     STDOUT.print(
-        f"absorbed {done.layers} layers; largest rounding error of what was rewritten {done.rounding.absolute:.1e}, "
+        f"absorbed {done.layers} layers; largest rounding error of a rewritten value {done.rounding.absolute:.1e}, "
         f"relative {done.rounding.relative:.1e} in {escape(done.where)}",
         soft_wrap=True,
     )
     if done.lost:
         STDOUT.print(
-            f"[yellow]{done.lost:,} gains are nearer to 1 than what is stored resolves, and changed nothing[/]",
+            f"[yellow]{done.lost:,} gains are nearer to 1 than the stored dtype resolves, and changed nothing[/]",
             soft_wrap=True,
         )
     _print_moved(work)
     STDOUT.print(
-        "verified: read again, every byte is the base's or that of the base with its gain"
+        "verified: read again, and every byte is the base's or that of the base with its gain"
         if done.verified
         else "not verified (--no-verify)",
         soft_wrap=True,
@@ -142,7 +142,7 @@ def _print_absorbed(work: Plan, done: Absorbed, out: Path) -> None:
 
 
 def _print_moved(work: Plan) -> None:
-    """Which gains a user may look for in vain where they were trained."""
+    """A line on gains that go into other layers than the ones they were trained on."""
     moved = {change.layer for change in work.changes if change.into_up}
     if moved:
         STDOUT.print(

@@ -1,4 +1,4 @@
-"""The door of the command ``gain-ops``: says what to install where something is missing, then hands over."""
+"""The entry of the command ``gain-ops``: says what to install if something is missing, and starts the commands."""
 
 import importlib.util
 import os
@@ -18,7 +18,7 @@ def main() -> None:
     missing = [name for name in _NEEDED if not _installed(name)]
     if missing:
         sys.exit(f'gain-ops needs {", ".join(missing)}, not installed here: pip install "gain-ops[cli]"')
-    # Read when huggingface_hub is imported: nothing that this command does needs the network.
+    # huggingface_hub reads it when it is imported: this command never needs the network.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     try:
         from gain_ops.commands.app import app

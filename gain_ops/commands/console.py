@@ -1,4 +1,4 @@
-"""What the commands of ``gain-ops`` share: where they print, tables, and how errors and Ctrl-C end them."""
+"""What the commands of ``gain-ops`` share: their output, tables, and how errors and Ctrl-C end them."""
 
 from __future__ import annotations
 
@@ -34,25 +34,25 @@ _TALKATIVE = {
     "torch.utils._pytree": "torchao registers its enums in an old way",
     "torchao": "its CUDA libraries do not load",
 }
-"""Loggers whose warnings no caller of a command can act on, and what they say."""
+"""Loggers whose warnings no user of a command can act on, and the meaning of each warning."""
 
 _SWITCHES = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-"""What huggingface_hub, tqdm and transformers read when they are imported, unless it is set already."""
+"""Variables that huggingface_hub, tqdm and transformers read when they are imported, unless they are set already."""
 
 _tracebacks = False
 
 
 def show_tracebacks(asked: bool) -> None:
-    """Whether errors that the caller can mend show their traceback too: ``gain-ops --debug``."""
+    """Whether errors that the user can correct show their traceback too: ``gain-ops --debug``."""
     global _tracebacks
     _tracebacks = asked
 
 
 @contextmanager
 def clear_errors(kept: Callable[[], str] = lambda: "Nothing was written.") -> Iterator[None]:
-    """A GainOpsError becomes one red line and exit code 2; any other is a bug and keeps its traceback.
+    """A GainOpsError becomes one red line and exit code 2; any other error is a bug and shows its traceback.
 
-    Ctrl-C becomes a line with what ``kept`` says, and exit code 130.
+    Ctrl-C becomes a line with the text of ``kept``, and exit code 130.
     """
     try:
         yield
@@ -75,15 +75,15 @@ def print_table(
     breaks: Container[int] = (),
     dim: Container[int] = (),
 ) -> None:
-    """A table where all of it fits the console, and otherwise a block a row; no heading and no cell is ever cut.
+    """A table if it fits the console, and otherwise a block for each row; no heading and no cell is ever cut.
 
     Args:
         headings: of the columns.
         rows: their cells, plain text.
         title: a line above.
-        left: columns, from the first, that are set left; the others are figures.
-        breaks: numbers of the rows that a line stands above.
-        dim: numbers of the rows that matter less.
+        left: how many columns, from the first, are aligned left; the others are figures.
+        breaks: numbers of the rows with a line above them.
+        dim: numbers of the less important rows.
 
     """
     table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
@@ -112,10 +112,10 @@ def print_pairs(title: str | None, pairs: Iterable[tuple[str, str]]) -> None:
 
 
 def quiet_libraries() -> None:
-    """Bars and warnings of other packages would stand between our own lines; called before these are imported."""
+    """Hide the bars and warnings of other packages, which would mix with our lines; called before they are imported."""
     for variable, value in _SWITCHES.items():
         os.environ.setdefault(variable, value)
-    if (transformers := sys.modules.get("transformers")) is not None:  # then it has read them
+    if (transformers := sys.modules.get("transformers")) is not None:  # it has read the variables already
         transformers.logging.disable_progress_bar()
         transformers.logging.set_verbosity_error()
     for name in _TALKATIVE:
@@ -124,7 +124,7 @@ def quiet_libraries() -> None:
 
 
 def _print_lines(pairs: Iterable[tuple[str, str]], *, dim: bool = False) -> None:
-    """Values in a column of their own; one that is too long goes on below, and a word that is too long stays whole."""
+    """Values in a column of their own; a value that is too long continues below, and a long word is not split."""
     pairs = list(pairs)
     indent = max((cell_len(name) for name, _ in pairs), default=0) + _GAP
     for name, value in pairs:

@@ -1,4 +1,4 @@
-"""``gain-ops inspect``, ``diff`` and ``merge``: what gain files and checkpoints hold, and several gain files as one."""
+"""``gain-ops inspect``, ``diff`` and ``merge``: the contents of gain files and checkpoints, and several gain files as one."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def inspect(
     file: Annotated[Path, typer.Argument(help="A gain file.")],
     plot: Annotated[Path | None, typer.Option(help="Draw the gains layer by layer, to a .png or .svg file.")] = None,
 ) -> None:
-    """What a gain file holds: where it comes from, and how the gains of each layer are distributed."""
+    """Show the contents of a gain file: its base, and the distribution of each layer's gains."""
     with clear_errors():
         from gain_ops.gainfiles.file import read_gains
         from gain_ops.models.plots import write_gain_plot
@@ -51,7 +51,7 @@ def diff(
     ],
     other: Annotated[Path, typer.Argument(metavar="B", help="The same kind.")],
 ) -> None:
-    """Where two gain files or two checkpoints differ; of a weight, whether gains on its rows or columns explain it."""
+    """Show where two gain files or two checkpoints differ, and whether gains on rows or columns explain a weight's change."""
     with clear_errors():
         from gain_ops.checkpoints.compare import compare
         from gain_ops.gainfiles.file import read_gains
@@ -75,7 +75,7 @@ def merge(
     out: Annotated[Path, typer.Option(help="The gain file to write.")],
     weight: Annotated[
         list[float] | None,
-        typer.Option(help="One a file, in their order. Default: 1 each, so that all apply; for mean 1/n each."),
+        typer.Option(help="One for each file, in order. Default: 1 each, so that all apply; for mean 1/n each."),
     ] = None,
     how: Annotated[
         str, typer.Option(help="powers: the product of gain^weight. mean: the sum of weight * (gain - 1), plus 1.")
@@ -118,7 +118,7 @@ def _common_part(names: Iterable[str]) -> str:
 
 
 def _print_layers(statistics: GainStatistics) -> None:
-    """A table that 80 columns hold, of names as transformers gives them: what all layers share is not in it."""
+    """A table for 80 columns, with names as transformers gives them, without the part that all layers share."""
     inside = _common_part(layer.name for layer in statistics.layers)
     mixed = len({layer.side for layer in statistics.layers}) > 1
     alarming = bool(statistics.overall.dead or statistics.overall.negative)

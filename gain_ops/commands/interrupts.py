@@ -12,7 +12,7 @@ __all__ = ["StopRequest"]
 class StopRequest:
     """While entered, the first SIGINT sets ``requested`` and calls ``on_request``; the next raises KeyboardInterrupt.
 
-    For the main thread only, as Python's signal handlers are.
+    For the main thread only, like Python's signal handlers.
     """
 
     def __init__(self, on_request: Callable[[], object]) -> None:

@@ -1,4 +1,4 @@
-"""``gain-ops plan``: what a model's training takes on so many GPUs, what fits, and how to start it."""
+"""``gain-ops plan``: what a model's training needs on a number of GPUs, what fits, and how to start it."""
 
 from __future__ import annotations
 
@@ -30,32 +30,32 @@ def plan(
         str, typer.Option(help=f"A config.json, the folder of a transformers model, or {', '.join(BUNDLED)}.")
     ],
     gpus: Annotated[int, typer.Option(min=1, help="GPUs in all.")] = 1,
-    memory: Annotated[float, typer.Option(help="GiB of each GPU; one sold as 80 GB shows torch some 79.")] = 79.0,
+    memory: Annotated[float, typer.Option(help="GiB of each GPU, as torch sees it; an 80 GB GPU has about 79.")] = 79.0,
     tokens: Annotated[
-        int, typer.Option(min=1, help="Tokens of a step on each GPU (of tensor parallelism: group).")
+        int, typer.Option(min=1, help="Tokens of a step on each GPU (with tensor parallelism, on each group).")
     ] = 8192,
     sequence_length: Annotated[
         int | None, typer.Option(min=1, help="Tokens in a window. Default: the model's longest, at most --tokens.")
     ] = None,
-    targets: Annotated[str, typer.Option(help="What is recommended: gain-ffn or gain.")] = _FAMILIES[0],
-    dtype: Annotated[str, typer.Option(help="Of the frozen weights: bfloat16 or float32.")] = "bfloat16",
+    targets: Annotated[str, typer.Option(help="The gains to recommend: gain-ffn or gain.")] = _FAMILIES[0],
+    dtype: Annotated[str, typer.Option(help="The frozen weights' dtype: bfloat16 or float32.")] = "bfloat16",
     reserve: Annotated[
-        float, typer.Option(help="GiB that stay free, for the CUDA context, workspaces and fragments; an assumption.")
+        float, typer.Option(help="GiB to leave free, for the CUDA context, workspaces and fragments; an assumption.")
     ] = 2.0,
     every: Annotated[bool, typer.Option("--all", help="Show each way with and without checkpointing.")] = False,
     out: Annotated[Path | None, typer.Option("--json", help="Write every row to this file.")] = None,
 ) -> None:
-    """Plan a training: bytes of each GPU under every strategy, what fits, and the simplest way that does.
+    """Plan a training: bytes of each GPU under every strategy, and the simplest way that fits.
 
-    Counted on the meta device, so a model of any size is planned on a laptop, without its weights.
+    It counts on the meta device, so it plans a model of any size on a laptop, without the weights.
     """
     with clear_errors():
         if targets not in _FAMILIES:
             raise UsageError(f"targets {targets!r} is unknown: choose {' or '.join(_FAMILIES)}")
         if not 0 < memory < float("inf"):
-            raise UsageError(f"--memory is {memory:g}: GiB above 0 are needed")
+            raise UsageError(f"--memory is {memory:g}: give GiB above 0")
         if not 0 <= reserve < memory:
-            raise UsageError(f"--reserve is {reserve:g}: GiB from 0 to below --memory, {memory:g}, are needed")
+            raise UsageError(f"--reserve is {reserve:g}: give GiB from 0 to below --memory, {memory:g}")
         from gain_ops.planning.strategies import GIB, Job, recommend, rows
         from gain_ops.training.loading import resolve_dtype
 
@@ -82,7 +82,7 @@ def plan(
 
 
 def launch(row: Row, gpus: int) -> list[str]:
-    """What starts such a training: lines of a script (docs/howto/distributed.md has the rest), and last what runs it."""
+    """How to start such a training: lines of a script (docs/howto/distributed.md has the rest), and the command."""
     from gain_ops.planning.methods import METHODS
     from gain_ops.planning.strategies import NODE
 
@@ -104,16 +104,16 @@ def launch(row: Row, gpus: int) -> list[str]:
         lines.append("model = DistributedDataParallel(model, gradient_as_bucket_view=True)")
     if gpus == 1:
         return [*lines, "python train.py"]
-    # as many on each machine, and no group of tensor parallelism on two
+    # the same number on each machine, and no group of tensor parallelism on two machines
     each = max(count for count in range(row.tensor, NODE + 1, row.tensor) if gpus % count == 0)
     nodes = f"--nnodes {gpus // each} " if gpus > NODE else ""
     return [*lines, f"torchrun {nodes}--nproc-per-node {each} train.py"]
 
 
 def _shown(found: list[Row]) -> list[Row]:
-    """Of each strategy and method one row: without checkpointing where that fits, with it elsewhere."""
+    """One row for each strategy and method: without checkpointing if that fits, otherwise with it."""
     kept: dict[tuple[str, str], Row] = {}
-    for row in found:  # without comes before with
+    for row in found:  # the row without checkpointing comes first
         known = kept.get((row.strategy, row.method))
         if known is None or not known.fits:
             kept[row.strategy, row.method] = row

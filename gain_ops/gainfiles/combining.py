@@ -1,4 +1,4 @@
-"""Combine gain files into one: a product of powers of the gains, or a weighted sum of what was learned.
+"""Combine gain files into one: a product of powers of the gains, or a weighted sum of the deltas.
 
 ::
 
@@ -34,25 +34,25 @@ def combine_gains(
         how="powers":  gain = prod_i gain_i ** w_i
         how="mean":    delta = sum_i w_i * delta_i            gain = 1 + delta
 
-    With powers the weights (1, 1) apply both files, (0.5, 0.5) take their geometric mean, (0.5,) goes half the way and
-    (-1,) undoes. The weights of "mean" are taken as they are and never normalised: it is a mean if they sum to 1.
-    Computed in float64 and rounded to float32 once. A layer that a file lacks has gain 1 in it.
+    With powers the weights (1, 1) apply both files, (0.5, 0.5) give their geometric mean, (0.5,) goes half the way and
+    (-1,) undoes. The weights of "mean" are never normalised: the result is a mean if they sum to 1. Results are computed in
+    float64 and rounded to float32 once. A layer that a file lacks has gain 1 in it.
 
     Args:
-        files: paths, or what read_gains() gave.
+        files: paths, or results of read_gains().
         weights: one for each file, or None for default_weights().
         how: "powers" or "mean".
-        check_base: whether files that both have a fingerprint of a layer's frozen weight must have the same. With False
-            a layer on which they differ gets none.
+        check_base: whether two files with a fingerprint of a layer's frozen weight must have the same one. With False, a
+            layer whose fingerprints differ gets none.
 
     Returns:
-        GainFile: every layer of any file. The targets are those that all files have, or else the names of the layers;
+        GainFile: every layer of any file. The targets are those that all files have, or otherwise the names of the layers;
         the base model is the one that the files name, or None where they name several.
 
     Raises:
         ValueError: no files, another number of weights, a weight that is not finite, or an unknown ``how``.
         GainFileError: files that differ in a layer's side, size or base; a power that is not defined (a gain below zero
-            takes whole weights, a gain of zero none below zero); a result that float32 cannot hold; or a file that
+            takes integer weights, a gain of zero none below zero); a result that float32 cannot hold; or a file that
             cannot be read.
         FileNotFoundError: no such file.
 
@@ -86,7 +86,7 @@ def combine_gains(
         _refuse_other_sizes(name, terms)
         deltas[name] = combine(name, terms).float()
         if not deltas[name].isfinite().all():
-            raise GainFileError(f"the combined gain of {name} does not fit into float32: take smaller weights")
+            raise GainFileError(f"the combined gain of {name} does not fit into float32: use smaller weights")
     return GainFile(
         deltas=deltas,
         sides=sides,
@@ -98,7 +98,7 @@ def combine_gains(
 
 
 def default_weights(count: int, how: str = "powers") -> list[float]:
-    """Weights for as many files: 1 each for powers, so that all apply, and ``1 / count`` each for the mean."""
+    """Weights for ``count`` files: 1 each for powers, so that all apply, and ``1 / count`` each for the mean."""
     return [1 / count if how == "mean" else 1.0] * count
 
 
@@ -117,7 +117,7 @@ def merged_sides(files: Mapping[str, GainFile]) -> dict[str, str]:
 
 
 def merged_targets(files: Mapping[str, GainFile]) -> str | tuple[str, ...]:
-    """The targets that all files have, or else the names of all layers."""
+    """The targets that all files have, or otherwise the names of all layers."""
     targets = {file.targets for file in files.values()}
     return targets.pop() if len(targets) == 1 else tuple(merged_sides(files))
 
@@ -137,7 +137,7 @@ def _merged_fingerprints(
 
 
 def _only(values: Iterable[str | None]) -> str | None:
-    """The one value that there is besides None, or None where there are several."""
+    """The only value beside None, or None where there are several."""
     known = set(values) - {None}
     return known.pop() if len(known) == 1 else None
 
@@ -153,14 +153,14 @@ def _refuse_other_sizes(name: str, terms: Sequence[tuple[str, Tensor, float]]) -
 
 
 def _powers(name: str, terms: Sequence[tuple[str, Tensor, float]]) -> Tensor:
-    """``prod_i (1 + delta_i) ** w_i - 1``, over logarithms: a small delta keeps all its digits."""
+    """``prod_i (1 + delta_i) ** w_i - 1``, over logarithms, so that a small delta loses no digits."""
     logarithm = torch.zeros_like(terms[0][1])  # of the magnitude
     negative = torch.zeros_like(logarithm, dtype=torch.bool)
     for label, delta, weight in terms:
         below, zero = delta < -1, delta == -1
         if below.any() and not float(weight).is_integer():
             raise GainFileError(
-                f"{name} has a gain below zero in {label}, which has no power {weight}: give it a whole weight, or use "
+                f"{name} has a gain below zero in {label}, which has no power {weight}: give it an integer weight, or use "
                 "how='mean'"
             )
         if zero.any() and weight < 0:

@@ -1,4 +1,4 @@
-"""Gain files by themselves, without a model: what they hold, written and read.
+"""Gain files without a model: their contents, written and read.
 
 A gain file is a safetensors file. Its tensors are ``<module name>.delta``, float32, 1-D. Its one metadata key,
 "gain_ops", holds JSON::
@@ -7,7 +7,7 @@ A gain file is a safetensors file. Its tensors are ``<module name>.delta``, floa
      "layers": {"model.layers.0.self_attn.o_proj": {"side": "output", "base": "<fingerprint>"}, ...}}
 
 ``base`` is the fingerprint of the frozen weight that the gain was trained on, see models/files.py; null where there was
-nothing to sample. ``base_model`` is null where it is not known.
+no value to sample. ``base_model`` is null where it is not known.
 """
 
 import json
@@ -37,7 +37,7 @@ class GainFileError(GainOpsError, ValueError):
 
 @dataclass(frozen=True)
 class GainFile:
-    """What a gain file holds: deltas by module name, and what its header says of them."""
+    """The contents of a gain file: deltas by module name, and the header's entries for them."""
 
     deltas: dict[str, Tensor]
     sides: dict[str, str]
@@ -48,7 +48,7 @@ class GainFile:
 
 
 def write_gains(file: GainFile, path: str | os.PathLike[str]) -> None:
-    """Write a gain file without a model; read_gains() gives the same back.
+    """Write a gain file without a model; read_gains() returns the same.
 
     The file is written beside ``path`` and moved into place.
 
@@ -66,14 +66,14 @@ def write_gains(file: GainFile, path: str | os.PathLike[str]) -> None:
         "layers": {name: {"side": file.sides[name], "base": file.fingerprints[name]} for name in file.deltas},
     }
     tensors = {f"{name}{_SUFFIX}": delta for name, delta in file.deltas.items()}
-    import safetensors.torch  # here: kernels are tested and measured where there is torch and triton alone
+    import safetensors.torch  # not at the top: kernels are tested and measured with torch and triton alone
 
     content = safetensors.torch.save(tensors, metadata={"gain_ops": json.dumps(header)})
     replace_file(Path(path), lambda beside: beside.write_bytes(content))
 
 
 def read_gains(path: str | os.PathLike[str]) -> GainFile:
-    """Read and check a gain file by itself, without a model.
+    """Read and check a gain file, without a model.
 
     Raises:
         GainFileError: not a gain file, damaged, of a later version, or with values that are not finite.
@@ -94,7 +94,7 @@ def read_gains(path: str | os.PathLike[str]) -> GainFile:
             header = (opened.metadata() or {}).get("gain_ops")
             tensors = {} if header is None else {name: opened.get_tensor(name) for name in names}
     except safetensors.SafetensorError as error:
-        raise GainFileError(f"{path} is not a whole safetensors file: {error}") from error
+        raise GainFileError(f"{path} is not a complete safetensors file: {error}") from error
     if header is None:
         raise GainFileError(
             f"{path} is not a gain file: it has no gain_ops header, and holds {some_of(names) or 'nothing'}. Gain "

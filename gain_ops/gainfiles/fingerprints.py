@@ -1,4 +1,4 @@
-"""The fingerprint of frozen weights: what a gain file knows its base by, from a module or from a file.
+"""The fingerprint of frozen weights, by which a gain file knows its base: from a module or from a file.
 
 ::
 
@@ -6,7 +6,7 @@
     text  = "<name>:<shape>;"                 as in "weight:576,1536;"
     bytes = every k-th value in row-major order, k = ceil(n / 4096), as little-endian bfloat16
 
-Values that are not floating are taken as they are stored.
+Values that are not floating are hashed as they are stored.
 """
 
 import hashlib
@@ -26,15 +26,15 @@ SAMPLES = 4096
 
 
 def step(count: int) -> int:
-    """Every how manieth of ``count`` values is in the sample: ``ceil(count / 4096)``, at least 1."""
+    """The step of the sample of ``count`` values: ``ceil(count / 4096)``, at least 1."""
     return max(1, -(-count // SAMPLES))
 
 
 def sample(tensor: Tensor) -> Tensor:
     """Every ``step(n)``-th value in row-major order, 1-D: of n values at most 4096.
 
-    Of a DTensor these alone are gathered, 8 KB of a floating one, so every rank of its mesh must call it. Floating values
-    are then rounded to bfloat16, as digest() does anyway.
+    Of a DTensor only these values are gathered, 8 KB of a floating one, so every rank of its mesh must call it. Its floating
+    values are rounded to bfloat16 here, as digest() does for all.
     """
     if is_sharded(tensor):
         return _gathered_sample(cast("DTensor", tensor))
@@ -52,7 +52,7 @@ def digest(tensors: Iterable[tuple[str, Sequence[int], Tensor]]) -> str:
 
 
 def _gathered_sample(tensor: "DTensor") -> Tensor:
-    """Each rank puts the values that it has into zeros, and the sum of the bytes, over the ranks, is the sample."""
+    """Each rank writes the values that it has into zeros; the sum of the bytes over the ranks is the sample."""
     import torch.distributed as dist
 
     positions = torch.arange(0, tensor.numel(), step(tensor.numel()))
@@ -76,7 +76,7 @@ def _gathered_sample(tensor: "DTensor") -> Tensor:
 
 
 def _own_indices(tensor: "DTensor", dim: int) -> Tensor:
-    """Which indices of one dimension the local tensor has, in its order: what a range of them is sharded to."""
+    """The indices of one dimension that the local tensor has, in its order: its part of a sharded range."""
     from torch.distributed.tensor import Replicate, distribute_tensor
 
     whole = torch.arange(tensor.shape[dim]).view([-1 if d == dim else 1 for d in range(tensor.dim())])

@@ -1,7 +1,7 @@
-"""DeepSpeed: the gain file of a model that ZeRO-3 keeps in parts.
+"""DeepSpeed: the gain file of a model that ZeRO-3 partitions.
 
-Training needs nothing from here, with any stage of ZeRO: put the gains on, then call deepspeed.initialize(). ZeRO-1 and ZeRO-2
-leave parameters whole, so there gain_ops.save_gains() on one process does as well.
+Training needs nothing from this file, with any stage of ZeRO: put the gains on, then call deepspeed.initialize(). ZeRO-1 and
+ZeRO-2 do not partition parameters, so gain_ops.save_gains() on one process works there too.
 """
 
 import os
@@ -19,8 +19,8 @@ __all__ = ["save_gains"]
 def save_gains(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """gain_ops.save_gains() for a model under ZeRO: every process calls it, the first one writes, the others wait for it.
 
-    The layers with a gain are gathered one after the other, the frozen weight too, as the file holds its fingerprint: one
-    layer more than its part is all that a process has to hold.
+    The layers with a gain are gathered one after the other, with their frozen weights, since the file holds a fingerprint of
+    each. A process holds at most one gathered layer beside its part.
 
     Args:
         model: a model with gains after deepspeed.initialize(), or the engine that it returned.

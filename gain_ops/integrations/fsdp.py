@@ -1,14 +1,14 @@
 """FSDP2 under a mixed precision policy: layers with a gain in groups of their own, so that delta is not rounded.
 
-A group of FSDP2 has one policy, and its ``param_dtype`` is the dtype in which every parameter of the group is gathered: delta
+A group of FSDP2 has one policy, whose ``param_dtype`` is the dtype in which every parameter of the group is gathered. So delta
 reaches the layer in bfloat16, with a relative error of up to 2^-8, although it is stored and updated in float32.
 
-Without ``param_dtype`` nothing is cast, and one group may hold a bfloat16 weight and a float32 delta. That is the better way,
-and needs nothing from here: a frozen weight has no use for a float32 copy, so load it in bfloat16 and leave the policy out.
-Where something else sets a policy, shard_gains() comes before it. The price is one more gather a layer, forward and backward.
+Without ``param_dtype`` nothing is cast, and one group may hold a bfloat16 weight and a float32 delta. This is the better way,
+and needs nothing from this file: a frozen weight has no use for a float32 copy, so load it in bfloat16 and set no policy.
+Where something else sets a policy, call shard_gains() before it. It costs one more gather a layer, forward and backward.
 
 A group's trained parameters must have one dtype, so shard_gains() is also for gains beside parameters that are trained in
-bfloat16. Parameters that FSDP2 ignores would stay as they are as well, but it does not reduce their gradients either.
+bfloat16. Parameters that FSDP2 ignores would not be rounded either, but it does not reduce their gradients.
 """
 
 from typing import Any
@@ -31,12 +31,12 @@ def shard_gains(model: nn.Module, **options: Any) -> None:
         for block in model.model.layers:
             fully_shard(block, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
 
-    Of an FFN that fuse_mlp fused the whole is one group, as it reads the parameters of its projections.
+    An FFN that fuse_mlp fused is one group, since it reads the parameters of its projections.
 
     Args:
         model: with gains, and the frozen weights of these layers in the policy's ``param_dtype`` already: they are gathered
-            as they are.
-        options: what fully_shard() takes, without a ``param_dtype``.
+            without a cast.
+        options: the arguments of fully_shard(), without a ``param_dtype``.
 
     Raises:
         ValueError: the model has no gains, or the options have a ``param_dtype``.
@@ -46,7 +46,7 @@ def shard_gains(model: nn.Module, **options: Any) -> None:
 
     if getattr(options.get("mp_policy"), "param_dtype", None) is not None:
         raise UsageError(
-            "param_dtype would round delta: give shard_gains() a policy without, and the blocks the other one"
+            "param_dtype would round delta: give shard_gains() a policy without it, and give the blocks the other policy"
         )
     layers = list(gained_modules(model).values())
     if not layers:

@@ -2,16 +2,16 @@
 
 ::
 
-    output side:  y = l * (x @ W.T)                 l [out, 1]        the layer must have no bias: PEFT scales that too
+    output side:  y = l * (x @ W.T)                 l [out, 1]        the layer must have no bias: PEFT scales it too
     input side:   y = (x * l) @ W.T + b             l [1, in]         one of PEFT's feedforward_modules
 
-``l`` is the gain. Neither direction needs peft. A folder holds ``adapter_config.json`` and ``adapter_model.safetensors``; one
-that is written here also a ``README.md``, the model card that the Hub shows.
+``l`` is the gain. Neither direction needs peft. A folder holds ``adapter_config.json`` and ``adapter_model.safetensors``; a
+folder that is written here also has a ``README.md``, the model card that the Hub shows.
 
-What is exact: to_peft() writes ``l = 1 + delta`` in float32, the very gain that the kernels form. from_peft() writes
+Rounding: to_peft() writes ``l = 1 + delta`` in float32, exactly the gain that the kernels form. from_peft() writes
 ``delta = l - 1`` in float32: the gain is l again, to the bit, for 0.5 <= l < 2**24, and within ``2**-24 * (1 - l)`` of it for
--2**24 < l < 0.5. So a gain that goes from a gain file to a folder and back keeps its bits, whatever it is below 2**24 in
-magnitude; its delta loses the digits that 1 + delta does not show.
+-2**24 < l < 0.5. So a gain below 2**24 in magnitude goes from a gain file to a folder and back without losing a bit; its delta
+loses the digits that 1 + delta does not have.
 """
 
 import json
@@ -49,15 +49,15 @@ def to_peft(
 
     Args:
         gains: a file written by save_gains().
-        folder: the folder to make; it is written beside and moved into place.
-        model: the base model, or one with gains; only its modules are looked at, so one on the meta device will do.
-        base_model: what PEFT and the Hub are to call the base, as in "HuggingFaceTB/SmolLM2-135M"; by default the gain
-            file's name for it.
+        folder: the folder to make; it is written beside its place and moved into it.
+        model: the base model, or one with gains; only its modules are read, so a model on the meta device is enough.
+        base_model: the base's name for PEFT and the Hub, as in "HuggingFaceTB/SmolLM2-135M"; by default the name in the gain
+            file.
 
     Raises:
         GainFileError: not a gain file, or one that does not fit the model.
-        ValueError: a layer where (IA)^3 is another map: one with a bias and its gain on the output side, or one that
-            stands in several places in the model, of which PEFT would change one.
+        ValueError: a layer where (IA)^3 is another map: one with a bias and its gain on the output side, or one in several
+            places of the model, of which PEFT would change one.
         FileExistsError: the folder exists and is not empty.
         FileNotFoundError: no such gain file.
 
@@ -102,14 +102,14 @@ def from_peft(folder: str | os.PathLike[str], gains: str | os.PathLike[str], mod
     """Write an (IA)^3 adapter folder as a gain file, for load_gains().
 
     Args:
-        folder: an adapter that PEFT saved, or to_peft(): on this machine, with an ``adapter_model.safetensors``.
+        folder: an adapter that PEFT or to_peft() saved: on this machine, with an ``adapter_model.safetensors``.
         gains: the gain file to write; its folder is made.
-        model: the base model, or one with gains. Its frozen weights give the fingerprints; a model on the meta device
-            will do as well, the gain file then has none and fits any weights.
+        model: the base model, or one with gains. Its frozen weights give the fingerprints. With a model on the meta device
+            the gain file has no fingerprints and fits any weights.
 
     Raises:
-        ValueError: not an (IA)^3 adapter, or a damaged one; one that trained whole modules besides; layers that are not
-            linear maps of the model, or of other sizes; values that are not finite; or a layer where (IA)^3 is another
+        ValueError: not an (IA)^3 adapter, or a damaged one; an adapter that trained other modules as well; layers that are
+            not linear maps of the model, or of other sizes; values that are not finite; or a layer where (IA)^3 is another
             map than a gain, as in to_peft().
         FileNotFoundError: no such folder, or no adapter in it.
 
@@ -139,13 +139,13 @@ def _refuse_other_maps(what: str, sides: dict[str, str], layers: dict[str, nn.Mo
     """Raise ValueError for layers where (IA)^3 and a gain are different maps."""
     if biased := [name for name, layer in layers.items() if sides[name] == "output" and _has_bias(layer)]:
         raise UsageError(
-            f"{what}: (IA)^3 scales outputs together with their bias, a gain on the output side leaves the bias alone, "
+            f"{what}: (IA)^3 scales outputs together with their bias, a gain on the output side does not scale the bias, "
             f"and {len(biased)} of {len(sides)} layers have one: {some_of(biased)}"
         )
     places = Counter(id(child) for parent in model.modules() for child in parent._modules.values())
     if shared := [name for name, layer in layers.items() if places[id(layer)] > 1]:
         raise UsageError(
-            f"{what}: {some_of(shared)} stand in several places of the model, and PEFT changes a layer in one of them"
+            f"{what}: {some_of(shared)} are in several places of the model, and PEFT changes a layer in one of them"
         )
 
 
@@ -173,14 +173,14 @@ def _modules(sides: dict[str, str], model: nn.Module) -> dict[str, list[str] | s
     if isinstance(output, list) and isinstance(feedforward, list):
         targets: list[str] | str = sorted(
             [*output, *feedforward]
-        )  # PEFT wants feedforward among them, string by string
+        )  # PEFT requires that feedforward_modules are among them, string by string
     else:
         targets = _expression(sides)
     return {"target_modules": targets, "feedforward_modules": feedforward}
 
 
 def _selection(wanted: Sequence[str], others: Iterable[str]) -> list[str] | str:
-    """What makes PEFT choose the wanted modules and no other: the shortest ends of their names, or an expression.
+    """The value that makes PEFT choose these modules and no others: the shortest ends of their names, or an expression.
 
     PEFT compares the ends of names, those of feedforward_modules by characters and not by components.
     """
@@ -213,7 +213,7 @@ def _side(folder: Path, name: str, vector: Tensor, layer: nn.Module) -> str:
 
 def _read_config(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
-        raise MissingFileError(f"{folder} is not a folder: an adapter on the Hub has to be downloaded first")
+        raise MissingFileError(f"{folder} is not a folder: download an adapter on the Hub first")
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         kind = config["peft_type"]
@@ -222,10 +222,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{folder / CONFIG} is damaged: {error!r}") from error
     if kind != "IA3":
-        raise UsageError(f"{folder} is a {kind} adapter; of PEFT's only IA3 is a gain")
+        raise UsageError(f"{folder} is a {kind} adapter; of PEFT's methods only IA3 is a gain")
     if trained := config.get("modules_to_save"):
         raise UsageError(
-            f"{folder} trained whole modules besides ({', '.join(trained)}: its modules_to_save), and a gain file holds "
+            f"{folder} also trained other modules ({', '.join(trained)}: its modules_to_save), and a gain file holds "
             "gains alone"
         )
     return cast(dict[str, Any], config)
@@ -242,7 +242,7 @@ def _read_vectors(folder: Path) -> dict[str, Tensor]:
     try:
         tensors = safetensors.torch.load_file(folder / TENSORS)
     except safetensors.SafetensorError as error:
-        raise UsageError(f"{folder / TENSORS} is not a whole safetensors file: {error}") from error
+        raise UsageError(f"{folder / TENSORS} is not a complete safetensors file: {error}") from error
     strange = [key for key in tensors if not (key.startswith(_PREFIX) and key.endswith(_SUFFIX))]
     if strange or not tensors:
         raise UsageError(f"{folder} holds {some_of(strange) or 'nothing'}, where vectors of (IA)^3 were expected")
@@ -271,6 +271,6 @@ def _model_card(file: GainFile, base_model: str | None) -> str:
         'model = PeftModel.from_pretrained(base, "this folder, or its name on the Hub")',
         "```",
         "",
-        f"Written by gain_ops {file.package}, whose `gain_ops.integrations.ia3.from_peft` makes a gain file of it.",
+        f"Written by gain_ops {file.package}; `gain_ops.integrations.ia3.from_peft` turns it into a gain file.",
     ]
     return "\n".join(lines) + "\n"

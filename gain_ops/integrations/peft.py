@@ -1,4 +1,4 @@
-"""PEFT: an (IA)^3 PeftModel on our ops, fuse() and back, unfuse().
+"""PEFT: fuse() runs an (IA)^3 PeftModel on the ops of gain_ops, and unfuse() undoes it.
 
 PEFT's own layers change class and nothing else: parameters, names, state dict and saved adapters stay PEFT's.
 """
@@ -39,8 +39,8 @@ class Fused:
     """What fuse() did.
 
     Attributes:
-        layers: the (IA)^3 layers that run on our ops, by name.
-        left_alone: those that go on as PEFT's, by name, and why.
+        layers: the (IA)^3 layers that run on gain_ops, by name.
+        left_alone: the layers that stay PEFT's, by name, and why.
 
     """
 
@@ -52,7 +52,7 @@ class Fused:
 
 
 def fuse(peft_model: nn.Module, *, memory: str = "fast", backend: str = "auto") -> Fused:
-    r"""Run the (IA)^3 layers of a PeftModel on our ops, in place: the same results, and less kept for backward.
+    r"""Run the (IA)^3 layers of a PeftModel on gain_ops, in place: the same results, and less saved for backward.
 
     ::
 
@@ -61,11 +61,11 @@ def fuse(peft_model: nn.Module, *, memory: str = "fast", backend: str = "auto") 
 
     with l the product of the active adapters' vectors. Where (IA)^3 scales the output it scales the bias as well.
 
-    The layers get a subclass of their PEFT class and keep their parameters: the state dict, save_pretrained, adapters that
+    The layers get a subclass of their PEFT class, with the same parameters. The state dict, save_pretrained, adapters that
     are added (in new layers too), switched, disabled or deleted, merging, modules_to_save and isinstance work as before. A
-    copy and a pickle are fused as well; unpickling needs gain_ops, an adapter saved by PEFT does not.
+    copy and a pickle are fused as well. Unpickling needs gain_ops; an adapter saved by PEFT does not.
 
-    What a layer keeps for backward at T tokens, beside one vector of l's size in either case::
+    What a layer saves for backward at T tokens, beside one vector of l's size in either case::
 
                             PEFT                                   fused
         not feedforward     z = x @ W.T + b, T x out               x @ W.T, as large; or x, see ``memory``
@@ -75,34 +75,35 @@ def fuse(peft_model: nn.Module, *, memory: str = "fast", backend: str = "auto") 
 
     Args:
         peft_model: a PeftModel whose method is (IA)^3, with nothing merged.
-        memory: "fast" keeps x @ W.T in layers that are not feedforward. "lean" keeps x at attention output projections,
-            where scaled-dot-product attention keeps it anyway, for one more GEMM in the backward, and elsewhere the
+        memory: "fast" saves x @ W.T in layers that are not feedforward. "lean" saves x at attention output projections,
+            where scaled-dot-product attention already holds it, for one more GEMM in the backward, and elsewhere the
             smaller of the two.
         backend: "auto", or a backend by name; see gain_ops.ops.dispatch.
 
     Returns:
-        Fused: the layers that run on our ops, and those that go on as PEFT's: Conv2d, Conv3d, and classes and forwards
-        that are not PEFT's own. These are logged too.
+        Fused: the layers that run on gain_ops, and the layers that stay PEFT's: Conv2d, Conv3d, and classes and forwards
+        that are not PEFT's own. The latter are logged too.
 
-    nn.Linear and transformers' Conv1D run gain_linear. Any other base layer, one with hooks (FSDP, ZeRO-3, tensor
-    parallelism, offloading) and one whose weight requires a gradient is called as PEFT calls it, with gain_scale before or
-    after it. So are bitsandbytes' layers, in PEFT's own dtypes: there it saves passes over memory and no bytes.
+    nn.Linear and transformers' Conv1D run gain_linear. These are called as PEFT calls them, with gain_scale before or after:
+    any other base layer, a base layer with hooks (FSDP, ZeRO-3, tensor parallelism, offloading), and a base layer whose
+    weight requires a gradient. So are bitsandbytes' layers, in PEFT's own dtypes: there fuse() saves passes over memory and
+    no bytes.
 
     The gain in use is 1 + (l - 1) in float32: exactly l in [0.5, 2] and at 0, elsewhere off by at most
     2^-22 * max(1, abs(l)), 2^-25 where 0 < l < 0.5. The bias is scaled in float32.
 
     Where the fused layers differ from PEFT's:
 
-    - unmerge_adapter(), and disable_adapter() while merged, put back the bits that were there: PEFT divides by the gain.
-      They are held while merged, one more copy of each merged weight and bias; merge_and_unload() lets go of each in turn.
-      What is written to a merged weight meanwhile, unmerging drops.
-    - several adapters are merged with one rounding. Two layers with one weight between them are refused.
-    - ``safe_merge=True`` checks what will be stored, after the cast, in all fused layers before one is written.
-    - ``adapter_names=`` in a call raises: PEFT ignores it. With the adapters disabled it never gets here.
+    - unmerge_adapter(), and disable_adapter() while merged, restore the original bits: PEFT divides by the gain. The
+      originals are held while merged, one more copy of each merged weight and bias; merge_and_unload() frees each in turn.
+      Unmerging drops values that were written to a merged weight meanwhile.
+    - Several adapters are merged with one rounding. Two layers that share one weight are refused.
+    - ``safe_merge=True`` checks the values that will be stored, after the cast, in all fused layers before one is written.
+    - ``adapter_names=`` in a call raises: PEFT ignores it. With the adapters disabled PEFT does not pass it on.
 
     Raises:
         TypeError: not a PeftModel.
-        ValueError: another method than (IA)^3; fused already; adapters merged; no layer that can run on our ops; an option
+        ValueError: another method than (IA)^3; fused already; adapters merged; no layer that can run on gain_ops; an option
             that does not exist. Nothing is changed then.
         ImportError: on import of this module, without PEFT.
 
@@ -128,11 +129,11 @@ def fuse(peft_model: nn.Module, *, memory: str = "fast", backend: str = "auto") 
 
 
 def unfuse(peft_model: nn.Module) -> None:
-    """Make every layer PEFT's own again, in place; parameters, adapters and what they learned stay as they are.
+    """Make every layer PEFT's own again, in place; parameters and adapters stay as they are.
 
     Raises:
         TypeError: not a PeftModel.
-        ValueError: not fused; adapters merged (unmerge_adapter() first); or a layer whose class has changed since, as
+        ValueError: not fused; adapters merged (unmerge_adapter() first); or a layer whose class has changed since fuse(), as
             fully_shard() does. Nothing is changed then.
 
     """
@@ -144,8 +145,8 @@ def unfuse(peft_model: nn.Module) -> None:
     for name, layer in layers.items():
         if "plain" not in vars(type(layer)) or "forward" in vars(layer):
             raise UsageError(
-                f"cannot unfuse {name}: since fuse() its class or forward was replaced, by fully_shard or accelerate's "
-                "hooks, say. Unfuse before that, or take it back first."
+                f"cannot unfuse {name}: its class or forward was replaced after fuse(), such as by fully_shard or "
+                "accelerate's hooks. Unfuse before that, or undo it first."
             )
     fused: list[Any] = [*layers.values(), tuner]
     for module in fused:
@@ -155,7 +156,7 @@ def unfuse(peft_model: nn.Module) -> None:
 
 
 class _Original(NamedTuple):
-    """What a merged layer holds for unmerge(): the tensors that were in place, and the gain merged since."""
+    """What a merged layer holds for unmerge(): the original tensors, and the gain that was merged."""
 
     weight: Tensor
     bias: Tensor | None
@@ -163,9 +164,9 @@ class _Original(NamedTuple):
 
 
 class _FusedLayer(IA3Layer):
-    """What the fused layers share; second of their bases, or Python refuses the change of class.
+    """What the fused layers share; the second of their bases, since Python refuses the change of class otherwise.
 
-    ``added`` are the attributes that fuse() and merge() put beside PEFT's.
+    ``added`` are the attributes that fuse() and merge() add to PEFT's.
     """
 
     plain: ClassVar[type]
@@ -233,7 +234,7 @@ class FusedLinear(Linear, _FusedLayer):
         self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
-        """Put back the bits that were there before the first merge, on the device and in the dtype of today."""
+        """Restore the bits from before the first merge, on the present device and in the present dtype."""
         if self._original is None:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
@@ -330,7 +331,7 @@ def _quantized_forward(
 
 
 class FusedIA3Model(IA3Model):
-    """PEFT's IA3Model while its layers are fused: fuses those that come later, and refuses what PEFT lets pass."""
+    """PEFT's IA3Model while its layers are fused: it fuses layers that are added later, and refuses what PEFT ignores."""
 
     plain: ClassVar[type] = IA3Model
     added: ClassVar[tuple[str, ...]] = ("gain_memory", "gain_backend")
@@ -350,7 +351,7 @@ class FusedIA3Model(IA3Model):
             fused = cast(_FusedLayer, layer)
             fused.gain_save, fused.gain_backend = _save(name, layer, self.gain_memory), self.gain_backend
         if left_alone:
-            _log.warning("gain_ops leaves (IA)^3 layers as they are: %s", _listed(left_alone))
+            _log.warning("gain_ops does not fuse these (IA)^3 layers: %s", _listed(left_alone))
 
     def inject_adapter(self, *args: Any, **kwargs: Any) -> None:
         """PEFT's, which also makes new layers; these are fused."""
@@ -361,8 +362,8 @@ class FusedIA3Model(IA3Model):
         """PEFT's, after every layer was checked.
 
         Raises:
-            ValueError: layers with one weight between them, which each would scale; with safe_merge, merged values that are
-                not finite. Nothing is changed.
+            ValueError: layers that share one weight, which each would scale; with safe_merge, merged values that are not
+                finite. Nothing is changed.
 
         """
         self._check_merge(adapter_names, safe_merge)
@@ -389,7 +390,7 @@ class FusedIA3Model(IA3Model):
                 layer.check_merge(name, adapter_names)
 
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
-        """What PeftModel enters round forward and generate, with their arguments, if there is such a method."""
+        """The context that PeftModel enters around forward and generate, with their arguments, if it has such a method."""
         if kwargs.get("adapter_names") is not None:
             _refuse_adapter_names(kwargs)
         return nullcontext()
@@ -421,7 +422,7 @@ def _obstacle(layer: IA3Layer) -> str | None:
     """Why a layer cannot be fused, or None."""
     if type(layer) not in _FUSED:
         return f"{type(layer).__module__}.{type(layer).__qualname__} is no linear layer of PEFT's own"
-    return "its forward was replaced (by accelerate's hooks, say)" if "forward" in vars(layer) else None
+    return "its forward was replaced (such as by accelerate's hooks)" if "forward" in vars(layer) else None
 
 
 def _listed(left_alone: dict[str, str]) -> str:
@@ -429,14 +430,14 @@ def _listed(left_alone: dict[str, str]) -> str:
 
 
 def _save(name: str, layer: IA3Layer, memory: str) -> str:
-    """What a layer that is not feedforward keeps, by the rule of gain_ops.apply."""
+    """What a layer that is not feedforward saves for backward, by the rule of gain_ops.apply."""
     if memory == "fast":
         return "output"
     return "input" if names_attention_output(name) or layer.out_features > layer.in_features else "output"
 
 
 def _usable_weight(base: nn.Module) -> Tensor | None:
-    """The base layer's weight as [out, in] for gain_linear; None where the layer itself has to be called."""
+    """The base layer's weight as [out, in] for gain_linear; None where the layer itself must be called."""
     hooks = base._forward_pre_hooks or base._forward_hooks or base._backward_pre_hooks or base._backward_hooks
     if hooks or not (is_plain_linear(base) or is_plain_conv1d(base)):
         return None
@@ -450,5 +451,5 @@ def _refuse_adapter_names(kwargs: dict[str, Any]) -> None:
     if "adapter_names" in kwargs:
         raise UsageError(
             "adapter_names= asks for one adapter per sample, which (IA)^3 does not have (PEFT ignores it). Run one batch "
-            "for each adapter: set_adapter(name), then the samples that want it."
+            "for each adapter: set_adapter(name), then its samples."
         )

@@ -1,7 +1,7 @@
-"""Tensor parallelism of a model with gains: where its deltas go, and a style for an FFN that runs as one function.
+"""Tensor parallelism of a model with gains: the placement of its deltas, and a style for an FFN that runs as one function.
 
-GainLinear is an nn.Linear, so torch's own styles (ColwiseParallel, RowwiseParallel, SequenceParallel) take it. They know
-nothing of a delta, and ``place_gains`` puts it beside its weight.
+GainLinear is an nn.Linear, so torch's own styles (ColwiseParallel, RowwiseParallel, SequenceParallel) serve it. They know
+nothing of a delta, and ``place_gains`` places it with its weight.
 """
 
 from typing import Any
@@ -28,7 +28,7 @@ from gain_ops.utils.errors import UsageError
 
 
 def place_gains(model: nn.Module) -> None:
-    """Place every delta with its weight, in place: sharded where the weight's gained dimension is, otherwise replicated.
+    """Place every delta with its weight, in place: sharded if the weight's gained dimension is, otherwise replicated.
 
     ::
 
@@ -36,13 +36,13 @@ def place_gains(model: nn.Module) -> None:
         row-parallel weight:      output side replicated     input side sharded
 
     Call it on every rank after parallelize_module() and before fully_shard() and the optimizer: the deltas are new
-    parameters. Weights that are not sharded are passed over, and their deltas stay plain tensors. Where a model has both, give
-    the optimizer two groups of parameters, or ``foreach=False``, and clip each by the norm of both: torch's arithmetic on many
-    tensors at once (``foreach``, ``clip_grad_norm_``) takes no DTensors among plain ones.
+    parameters. Weights that are not sharded are skipped, and their deltas stay plain tensors. If a model has both, give the
+    optimizer two groups of parameters, or ``foreach=False``, and clip each group by the norm of both: torch's functions on
+    many tensors (``foreach``, ``clip_grad_norm_``) refuse a mix of DTensors and plain tensors.
 
     Raises:
-        ValueError: after fully_shard(); a gain around a sharded linear map that is no plain one (GainWrapper); or a fused FFN
-            whose projections have got styles, which only FusedMlpParallel serves. Nothing has been changed then.
+        ValueError: after fully_shard(); a gain around a sharded linear map that is not a plain one (GainWrapper); or a fused
+            FFN whose projections have styles, which only FusedMlpParallel serves. Nothing has been changed then.
 
     """
     refuse_fsdp(model, "place the gains")
@@ -59,8 +59,8 @@ def place_gains(model: nn.Module) -> None:
     for module in gained:
         if isinstance(module, GainWrapper):
             raise UsageError(
-                f"a gain round {type(module.base).__name__} cannot be sharded with it: how its features are laid out on the "
-                "ranks is its own affair. Leave it out of the plan, or put the gain on a plain nn.Linear."
+                f"a gain around {type(module.base).__name__} cannot be sharded with it: its layout on the ranks is not known. "
+                "Leave it out of the plan, or put the gain on a plain nn.Linear."
             )
     for module in gained:
         weight = module.weight
@@ -69,7 +69,7 @@ def place_gains(model: nn.Module) -> None:
             Shard(0) if isinstance(placement, Shard) and placement.dim == module.gained_dim else Replicate()
             for placement in weight.placements
         ]
-        weight.requires_grad_(False)  # some versions of the styles lose it
+        weight.requires_grad_(False)  # some versions of the styles reset it
         if module.bias is not None:
             module.bias.requires_grad_(False)
         _place(module, "delta", weight.device_mesh, placements)
@@ -78,8 +78,8 @@ def place_gains(model: nn.Module) -> None:
 class FusedMlpParallel(ParallelStyle):
     """The style of an FFN fused by ``apply(..., fuse_mlp=True)``, which reads its projections' weights and calls none of them.
 
-    Gate and up are sharded over their rows, down over its columns and delta with them; what comes out is one sum over the
-    ranks. It stands for the styles of the three projections, which must have none::
+    Gate and up are sharded over their rows, and down over its columns, with delta; the output is one sum over the ranks. This
+    style replaces the styles of the three projections, which must have none::
 
         parallelize_module(layer, mesh, {"mlp": FusedMlpParallel()})
 
@@ -90,8 +90,8 @@ class FusedMlpParallel(ParallelStyle):
 
     Raises:
         TypeError: when it is applied, for a module that is not a fused FFN.
-        ValueError: for one with gate and up in one weight, whose shards would hold no pairs, or with a dropout, which a sum
-            over ranks that is left open cannot go through.
+        ValueError: for an FFN with gate and up in one weight, whose shards would not hold pairs, or with a dropout, which
+            needs the reduced sum and not a Partial one.
 
     """
 

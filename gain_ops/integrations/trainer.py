@@ -1,9 +1,9 @@
 """Hugging Face's Trainer and the trainers built on it, such as TRL's: GainCallback and GainTrainerMixin.
 
-GainCallback goes with any trainer: it logs and plots how the gains are distributed, and puts a gain file into every
-checkpoint. The rest of a checkpoint is Trainer's own then, the whole model, and resumes as ever.
+GainCallback works with any trainer: it logs and plots the distribution of the gains, and puts a gain file into every
+checkpoint. The rest of a checkpoint is then Trainer's own, with the full model, and resumes as usual.
 
-GainTrainerMixin makes a trainer one for gains: it takes a quantised base, and its checkpoints hold the gains alone::
+GainTrainerMixin adapts a trainer to gains: the trainer accepts a quantised base, and its checkpoints hold the gains alone::
 
     class GainTrainer(GainTrainerMixin, Trainer): ...
 
@@ -40,7 +40,7 @@ GAIN_PLOT = "gains.png"
 
 
 def gain_metrics(statistics: GainStatistics) -> dict[str, float]:
-    """What a training log says of the gains, by the names that it gets there."""
+    """The figures of the gains in a training log, by their names there."""
     overall = statistics.overall
     return {
         "gains/rms_from_one": overall.rms_from_one,
@@ -53,16 +53,16 @@ def gain_metrics(statistics: GainStatistics) -> dict[str, float]:
 
 
 class GainCallback(TrainerCallback):
-    """Logs how the gains are distributed, plots them layer by layer, and puts a gain file into every checkpoint.
+    """Logs the distribution of the gains, plots them layer by layer, and puts a gain file into every checkpoint.
 
     ::
 
         trainer.add_callback(GainCallback(trainer))
 
-    - Whenever the trainer logs a loss, a row of gain_metrics() follows it, logged by the trainer as well: so it is in
-      ``state.log_history`` and reaches TensorBoard, W&B and every other callback, whatever their order.
+    - After each loss that the trainer logs, it logs a row of gain_metrics(). So the row is in ``state.log_history`` and
+      reaches TensorBoard, W&B and every other callback, in any order.
     - Each checkpoint gets a gain file, ``gains.safetensors``; at the end ``output_dir`` gets one too. A hyperparameter
-      search keeps its checkpoints elsewhere, and gets the one at the end.
+      search has its checkpoints elsewhere, and gets only the one at the end.
     - ``gains.png`` in ``output_dir`` is drawn at each checkpoint and at the end.
 
     Only the world's process zero writes.
@@ -74,7 +74,7 @@ class GainCallback(TrainerCallback):
 
     Raises:
         ImportError: matplotlib is not installed, and plot is on.
-        ValueError: in training, when it comes to save, a gain is not finite: the training has diverged.
+        ValueError: a gain is not finite when it should be saved: the training has diverged.
 
     """
 
@@ -95,7 +95,7 @@ class GainCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Log the gains after a loss."""
-        if model is not None and logs is not None and "loss" in logs:  # this row itself, and evaluations, have none
+        if model is not None and logs is not None and "loss" in logs:  # this row itself, and evaluations, have no loss
             # transformers' own log(): TRL's would add the metrics of the step a second time
             Trainer.log(self._trainer, gain_metrics(self._statistics(model)))
 
@@ -146,25 +146,25 @@ else:
 
 
 class GainTrainerMixin(_Trainer):
-    """Mixed into a trainer, before it, makes it one for gains.
+    """A mixin that goes before a trainer's class and adapts it to gains.
 
     ::
 
         class GainTrainer(GainTrainerMixin, Trainer): ...
         class GainSFTTrainer(GainTrainerMixin, trl.SFTTrainer): ...
 
-    - **Quantised bases.** Trainer refuses a model that counts as quantised unless it has PEFT adapters. Here gains are
-      enough, where transformers can train on that quantisation at all; a GGUF that was unpacked on loading stops
-      counting as quantised. TRL's trainers round what is trained on a 4 or 8 bit base to bfloat16; delta stays float32.
-    - **Lean checkpoints.** A checkpoint, and what save_model() writes, is a gain file instead of the whole model, beside
+    - **Quantised bases.** Trainer refuses a quantised model without PEFT adapters. With this mixin gains are enough, if
+      transformers can train on the quantisation at all; a GGUF that was unpacked on loading no longer counts as quantised.
+      TRL's trainers round the trained parameters of a 4 or 8 bit base to bfloat16; delta stays float32.
+    - **Lean checkpoints.** A checkpoint, and the output of save_model(), has a gain file instead of the full model, beside
       Trainer's optimizer, scheduler, random and trainer state: kilobytes. Resuming, and load_best_model_at_end, load the
-      gains into the model that the trainer was built with, exactly, and refuse other frozen weights. Under FSDP and
-      DeepSpeed, which keep checkpoints of their own, these stay as they are.
+      gains exactly into the model that the trainer was built with, and refuse other frozen weights. FSDP and DeepSpeed have
+      checkpoints of their own, which are not changed.
 
     Raises:
-        ValueError: building it, if the model has no gains, if a parameter is trained that is not a gain, or if
-            transformers cannot train on this quantisation; resuming, if the checkpoint has no gain file.
-        gain_ops.gainfiles.file.GainFileError: resuming, if the gain file does not fit the model, or its frozen weights.
+        ValueError: on building, if the model has no gains, if a parameter is trained that is not a gain, or if transformers
+            cannot train on this quantisation; on resuming, if the checkpoint has no gain file.
+        gain_ops.gainfiles.file.GainFileError: on resuming, if the gain file does not fit the model or its frozen weights.
 
     """
 
@@ -208,7 +208,7 @@ def _output_dir(args: TrainingArguments) -> Path:
 
 @contextmanager
 def _counts_as_adapted(model: object) -> Iterator[None]:
-    """While a trainer is built, a quantised model with gains has the mark of one with adapters, and keeps its deltas."""
+    """While a trainer is built, mark a quantised model with gains as one with adapters, and leave its deltas in float32."""
     quantizer = getattr(model, "hf_quantizer", None)
     if not isinstance(model, PreTrainedModel) or quantizer is None or forget_quantizer(model):
         yield
@@ -240,12 +240,12 @@ def _refuse_other_trained(model: nn.Module) -> None:
     if others:
         raise UsageError(
             "parameters are trained that are not gains, and checkpoints of gains would lose them: "
-            f"{first_of(others)}. Freeze them, or use the trainer without GainTrainerMixin, which saves the whole model."
+            f"{first_of(others)}. Freeze them, or use the trainer without GainTrainerMixin, which saves the full model."
         )
 
 
 def _save_gains(model: nn.Module, path: Path, *, writes: bool) -> None:
-    """save_gains() on the process that writes; on the others too where gathering needs all of them."""
+    """save_gains() on the process that writes, and on all processes where gathering needs them."""
     if writes or any(is_sharded(layer.delta) for layer in gained_modules(model).values()):
         save_gains(model, path)
 
@@ -254,7 +254,7 @@ def _load_gains(model: nn.Module, checkpoint: Path) -> None:
     path = checkpoint / GAIN_FILE
     if not path.is_file():
         raise UsageError(
-            f"{checkpoint} has no {GAIN_FILE}: it is not a checkpoint of gains. One of the whole model is resumed by the "
+            f"{checkpoint} has no {GAIN_FILE}: it is not a checkpoint of gains. One of the full model is resumed by the "
             "trainer without GainTrainerMixin."
         )
     load_gains(model, path)

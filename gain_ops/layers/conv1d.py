@@ -20,15 +20,15 @@ class GainConv1D(Gained, Conv1D):
         input side:    y = (x * gain) @ weight + b         gain [nx]         gain = 1 + delta
 
     ``side`` names the features of the linear map, not rows of the stored weight: an output feature is a row of an
-    nn.Linear weight [out, in] and a COLUMN of a Conv1D weight [in, out]. The parameter counts that GAIN's paper gives,
-    46K to 230K, read as GPT-2 Large with the rows of Conv1D's weight scaled, which is side="input" here: 36 x 1280 =
-    46,080 with the attention output projections, 36 x (1280 + 5120) = 230,400 with the FFN's as well.
+    nn.Linear weight [out, in] and a COLUMN of a Conv1D weight [in, out]. GAIN's paper has 46K to 230K parameters. These
+    counts fit GPT-2 Large with the rows of Conv1D's weight scaled, which is side="input" here: 36 x 1280 = 46,080 with the
+    attention output projections, 36 x (1280 + 5120) = 230,400 with the FFN's as well.
 
     Args:
         nf: number of output features.
         nx: number of input features.
         side: which features the gain scales, "output" or "input".
-        save: what is kept for backward, "auto", "output" or "input"; see gain_ops.gain_linear.
+        save: what is saved for backward, "auto", "output" or "input"; see gain_ops.gain_linear.
         backend: "auto", "triton", "cuda" or "eager"; see gain_ops.ops.dispatch.
 
     Shapes: x [..., nx] -> y [..., nf]; weight [nx, nf]; bias [nf]; delta [nf] or [nx], float32 (float64 beside a
@@ -56,11 +56,11 @@ class GainConv1D(Gained, Conv1D):
 
     @classmethod
     def from_conv1d(cls, conv1d: nn.Module, *, side: str = "output", save: str = "auto", backend: str = "auto") -> Self:
-        """A GainConv1D round conv1d's own weight and bias: the same Parameters, now frozen; nothing is copied.
+        """A GainConv1D around conv1d's own weight and bias: the same Parameters, now frozen; nothing is copied.
 
         Raises:
-            TypeError: not transformers' Conv1D, a weight that is not an ordinary floating [in, out] Parameter, or more in it
-                than weight and bias.
+            TypeError: not transformers' Conv1D, a weight that is not an ordinary floating [in, out] Parameter, or a module
+                that holds more than weight and bias.
             ValueError: a weight already sharded, or options that do not exist.
 
         """
@@ -81,13 +81,13 @@ class GainConv1D(Gained, Conv1D):
         )
 
     def reset_parameters(self) -> None:
-        """Draw the weight as Conv1D does, zero bias and delta: for a layer made on "meta", after to_empty()."""
+        """Draw the weight as Conv1D does, and zero bias and delta: for a layer made on "meta", after to_empty()."""
         nn.init.normal_(self.weight, std=0.02)
         nn.init.zeros_(self.bias)
         nn.init.zeros_(self.delta)
 
     def plain(self) -> Conv1D:
-        """The Conv1D without the gain, on the same Parameters: the very module that was replaced, if one was."""
+        """The Conv1D without the gain, on the same Parameters: the replaced module object, if there was one."""
         if self.placed:
             return self._give_back(cast(Conv1D, self._original[0]))
         with torch.device("meta"):

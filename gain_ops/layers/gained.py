@@ -66,18 +66,18 @@ class Gained(nn.Module):
 
     @property
     def placed(self) -> bool:
-        """Whether gain_ops.apply or load_gains put the layer where it is, so that remove() knows what was there."""
+        """Whether gain_ops.apply or load_gains put the layer in its place, so that remove() knows what it replaced."""
         return bool(self._original)
 
     def plain(self) -> nn.Module:
-        """The layer without its gain, with the present parameters and mode: the very module replaced, if one was."""
+        """The layer without its gain, with the present parameters and mode: the replaced module object, if there was one."""
         raise NotImplementedError(f"{type(self).__name__} has no plain layer")
 
     def stand_in_for(self, original: nn.Module) -> None:
-        """Remember the module replaced, for plain(), without its parameters.
+        """Remember the replaced module for plain(), without its parameters.
 
-        They live here meanwhile: a second reference would keep a weight alive that a device move, fully_shard or
-        load_state_dict(assign=True) has replaced.
+        The parameters belong to this layer meanwhile: a second reference would hold a weight that a device move, fully_shard
+        or load_state_dict(assign=True) has replaced.
         """
         self._original = (original,)  # in a tuple, or nn.Module would register it as a child
         for name in self._parameters.keys() & original._parameters.keys():
@@ -118,7 +118,7 @@ class Gained(nn.Module):
 
 
 def check_options(side: str, save: str, backend: str) -> None:
-    """Raise ValueError for a side, save or backend that does not exist, or that do not go together."""
+    """Raise ValueError for a side, save or backend that does not exist, or for two that do not go together."""
     check_side_and_save(side, save)
     check_name(backend)
 

@@ -26,7 +26,7 @@ class GainLinear(Gained, nn.Linear):
         out_features: the last size of y.
         bias: whether there is a (frozen) bias. The gain does not scale it.
         side: which features the gain scales, "output" or "input".
-        save: what is kept for backward, "auto", "output" or "input"; see gain_ops.gain_linear.
+        save: what is saved for backward, "auto", "output" or "input"; see gain_ops.gain_linear.
         backend: "auto", "triton", "cuda" or "eager"; see gain_ops.ops.dispatch.
         device: where the parameters are made; "meta" works, with to_empty() and reset_parameters() after it.
         dtype: of weight and bias. delta is float32, or float64 beside a float64 weight.
@@ -63,11 +63,11 @@ class GainLinear(Gained, nn.Linear):
     def from_linear(cls, linear: nn.Linear, *, side: str = "output", save: str = "auto", backend: str = "auto") -> Self:
         """A GainLinear around linear's own weight and bias: the same Parameters, now frozen; nothing is copied.
 
-        Training mode and hooks are kept. A linear on the meta device gives a layer on the meta device.
+        The layer has linear's training mode and hooks. A linear on the meta device gives a layer on the meta device.
 
         Raises:
-            TypeError: not nn.Linear's own forward on a floating [out, in] weight, or it holds more than weight and bias;
-                GainWrapper takes those.
+            TypeError: not nn.Linear's own forward on a floating [out, in] weight, or a module that holds more than weight
+                and bias; GainWrapper takes these.
             ValueError: a weight already sharded, or options that do not exist.
 
         """
@@ -95,13 +95,13 @@ class GainLinear(Gained, nn.Linear):
         )
 
     def reset_parameters(self) -> None:
-        """Draw weight and bias as nn.Linear does, set the gain to 1: for a layer made on "meta", after to_empty()."""
+        """Draw weight and bias as nn.Linear does, and set the gain to 1: for a layer made on "meta", after to_empty()."""
         super().reset_parameters()
-        if "delta" in self._parameters:  # nn.Linear's __init__ comes here before there is one
+        if "delta" in self._parameters:  # nn.Linear's __init__ calls this before delta exists
             nn.init.zeros_(self.delta)
 
     def plain(self) -> nn.Linear:
-        """The nn.Linear without the gain, on the same Parameters: the very module that was replaced, if one was."""
+        """The nn.Linear without the gain, on the same Parameters: the replaced module object, if there was one."""
         if self.placed:
             return self._give_back(cast(nn.Linear, self._original[0]))
         linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
@@ -109,7 +109,7 @@ class GainLinear(Gained, nn.Linear):
         return self._give_back(linear)
 
     def extra_repr(self) -> str:
-        """nn.Linear's, with the side and what is kept for backward."""
+        """nn.Linear's, with the side and what is saved for backward."""
         return f"{super().extra_repr()}, side={self.side}, save={self.save}"
 
 

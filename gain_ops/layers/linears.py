@@ -1,4 +1,4 @@
-"""What counts as a linear map, and which of them GainLinear can take over: questions, nothing is changed."""
+"""What counts as a linear map, and which of them GainLinear can replace: questions that change nothing."""
 
 from typing import cast
 
@@ -17,7 +17,7 @@ _CONV1D = "transformers.pytorch_utils.Conv1D"
 
 
 def sizes(module: nn.Module) -> tuple[int, int] | None:
-    """(in_features, out_features) of a linear map, or None for a module that does not say it is one."""
+    """(in_features, out_features) of a linear map, or None for a module that does not have them."""
     if _is_conv1d_class(module):
         return cast(int, module.nx), cast(int, module.nf)
     n_in, n_out = getattr(module, "in_features", None), getattr(module, "out_features", None)
@@ -25,28 +25,28 @@ def sizes(module: nn.Module) -> tuple[int, int] | None:
 
 
 def is_plain_linear(module: nn.Module) -> bool:
-    """Whether it is nn.Linear's own map on a floating [out, in] weight that is a plain Parameter, and nothing more."""
+    """Whether the module is nn.Linear's own map on a floating [out, in] weight that is a plain Parameter, and nothing more."""
     return "forward" not in vars(module) and _is_linear_class(module) and _is_bare(module) and has_plain_weight(module)
 
 
 def is_plain_conv1d(module: nn.Module) -> bool:
-    """The same of transformers' Conv1D, weight [in, out]."""
+    """The same for transformers' Conv1D, weight [in, out]."""
     return is_conv1d(module) and _is_bare(module) and has_plain_weight(module)
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Whether it is transformers' Conv1D, weight [in, out], itself; asks without importing transformers."""
+    """Whether the module is transformers' own Conv1D, weight [in, out]; asks without importing transformers."""
     return _is_conv1d_class(module) and "forward" not in vars(module)
 
 
 def computes_from_weight(module: nn.Module) -> bool:
-    """Whether the map is that of a plain weight, whatever else the module holds and wherever accelerate keeps it."""
+    """Whether the map is that of a plain weight, whatever else the module holds and wherever accelerate puts the weight."""
     known = _is_linear_class(module) or _is_conv1d_class(module)
     return known and not has_own_forward(module) and has_plain_weight(module)
 
 
 def has_own_forward(module: nn.Module) -> bool:
-    """Whether a forward was put on the instance, other than accelerate's, which calls the class's."""
+    """Whether the instance has a forward of its own, other than accelerate's, which calls the class's."""
     return "forward" in vars(module) and "_hf_hook" not in vars(module)
 
 
@@ -58,7 +58,7 @@ def weight_dim(module: nn.Module, side: str) -> int:
 def has_plain_weight(module: nn.Module) -> bool:
     """Whether ``module.weight`` is an ordinary floating Parameter of two dimensions, the layer's sizes in either order.
 
-    Not so: packed and other quantised weights, tensor subclasses, parametrised weights, other float formats.
+    False for packed and other quantised weights, tensor subclasses, parametrised weights and other float formats.
     """
     weight = module._parameters.get("weight")
     if weight is None or weight.dtype not in _FLOATING or not (type(weight) is nn.Parameter or is_sharded(weight)):
@@ -81,7 +81,7 @@ def refuse_sharded(module: nn.Module) -> None:
 
 
 def refuse_fsdp(model: nn.Module, action: str) -> None:
-    """Raise ValueError if fully_shard() was called in the model: it keeps the modules and swaps their parameters."""
+    """Raise ValueError if fully_shard() was called in the model: the modules are the same, and their parameters are not."""
     for name, module in model.named_modules():
         if any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__):
             raise UsageError(
@@ -99,7 +99,7 @@ def describe(module: nn.Module) -> str:
 
 
 def quantises_activations(module: nn.Module) -> bool:
-    """Whether torchao or compressed-tensors rounds the layer's input on the way in, for which neither has a backward."""
+    """Whether torchao or compressed-tensors rounds the layer's input; neither has a backward for this."""
     scheme = getattr(module, "quantization_scheme", None)
     weight = getattr(module, "weight", None)
     marks = "act_quant_kwargs", "activation_quantization", "act_mapping_type"
@@ -127,7 +127,7 @@ def _is_conv1d_class(module: nn.Module) -> bool:
 
 
 def _is_bare(module: nn.Module) -> bool:
-    """Whether weight and bias are all it holds: a layer that takes those over would lose the rest."""
+    """Whether the module holds weight and bias alone: a layer that replaces it would lose the rest."""
     return module._parameters.keys() <= {"weight", "bias"} and not module._buffers and not module._modules
 
 
@@ -136,7 +136,7 @@ def _qualified_name(kind: type) -> str:
 
 
 def own_tensors(module: nn.Module, *, recurse: bool = True) -> dict[str, Tensor]:
-    """The parameters and buffers of a module by name, tensor subclasses taken apart into the plain tensors in them."""
+    """The parameters and buffers of a module by name, tensor subclasses split into the plain tensors in them."""
     tensors: dict[str, Tensor] = {}
     pending = [*module.named_parameters(recurse=recurse), *module.named_buffers(recurse=recurse)]
     for name, tensor in pending:

@@ -1,4 +1,4 @@
-"""The layer with a gain for any linear map: which of them takes it over."""
+"""The layer with a gain for any linear map: which class replaces which."""
 
 from typing import cast
 
@@ -21,7 +21,7 @@ def gain_layer(module: nn.Module, *, side: str = "output", save: str = "auto", b
     if is_plain_linear(module):
         return GainLinear.from_linear(cast(nn.Linear, module), side=side, save=save, backend=backend)
     if is_plain_conv1d(module):
-        from gain_ops.layers.conv1d import GainConv1D  # the module comes from there, so it is installed
+        from gain_ops.layers.conv1d import GainConv1D  # transformers is installed, since the module is its Conv1D
 
         return GainConv1D.from_conv1d(module, side=side, save=save, backend=backend)
     features = sizes(module)

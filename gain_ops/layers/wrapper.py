@@ -1,4 +1,4 @@
-"""The layer around a linear map that is no plain nn.Linear: a quantised one, for instance."""
+"""The layer around a linear map that is not a plain nn.Linear, such as a quantised one."""
 
 from typing import Any, cast
 
@@ -12,33 +12,34 @@ from gain_ops.utils.dtensors import is_sharded
 
 
 class GainWrapper(Gained):
-    """A gain around a linear map that is not a plain nn.Linear: a quantised one, say, or one with a forward of its own.
+    """A gain around a linear map that is not a plain nn.Linear, such as a quantised one or one with a forward of its own.
 
     ::
 
         output side:   y = gain * (base(x) - b) + b  =  base(x) + delta * (base(x) - b)
         input side:    y = base(x * gain)
 
-    with b = base.bias; without one y = gain * base(x). The form on the right is what is computed: it is exactly base(x)
+    with b = base.bias; without a bias y = gain * base(x). The layer computes the form on the right, which is exactly base(x)
     at delta = 0.
 
     Args:
-        base: the module, linear in x but for ``base.bias``. It is frozen, and keeps its hooks.
+        base: the module, linear in x except for ``base.bias``. It is frozen, and its hooks stay.
         in_features: the last size of x.
         out_features: the last size of base(x).
         side: which features the gain scales, "output" or "input".
         backend: "auto", "triton", "cuda" or "eager"; see gain_ops.ops.dispatch.
 
     Shapes: x [..., in_features] -> y [..., out_features] in base's output dtype; delta [out_features] or [in_features].
-    Besides what base keeps, backward keeps one activation: base(x) - b on the output side, x on the input side. Around
-    bitsandbytes' 4-bit linear, which keeps nothing, that is all, where QLoRA keeps x, in float32 by PEFT's default, and
-    T x r. Around torchao's weight-only linears there is a copy of the unpacked weight, with a gain or without.
+
+    Saved for backward, beside what base saves: one activation, base(x) - b on the output side and x on the input side.
+    bitsandbytes' 4-bit linear saves nothing itself; QLoRA saves x there, in float32 by PEFT's default, and T x r. torchao's
+    weight-only linears save a copy of the unpacked weight, with a gain or without.
 
     Raises:
         ValueError: a side or backend that does not exist, or a base already sharded; in a forward on DTensors, a base with a
-            bias that gives a sum over ranks.
-        RuntimeError: in a forward that is to be differentiated, if base gives its input no gradient: activations that are
-            quantised too, or a 4-bit layer that bitsandbytes has repacked for inference on a CPU.
+            bias whose output is a Partial sum over ranks.
+        RuntimeError: in a forward that is differentiated, a base that gives its input no gradient: its activations are
+            quantised too, or bitsandbytes has repacked a 4-bit layer for inference on a CPU.
 
     """
 
@@ -56,12 +57,12 @@ class GainWrapper(Gained):
         dtype = next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.float32)
         self.delta = self._new_delta(device, dtype)
         self.training = base.training
-        # such a base cuts the gradient in every layer, so that x below needs none: x.requires_grad does not tell
+        # such a base cuts the gradient in every layer, so x in the layers below needs none: x.requires_grad does not show it
         self._for_inference = quantises_activations(base)
 
     @property
     def weight(self) -> Any:
-        """The base's weight, whatever it is: some models ask a projection for its dtype."""
+        """The base's weight, of any kind: some models ask a projection for its dtype."""
         return getattr(self.base, "weight", None)
 
     @property
@@ -80,8 +81,8 @@ class GainWrapper(Gained):
             return gain_scale(y, self.delta, backend=self.backend)
         if is_sharded(y) and any(placement.is_partial() for placement in cast(Any, y).placements):
             raise ValueError(
-                f"{type(self.base).__name__} gives a sum over ranks that is left open (Partial), and its bias is to be taken "
-                "out of it before the gain: let the base reduce its output"
+                f"{type(self.base).__name__} returns a Partial sum over ranks, and its bias must be subtracted before the "
+                "gain: let the base reduce its output"
             )
         # gain_scale multiplies by one plus what it gets: this is y + delta * (y - b).
         return y + gain_scale(y - bias.to(y.dtype), self.delta - 1, backend=self.backend)
@@ -93,17 +94,17 @@ class GainWrapper(Gained):
         return y
 
     def _refuse_cut(self, y: Tensor) -> None:
-        """Raise RuntimeError if base gave y without a gradient to its input: what lies below would train on a wrong one."""
+        """Raise RuntimeError if base gives its input no gradient: the layers below would train on a wrong one."""
         state = getattr(self.weight, "quant_state", None)
         if getattr(state, "packing_format_for_cpu", False):
             why = (
-                "bitsandbytes has repacked its weight for inference on this CPU. Load the model anew and train before the "
-                "first evaluation, or before that set support_avx512bf16_for_cpu = False on every Linear4bit"
+                "bitsandbytes has repacked its weight for inference on this CPU. Load the model again and train before the "
+                "first evaluation, or before it set support_avx512bf16_for_cpu = False on every Linear4bit"
             )
         elif not y.requires_grad:
             why = (
-                "it rounds its input, or is for inference otherwise. Train on a base of which only weights are quantised "
-                "(torchao's Int8WeightOnlyConfig, say), or evaluate under torch.no_grad()"
+                "it rounds its input, or is for inference only. Train on a base with quantised weights alone (such as "
+                "torchao's Int8WeightOnlyConfig), or evaluate under torch.no_grad()"
             )
         else:
             return
@@ -114,7 +115,7 @@ class GainWrapper(Gained):
         return self.base
 
     def stand_in_for(self, original: nn.Module) -> None:
-        """Remember that the wrapper stands where its base was; the base keeps its parameters."""
+        """Remember that the wrapper replaced its base; the base's parameters stay in it."""
         self._original = (original,)
 
     def extra_repr(self) -> str:

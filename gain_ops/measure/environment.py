@@ -1,4 +1,4 @@
-"""What a figure depends on besides the code: versions, devices, environment variables."""
+"""What a figure depends on beside the code: versions, devices, environment variables."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Causal language models of transformers with random weights, on the meta device, where 405 billion parameters take no memory.
 
-The attention is torch's scaled_dot_product_attention. On meta that would take its math path, which keeps [heads, T, T]
-matrices and is what no GPU runs; there the flash kernel is called by name instead, which keeps q, k, v, its output and one
-fp32 number a head and token.
+The attention is torch's scaled_dot_product_attention. On meta that would take its math path, which saves [heads, T, T]
+matrices and which no GPU runs. So on meta the flash kernel is called by name; it saves q, k, v, its output and one fp32 number
+for each head and token.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ ATTENTION = "gain_ops_attention"
 def build(config: Any, device: torch.device | str = "meta", dtype: torch.dtype = torch.bfloat16) -> nn.Module:
     """The model of a transformers config in training mode, with random weights drawn from torch's generator.
 
-    The output of its embeddings requires a gradient, whatever is trained: then the backward runs through all of the blocks
-    and the first is as any other. transformers and PEFT do so themselves under activation checkpointing.
+    The output of its embeddings requires a gradient, whatever is trained: then the backward runs through all blocks, and the
+    first block is like any other. transformers and PEFT do the same under activation checkpointing.
 
     Args:
-        config: of a causal language model. Dropout is as it says: 0 in most, not in GPT-2's.
+        config: of a causal language model. Dropout is that of the config: 0 in most, not in GPT-2's.
         device: "meta" allocates nothing.
         dtype: of every weight.
 
@@ -52,7 +52,7 @@ def build(config: Any, device: torch.device | str = "meta", dtype: torch.dtype =
 
 
 def blocks(model: nn.Module) -> Sequence[nn.Module]:
-    """The decoder layers, in order: what transformers never splits, and what FSDP and checkpointing take one by one.
+    """The decoder layers, in order: transformers never splits them, and FSDP and checkpointing take them one by one.
 
     Raises:
         ValueError: a model that does not say which they are.
@@ -66,14 +66,14 @@ def blocks(model: nn.Module) -> Sequence[nn.Module]:
 
 
 def checkpoint(model: nn.Module) -> None:
-    """Activation checkpointing of every block, without reentrance: a block keeps its input and is run again."""
+    """Activation checkpointing of every block, without reentrance: a block saves its input and is recomputed."""
     with quiet():
         cast(Any, model).gradient_checkpointing_enable({"use_reentrant": False})
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without what PEFT says on GPT-2's Conv1D, which it then sets right itself, and on a name that transformers 6 drops."""
+    """Without two warnings of PEFT: on GPT-2's Conv1D, which it corrects itself, and on a name that transformers 6 drops."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="fan_in_fan_out")
         warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
@@ -105,7 +105,7 @@ def _attend(
 ) -> tuple[Tensor, None]:
     """Causal attention without padding, query [B, heads, T, d] -> [B, T, heads, d].
 
-    For an attention that is not its own transformers makes no mask, whose making would read values and so fail on meta.
+    transformers makes no mask for an attention that is not its own; making one would read values, and so fail on meta.
     """
     if query.device.type == "meta":
         kept = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu

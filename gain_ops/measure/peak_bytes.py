@@ -1,4 +1,4 @@
-"""The peak of a pass counted on the meta device: what an allocator would have seen, were there one."""
+"""The peak of a pass counted on the meta device: what an allocator would have seen."""
 
 from __future__ import annotations
 
@@ -16,23 +16,24 @@ __all__ = ["peak_bytes"]
 
 
 def peak_bytes(step: Callable[[], object], *, exclude: Iterable[Tensor] = (), eager: bool = False) -> int:
-    """Run ``step()`` and count the most bytes that were alive at once of the storages it made.
+    """Run ``step()`` and count the most bytes that its storages held at once.
 
     ::
 
-        peak = max over time of sum of the storages alive, those of ``exclude`` apart
+        peak = max over time of the sum of the live storages, except those of ``exclude``
 
     A storage counts from the op that makes it until nothing refers to it, as in an allocator that hands out exactly what is
-    asked for: a CPU's does, to the byte, and a GPU's rounds each up to 512 bytes. What an op takes and gives back within
-    itself is not seen, nor what bypasses torch's dispatcher: the generator's state that checkpointing keeps for each block.
+    asked for: a CPU's does, to the byte, and a GPU's rounds each up to 512 bytes. Memory that an op takes and gives back
+    within itself is not seen. Neither is memory that bypasses torch's dispatcher: the generator's state that checkpointing
+    saves for each block.
 
-    torch.distributed's MemTracker counts so too, and hooks each parameter's gradient, which a frozen one does not have.
+    torch.distributed's MemTracker counts in the same way, and hooks each parameter's gradient; a frozen parameter has none.
 
     Args:
         step: called once, on tensors of any device; for instance a forward and a backward.
-        exclude: tensors that are there before and after, for instance the parameters.
-        eager: False takes the ops of gain_ops for kernels, which need no more than they return. True counts them as the
-            eager backend runs them, out of plain torch: what a CPU does.
+        exclude: tensors that exist before and after, for instance the parameters.
+        eager: False counts the ops of gain_ops as kernels, which need no more than they return. True counts them as the
+            eager backend runs them, in plain torch: what a CPU does.
 
     """
     storages = _Storages(eager)
@@ -54,7 +55,7 @@ class _Storages(TorchDispatchMode):
         self._known: set[int] = set()
 
     def add(self, tensor: Tensor, nbytes: int | None = None) -> None:
-        """Count a tensor's storage, if it is new, as its own bytes or as so many."""
+        """Count a tensor's storage, if it is new, by its own bytes or by the given number."""
         storage = tensor.untyped_storage()
         key = int(storage._cdata)  # the address of the storage object: every meta tensor's data is at address 0
         if key not in self._known:

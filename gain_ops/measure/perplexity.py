@@ -20,7 +20,7 @@ def logits(model: nn.Module, ids: Tensor) -> Tensor:
     """``model(ids)``'s logits, without a key-value cache.
 
     Args:
-        model: a causal language model of transformers, or one that is called and answers alike.
+        model: a causal language model of transformers, or one with the same call and the same output.
         ids: int64 [windows, tokens], on any device.
 
     Returns:
@@ -42,7 +42,7 @@ def next_token_loss(model: nn.Module, ids: Tensor) -> Tensor:
         fp32 scalar.
     """
     predicted = logits(model, ids).flatten(0, 1).float()
-    # The last position predicts nothing. Leaving it out of the targets spares a copy of the logits without it.
+    # The last position predicts nothing. Ignoring it in the targets avoids a copy of the logits without it.
     targets = ids.roll(-1, dims=1)
     targets[:, -1] = _NOT_PREDICTED
     return nn.functional.cross_entropy(predicted, targets.flatten().to(predicted.device), ignore_index=_NOT_PREDICTED)
@@ -51,8 +51,8 @@ def next_token_loss(model: nn.Module, ids: Tensor) -> Tensor:
 def perplexity(model: nn.Module, windows: Tensor, *, batch_size: int = 4) -> float:
     """``exp`` of the mean next-token loss over the windows; no gradients, evaluation mode.
 
-    Every window weighs the same, so the result does not depend on ``batch_size`` but for rounding. The training mode of
-    the model and of each module in it is put back.
+    Every window weighs the same, so the result depends on ``batch_size`` only by rounding. The training mode of the model
+    and of each module in it is restored.
 
     Args:
         model: as in :func:`logits`.
@@ -60,12 +60,12 @@ def perplexity(model: nn.Module, windows: Tensor, *, batch_size: int = 4) -> flo
         batch_size: windows in one forward pass.
 
     Raises:
-        ValueError: there are no windows, or they are shorter than two tokens.
+        ValueError: no windows, or windows shorter than two tokens.
         DivergedError: the model's loss is not finite, or its exponential is not.
     """
     if windows.ndim != 2 or windows.shape[0] < 1 or windows.shape[1] < 2:
         raise ValueError(
-            f"windows of shape {tuple(windows.shape)} came; perplexity needs [windows, tokens], at least one window of "
+            f"got windows of shape {tuple(windows.shape)}; perplexity needs [windows, tokens], at least one window of "
             "two tokens: give a longer text or a shorter window"
         )
     total = 0.0
@@ -90,7 +90,7 @@ def largest_difference(one: Tensor, other: Tensor) -> float:
 
 @contextmanager
 def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
-    """The model in training or evaluation mode; every module's own mode is put back at the end."""
+    """The model in training or evaluation mode; every module's own mode is restored at the end."""
     modes = {module: module.training for module in model.modules()}
     model.train(training)
     try:

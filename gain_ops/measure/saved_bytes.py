@@ -1,4 +1,4 @@
-"""Counts what a forward pass keeps for its backward pass."""
+"""Counts what a forward pass saves for its backward pass."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["SavedBytes", "SavedTensor", "saved_bytes"]
 
 @dataclass(frozen=True)
 class SavedTensor:
-    """One storage that autograd keeps: shape and dtype of the tensor first saved with it, and its whole size."""
+    """One storage that autograd saves: shape and dtype of the tensor first saved with it, and the storage's full size."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -24,10 +24,10 @@ class SavedTensor:
 
 @dataclass(frozen=True)
 class SavedBytes:
-    """What one forward pass keeps for backward, each storage once.
+    """What one forward pass saves for backward, each storage once.
 
     ``new`` is the storages that the pass itself made, in bytes. ``inputs`` is the storages of the given inputs that it
-    keeps alive: they cost nothing where the caller holds them anyway.
+    holds: they cost nothing where the caller holds them already.
     """
 
     tensors: tuple[SavedTensor, ...]
@@ -39,7 +39,7 @@ class SavedBytes:
 
     @property
     def inputs(self) -> int:
-        """Bytes of the input storages kept alive by the pass."""
+        """Bytes of the input storages that the pass holds."""
         return sum(saved.nbytes for saved in self.tensors if saved.is_input)
 
     @property
@@ -53,15 +53,15 @@ def saved_bytes(
 ) -> SavedBytes:
     """Run ``forward()`` and count the storages that autograd saves for its backward.
 
-    Counted is what the result holds: a part of the graph that is dropped on the way (behind a detach(), say) has no backward.
-    A tensor counts by its storage: two views of one storage are one, and a view costs its whole storage. What a custom
-    ``autograd.Function`` hides in attributes of ``ctx``, rather than in ``save_for_backward``, is not seen.
+    Only what the result holds counts: a part of the graph that is dropped on the way (before a detach(), for instance) has no
+    backward. A tensor counts by its storage: two views of one storage count once, and a view costs its full storage. Tensors
+    that a custom ``autograd.Function`` stores as attributes of ``ctx``, and not by ``save_for_backward``, are not seen.
 
     Args:
-        forward: called once, with gradients on; what it returns is held while it is counted, and then dropped.
-        exclude: a module (its parameters and buffers) or tensors whose storages do not count, as the weights are there
+        forward: called once, with gradients on; its result is held during the count, and then dropped.
+        exclude: a module (its parameters and buffers) or tensors whose storages do not count, since the weights exist
             with or without a backward.
-        inputs: tensors whose storages are told apart, as ``SavedBytes.inputs``.
+        inputs: tensors whose storages are counted separately, as ``SavedBytes.inputs``.
 
     Returns:
         The storages in the order in which they were first saved.
@@ -72,7 +72,7 @@ def saved_bytes(
     packed: list[weakref.ref[_Packed]] = []
 
     def pack(tensor: Tensor) -> _Packed:
-        kept = _Packed(tensor.detach())  # an output that held its own graph would keep that alive
+        kept = _Packed(tensor.detach())  # detached, since an output that held its own graph would never free it
         packed.append(weakref.ref(kept))
         return kept
 
@@ -89,7 +89,7 @@ def saved_bytes(
 
 
 class _Packed:
-    """What a graph holds for a tensor that it saves: gone when that part of the graph is."""
+    """What a graph holds for a tensor that it saves: freed with that part of the graph."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor

@@ -1,4 +1,4 @@
-"""Bytes that one training step keeps for its backward pass: with gains, and with LoRA on the same layers."""
+"""Bytes that one training step saves for its backward pass: with gains, and with LoRA on the same layers."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ LORA_RANK = 16
 
 
 def backward_bytes(model: nn.Module, ids: Tensor) -> int:
-    """Bytes that ``next_token_loss(model, ids)`` in training mode keeps for backward, parameters and buffers aside.
+    """Bytes that ``next_token_loss(model, ids)`` in training mode saves for backward, without parameters and buffers.
 
     Args:
-        model: a causal language model; what of it requires a gradient decides what is kept.
+        model: a causal language model; the parameters that require a gradient decide what is saved.
         ids: int64 [windows, tokens].
     """
     with in_mode(model, training=True):
@@ -29,7 +29,7 @@ def backward_bytes(model: nn.Module, ids: Tensor) -> int:
 def lora_backward_bytes(model: nn.Module, layers: Sequence[str], ids: Tensor) -> int | None:
     """The same with LoRA of rank 16 on the named layers, as PEFT makes it by default; None where PEFT is missing.
 
-    LoRA is put into ``model`` itself and stays there, so as not to copy the model: measure this last.
+    LoRA is put into ``model`` itself and stays there, to avoid a copy of the model: measure this last.
 
     Args:
         model: a causal language model of transformers without gains on it.

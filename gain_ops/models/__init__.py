@@ -1,1 +1,1 @@
-"""Gains on a whole model: put on, saved, absorbed."""
+"""Gains on a model: put on, saved, absorbed."""

@@ -1,4 +1,4 @@
-"""Fold the gains of a model into its weights: after it the model is plain again and computes the same."""
+"""Fold the gains of a model into its weights: the model is then plain again and computes the same."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -32,8 +32,8 @@ class Absorbed:
     Attributes:
         layers: the layers whose weights changed, by name: those with a gain, or the up projection for a down projection
             that could not take it.
-        max_abs_error: the largest ``|stored - exact|`` over all weights, or scales of quantised weights: the one
-            rounding to their dtype.
+        max_abs_error: the largest ``|stored - exact|`` over all weights, or scales of quantised weights: the error of the
+            one rounding to their dtype.
         max_rel_error: the largest ``|stored - exact| / |exact|``, where exact is not zero.
         where: the layer with the largest relative error.
         lost: how many gains changed nothing, as they are nearer to 1 than a weight's dtype resolves: lost_gains().
@@ -62,7 +62,7 @@ def absorb(model: nn.Module) -> Absorbed:
         side="output":  W <- diag(gain) @ W            side="input":  W <- W @ diag(gain)            b unchanged
 
     The product runs in float32 (float64 for float64) and is rounded once to W's dtype. Every tensor is checked before
-    one is written: a refusal changes nothing. A gain of zero is fine. There is no way back: keep the base.
+    one is written: a refusal changes nothing. A gain of zero is fine. Absorbing cannot be undone: store the base.
 
     Of a quantised weight the scales are multiplied and the codes stay: exact up to the scales' own rounding. That works on
     the output side where a scale covers weights of one row only; gain_ops.models.quantized lists the layers. A gain
@@ -82,7 +82,7 @@ def absorb(model: nn.Module) -> Absorbed:
     Raises:
         ValueError: no gains; gains that were applied to a larger model, or that lie outside the part that apply() was called
             on; gains or absorbed weights that are not finite (float16 overflows); a quantised weight that would have to be
-            quantised anew, or another wrapped layer, as one with forward hooks; a weight that something else in the model
+            quantised again, or another wrapped layer, such as one with forward hooks; a weight that something else in the model
             shares; weights on the meta device or sharded; or named gain sets of which none is active.
 
     """

@@ -27,7 +27,7 @@ from gain_ops.utils.wording import first_of
 PRESETS = ("gain", "gain-ffn")
 MEMORIES = ("fast", "lean")
 
-# Adapted layers, and the wrapper that trains a copy of a whole module (modules_to_save).
+# Adapted layers, and the wrapper that trains a copy of a module (modules_to_save).
 _PEFT_LAYERS = ("peft.BaseTunerLayer", "peft.AuxiliaryTrainingWrapper")
 
 
@@ -48,34 +48,34 @@ def apply(
         side="output":  W_new = diag(gain) @ W            side="input":  W_new = W @ diag(gain)
 
     Args:
-        model: any module. Its architecture is read from its transformers config, or else from names and shapes.
-        targets: "gain", the attention output projections; "gain-ffn", those and the FFN down projections; or a list of
-            regular expressions for the end of a module's name, matched by whole components: "o_proj" is every o_proj,
+        model: any module. Its architecture is read from its transformers config, or otherwise from names and shapes.
+        targets: "gain", the attention output projections; "gain-ffn", these and the FFN down projections; or a list of
+            regular expressions for the end of a module's name, matched by full components: "o_proj" is every o_proj,
             r"layers\.[0-3]\.self_attn\.o_proj" four of them, ".*" every linear module.
         side: which features the gain scales, "output" or "input" (features of the linear map, for Conv1D as well).
-        memory: "fast" keeps z = x @ W.T for backward at output-side sites. "lean" keeps x at attention output
-            projections, where scaled-dot-product attention keeps it anyway, for one more GEMM in the backward, and
-            elsewhere the smaller of the two. The input side always keeps x.
+        memory: "fast" saves z = x @ W.T for backward at output-side sites. "lean" saves x at attention output projections,
+            where scaled-dot-product attention already holds it, for one more GEMM in the backward, and elsewhere the
+            smaller of the two. The input side always saves x.
         backend: "auto", "triton", "cuda" or "eager"; see gain_ops.ops.dispatch.
         fuse_mlp: run each FFN whose down projection gets a gain as gain_ops.gain_mlp: its hidden activation, with the gain in
-            it, is made again in the backward instead of kept, so that a gained FFN keeps less than a frozen one. With
-            memory="lean" the gate and up projections are computed again as well, and only the FFN's input is kept. For
-            side="input" and the FFNs of transformers that fused_mlp.py knows by what their forward says.
-        mlp_chunk: with fuse_mlp, tokens that an FFN works on at a time, to bound what it needs while it runs; None for all.
+            it, is computed again in the backward and not saved, so that a gained FFN saves less than a frozen one. With
+            memory="lean" the gate and up projections are computed again as well, and only the FFN's input is saved. For
+            side="input", and for FFNs of transformers whose forward fused_mlp.py knows.
+        mlp_chunk: with fuse_mlp, how many tokens an FFN works on at a time, to bound its memory while it runs; None for all.
 
     Returns:
-        Applied: the names, the side, the targets and the number of parameters now trained.
+        Applied: the names, the side, the targets and the number of trained parameters.
 
     A module that several names reach gets one gain, under every name. nn.Linear becomes GainLinear and transformers'
-    Conv1D becomes GainConv1D, on the same Parameters; another linear map, say a quantised one, is wrapped.
+    Conv1D becomes GainConv1D, on the same Parameters; another linear map, such as a quantised one, is wrapped.
 
     Raises:
-        ValueError: nothing matched, or nothing matched one of the patterns; the model has gains already; it would
-            ignore a gain at a chosen module; a chosen module is PEFT's, with an adapter in it; "gain-ffn" on a mixture with
-            fused experts; an FFN that fuse_mlp cannot serve; or an unknown option.
+        ValueError: no match, or no match of one of the patterns; the model has gains already; it would ignore a gain at a
+            chosen module; a chosen module is PEFT's, with an adapter in it; "gain-ffn" on a mixture with fused experts; an
+            FFN that fuse_mlp cannot serve; or an unknown option.
 
     Warns:
-        UserWarning: PEFT adapters were trained, and are frozen now as everything else is.
+        UserWarning: PEFT adapters were trained before, and are now frozen like everything else.
 
     """
     check_options(side, "auto", backend)
@@ -109,15 +109,15 @@ def apply(
 
 
 def remove(model: nn.Module) -> None:
-    """Take every gain off a model, in place, as if apply() had never been called; what the gains learned is dropped.
+    """Take every gain off a model, in place, as if apply() had never been called; the values of the gains are dropped.
 
     The original modules come back with their hooks and with the present weights and biases; state dict keys and every
-    requires_grad flag are as before. Works on a copy and on an unpickled model. A GainLinear that was built by hand
-    becomes an nn.Linear, still frozen. Named gain sets go too.
+    requires_grad flag are as before. This works on a copy and on an unpickled model. A GainLinear that was built by hand
+    becomes an nn.Linear, still frozen. Named gain sets are dropped too.
 
     Raises:
-        ValueError: the model has no gains; they were applied to a larger model that this one is a part of; or the model
-            has been sharded since.
+        ValueError: the model has no gains; the gains were applied to a larger model that contains this one; or the model was
+            sharded after apply().
 
     """
     gained = all_gained(model)
@@ -137,7 +137,7 @@ def remove(model: nn.Module) -> None:
 def place(
     model: nn.Module, sites: Iterable[tuple[Site, str]], targets: str | tuple[str, ...], memory: str, backend: str
 ) -> Applied:
-    """Put gains on (site, side) pairs, in place: what apply() and load_gains() share. The sides must exist."""
+    """Put gains on (site, side) pairs, in place, for apply() and load_gains(). The sides must exist."""
     first: dict[int, tuple[Site, str]] = {}
     for site, side in sites:
         first.setdefault(id(site.module), (site, side))  # two parts of a model may share a module
@@ -174,7 +174,7 @@ def place(
 
 
 def _restore_flags(model: nn.Module, flags: Mapping[str, bool]) -> None:
-    """Give parameters the requires_grad flags that they had, by their canonical names."""
+    """Restore the requires_grad flags of parameters, by their canonical names."""
     for name, parameter in model.named_parameters(remove_duplicate=False):
         parameter.requires_grad_(flags.get(canonical_name(name), parameter.requires_grad))
 
@@ -190,20 +190,20 @@ def _refuse_adapted(site: Site) -> None:
 
 
 def _warn_of_adapters(model: nn.Module) -> None:
-    """Warn if PEFT trains parameters of the model: from now on gains alone are trained."""
+    """Warn if PEFT trains parameters of the model: from now on only gains are trained."""
     if not any(is_kind(module, name) for module in model.modules() for name in _PEFT_LAYERS):
         return
     trained = [canonical_name(name) for name, parameter in model.named_parameters() if parameter.requires_grad]
     if trained:
         warnings.warn(
-            f"gains alone are trained from now on, and no longer what PEFT trained: {first_of(trained)}. "
+            f"only gains are trained from now on, and no longer PEFT's parameters: {first_of(trained)}. "
             "To train both, call requires_grad_(True) on these parameters again.",
-            stacklevel=4,  # who called apply() or load_gains()
+            stacklevel=4,  # the caller of apply() or load_gains()
         )
 
 
 def _save(site: Site, side: str, memory: str) -> str:
-    """What the site keeps for backward."""
+    """What the site saves for backward."""
     if side == "input" or memory == "fast":
         return "auto"
     n_in, n_out = sizes(site.module) or (0, 0)

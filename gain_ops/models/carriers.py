@@ -20,7 +20,7 @@ class Carrier:
 class Foldable:
     """The tensors of a layer to be multiplied by its gain.
 
-    ``prepare`` puts the layer into the state in which it computes from them, and does not change what it computes.
+    ``prepare`` puts the layer into the state in which it computes from these tensors, and does not change its results.
     """
 
     carriers: tuple[Carrier, ...]

@@ -1,4 +1,4 @@
-"""What the forward of an FFN says: the names of its projections, and whether it has a gate."""
+"""The layout of an FFN, read from its forward: the names of its projections, and whether it has a gate."""
 
 import ast
 import functools
@@ -12,7 +12,7 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Layout:
-    """What an FFN calls its parts; ``up`` is None where gate holds both, packed, or where there is no gate."""
+    """The names of an FFN's parts; ``up`` is None where gate is packed and holds both, or where there is no gate."""
 
     gate: str
     up: str | None
@@ -27,7 +27,7 @@ class Layout:
         return self.packed or self.up is not None
 
 
-# What the forward of an FFN may say, with x for its argument. Some 240 classes of transformers say one of these.
+# The known forwards of an FFN, with x for the argument. About 240 classes of transformers have one of these.
 _FORWARDS = {
     """
     down_proj = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
@@ -62,7 +62,7 @@ _FORWARDS = {
 
 
 def layout_of(module: nn.Module) -> Layout | None:
-    """The layout of a module whose forward says what an FFN's does, or None."""
+    """The layout of a module whose forward is one of the known ones, or None."""
     return _layout_of_class(cast(Any, type(module)))
 
 

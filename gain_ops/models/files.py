@@ -1,4 +1,4 @@
-"""Save what the gains of a model learned, and load it: the gain files of gainfiles/ for a model."""
+"""Save and load the gains of a model: the gain files of gainfiles/ for a model."""
 
 import os
 from collections.abc import Callable
@@ -38,12 +38,12 @@ if TYPE_CHECKING:
 def save_gains(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write the gains of a model to a gain file (a few hundred kilobytes; its format: gain_ops.gainfiles.file).
 
-    The file is written beside ``path`` and moved into place, so an interrupted save leaves an old file whole. Deltas of
+    The file is written beside ``path`` and moved into place, so an interrupted save does not damage an old file. Deltas of
     other dtypes are rounded to float32.
 
-    Under FSDP2 or tensor parallelism every rank must call it: the deltas are gathered, and of each frozen weight the 8 KB
-    that its fingerprint is taken of. The first rank of the mesh writes, and no rank returns before it has. Under DDP call
-    it on one rank.
+    Under FSDP2 or tensor parallelism every rank must call it: the deltas are gathered, and the 8 KB of each frozen weight
+    for its fingerprint. The first rank of the mesh writes, and no rank returns before the file exists. Under DDP call it on
+    one rank.
 
     Args:
         model: a model with gains, by apply(), load_gains() or by hand.
@@ -62,7 +62,7 @@ def save_gains(model: nn.Module, path: str | os.PathLike[str]) -> None:
 def collect_gains(
     model: nn.Module, gathered: Callable[[Gained], AbstractContextManager[object]] = lambda layer: nullcontext()
 ) -> GainFile:
-    """What the gain file of a model holds; ``gathered(layer)`` is entered while a layer's parameters are read.
+    """The contents of a model's gain file; ``gathered(layer)`` is entered while a layer's parameters are read.
 
     Raises:
         ValueError: as save_gains().
@@ -97,17 +97,17 @@ def load_gains(
     memory: str = "fast",
     backend: str = "auto",
 ) -> Applied | None:
-    """Load a gain file into a model: into the gains that it has, or else put them on first as apply() does.
+    """Load a gain file into a model; a model without gains gets them first, as by apply().
 
-    The file is checked against the model before anything is changed: layers, sides, sizes, finite values, and that each
-    frozen weight is the one the gain was trained on. Under FSDP2 or tensor parallelism every rank must call it, and reads
-    the file; only the samples of the fingerprints are gathered.
+    The file is checked against the model before anything is changed: layers, sides, sizes, finite values, and whether each
+    frozen weight is the one that the gain was trained on. Under FSDP2 or tensor parallelism every rank must call it, and
+    reads the file; only the samples of the fingerprints are gathered.
 
     Args:
-        model: with gains on the very layers of the file and on the same sides, or with none.
+        model: with gains on exactly the layers and sides of the file, or with none.
         path: a file written by save_gains().
-        check_base: whether each layer's frozen weight must have the fingerprint in the file. False to use gains on
-            another rounding of the weights (quantised, or stored in float16), or knowingly on other weights.
+        check_base: whether each layer's frozen weight must have the fingerprint in the file. With False gains can be used on
+            another rounding of the weights (quantised, or stored in float16), or on other weights.
         memory: as in apply(), for a model without gains.
         backend: as in apply(), for a model without gains.
 
@@ -141,7 +141,7 @@ def load_gains(
 
 
 def fingerprint(layer: nn.Module) -> str | None:
-    """A short hash of a layer's frozen weight, cheap to take and to take again without torch.
+    """A short hash of a layer's frozen weight, cheap to compute, also without torch.
 
     ::
 
@@ -149,10 +149,10 @@ def fingerprint(layer: nn.Module) -> str | None:
         text  = "<name>:<shape>;"                 as in "weight:576,1536;"
         bytes = every k-th value in row-major order, k = ceil(n / 4096), as little-endian bfloat16
 
-    A floating weight is sampled alone, rounded to bfloat16 (to nearest, ties to even), so that one checkpoint loaded in
-    float32 and in bfloat16 gives one fingerprint. Of a quantised layer its parameters and buffers are sampled, in order
-    of their names, or what use does not change of them (gain_ops.models.quantized.lasting_tensors); values that are
-    not floating are taken as they are stored. Of a DTensor the sample alone is gathered: every rank must call it.
+    Of a floating layer only the weight is sampled, rounded to bfloat16 (to nearest, ties to even), so that a checkpoint
+    loaded in float32 and in bfloat16 has one fingerprint. Of a quantised layer the parameters and buffers are sampled, in
+    order of their names, or those that use does not change (gain_ops.models.quantized.lasting_tensors); values that are
+    not floating are hashed as they are stored. Of a DTensor only the sample is gathered: every rank must call it.
 
     Returns:
         32 hexadecimal digits, or None where there is nothing to sample: no tensors, or tensors on the meta device.
@@ -169,7 +169,7 @@ def fingerprint(layer: nn.Module) -> str | None:
 
 
 def reshard(model: nn.Module) -> None:
-    """After a forward, FSDP2 may still show the gathered parameters; what is written into those is lost."""
+    """After a forward, FSDP2 may still show the gathered parameters; values written into these are lost."""
     for module in model.modules():
         if isinstance(reshard := getattr(module, "reshard", None), MethodType):
             reshard()
@@ -194,7 +194,7 @@ def _write_once(file: GainFile, path: str | os.PathLike[str], mesh: "DeviceMesh 
     if coordinate is not None and not any(coordinate):
         try:
             write_gains(file, path)
-        except Exception as raised:  # for after the others know
+        except Exception as raised:  # raised again after the other ranks know
             error = raised
     failures = torch.tensor([error is not None], dtype=torch.int32, device=mesh.device_type)
     for dim in range(mesh.ndim):
@@ -273,7 +273,7 @@ def refuse_other_base(file: GainFile, found: dict[str, nn.Module], model: nn.Mod
 
 
 def raw_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """What a linear map is frozen with, by name: its own tensors, or of a quantised layer those that use does not change."""
+    """The frozen tensors of a linear map, by name: its own, or for a quantised layer those that use does not change."""
     from gain_ops.models.quantized import lasting_tensors  # it builds on this module
 
     lasting = lasting_tensors(module)

@@ -1,7 +1,7 @@
-"""A model's own FFN modules, run as gain_mlp: recognised by what their forward says, changed by their class alone.
+"""A model's own FFN modules, run as gain_mlp: recognised by their forward, and changed by their class alone.
 
-Modules, names, state dict and hooks of the FFN stay; its three (or two) projections are no longer called, their parameters
-are read. Undone by giving the class back.
+Modules, names, state dict and hooks of the FFN stay. Its three (or two) projections are no longer called; their parameters
+are read. unfuse() restores the class.
 """
 
 import functools
@@ -33,10 +33,10 @@ _ACTIVATIONS = {
 
 
 class FusedMlp(nn.Module):
-    """Put before the class of an FFN by fuse(): its forward, with the gain of the down projection's input side.
+    """A mixin that fuse() puts before the class of an FFN: its forward, with the gain of the down projection's input side.
 
-    fuse() refuses a down projection with hooks, as it is not called. Hooks that are put there afterwards do not run: they
-    cannot be refused as well, since DeepSpeed puts its own on every module.
+    fuse() refuses a down projection with hooks, since it is not called. Hooks that are added afterwards do not run, and
+    cannot be refused: DeepSpeed adds its own to every module.
     """
 
     _gain_layout: Layout
@@ -70,7 +70,7 @@ class FusedMlp(nn.Module):
         return y if layout.dropout is None else cast(Tensor, self.get_submodule(layout.dropout)(y))
 
     def _hidden(self, x: Tensor, gate: nn.Module, up: nn.Module | None, down: Gained) -> Tensor:
-        """h, by calling the projections: for quantised ones, which have no weight that a matmul takes."""
+        """h, by calling the projections: for quantised ones, whose weight is not for a matmul."""
         if self._gain_layout.gated:
             return gain_glu(
                 gate(x),
@@ -82,7 +82,7 @@ class FusedMlp(nn.Module):
         return gain_activation(gate(x), down.delta, activation=self._gain_activation, backend=down.backend)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """By the original class: the class made here has no name that pickle could find."""
+        """Pickle by the original class: the class made here has no name that pickle could find."""
         return _rebuild, (type(self).__bases__[1],), self.__dict__
 
 
@@ -90,14 +90,14 @@ def fuse(module: nn.Module, *, recompute: bool, chunk: int | None) -> None:
     """Give an FFN, whose down projection has a gain on its input side, the class that runs it as gain_mlp.
 
     Raises:
-        ValueError: not an FFN that is known, another activation, or with ``recompute`` or ``chunk`` projections that are
-            not plain linear layers.
+        ValueError: an unknown FFN or activation; or, with ``recompute`` or ``chunk``, projections that are not plain linear
+            layers.
 
     """
     layout = layout_of(module)
     if layout is None:
         raise UsageError(
-            f"fuse_mlp cannot serve {type(module).__name__}: its forward is none of those known "
+            f"fuse_mlp cannot serve {type(module).__name__}: its forward is none of the known ones "
             "(gain_ops/models/ffn_layout.py). Leave fuse_mlp off."
         )
     activation = _activation(module.get_submodule(layout.activation))
@@ -119,7 +119,7 @@ def fuse_all(model: nn.Module, *, recompute: bool, chunk: int | None) -> None:
     """fuse() every module of a model that holds a down projection with a gain on its input side.
 
     Raises:
-        ValueError: as fuse(); or there is none. What was fused before stays so: unfuse() undoes it.
+        ValueError: as fuse(); or there is none. FFNs that were fused before stay fused; unfuse() undoes it.
 
     """
     found = [module for module in model.modules() if _is_gained_ffn(module)]
@@ -145,7 +145,7 @@ def fused_modules(model: nn.Module) -> Iterator[FusedMlp]:
 
 
 def _is_gained_ffn(module: nn.Module) -> bool:
-    """Whether it holds a gained projection and is not attention: by its layout, or else for fuse() to refuse by name."""
+    """Whether it holds a gained projection and is not attention: by its layout, or otherwise for fuse() to refuse by name."""
     layout = layout_of(module)
     if layout is not None:
         return isinstance(getattr(module, layout.down, None), Gained)

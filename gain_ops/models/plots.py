@@ -1,7 +1,7 @@
 """Plots the gains of a model layer by layer: one panel for each kind of projection, one bar for each layer.
 
-A bar shows the layer's quantiles: 5 % to 95 % of its gains, darker the middle half, a white line at the median, and a thin
-line from the lowest gain to the highest. matplotlib is loaded when a plot is written.
+A bar shows the layer's quantiles: 5 % to 95 % of its gains, the middle half in a darker colour, a white line at the median,
+and a thin line from the lowest gain to the highest. matplotlib is loaded when a plot is written.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ __all__ = ["FORMATS", "draw_gains", "write_gain_plot"]
 FORMATS = (".png", ".svg")
 
 _MOST_PANELS, _MOST_TICKS = 8, 20
-_WHISKER, _WIDE, _MIDDLE = "#4a7ba6", "#9ecae1", "#08519c"  # lightness tells them apart, in grey too
+_WHISKER, _WIDE, _MIDDLE = "#4a7ba6", "#9ecae1", "#08519c"  # they differ in lightness, so in grey too
 _LINE = "#222222"
 _ALARM = "#d55e00"
 
 
 def write_gain_plot(statistics: GainStatistics, path: str | os.PathLike[str], *, title: str = "") -> None:
-    """Write the figure of draw_gains() to a file, moved into place when it is whole.
+    """Write the figure of draw_gains() to a file, which is moved into place when it is complete.
 
     Args:
         statistics: as in draw_gains().
@@ -54,13 +54,13 @@ def write_gain_plot(statistics: GainStatistics, path: str | os.PathLike[str], *,
 def draw_gains(statistics: GainStatistics, *, title: str = "") -> Figure:
     """Draw the distribution of the gains of each layer, as a matplotlib figure of its own, outside pyplot.
 
-    Layers of one name but for the numbers in it share a panel ("self_attn.o_proj", "mlp.down_proj"), in the model's
-    order; where that would make more than eight, all share one. The panels have one scale. A line is at gain 1, where
-    nothing is changed; a triangle below a bar says that the layer has gains that are dead or negative.
+    Layers whose names differ only in numbers share a panel ("self_attn.o_proj", "mlp.down_proj"), in the model's order; where
+    this would make more than eight panels, all layers share one. The panels have one scale. A line marks gain 1, which changes
+    nothing; a triangle below a bar marks a layer with dead or negative gains.
 
     Args:
         statistics: of gain_ops.models.statistics.gain_statistics().
-        title: a line above the figures of all layers, say the model's name.
+        title: a line above the figures of all layers, such as the model's name.
 
     Raises:
         ValueError: gains that are not finite.
@@ -90,7 +90,7 @@ def draw_gains(statistics: GainStatistics, *, title: str = "") -> Figure:
 
 
 def _panels(layers: Sequence[LayerGains]) -> dict[str, list[LayerGains]]:
-    """The layers by their names with "*" for numbers; what comes after the first number, where that tells them apart."""
+    """The layers by their names with "*" for numbers; only the part after the first number, where this is unique."""
     panels: dict[str, list[LayerGains]] = {}
     for layer in layers:
         kind = ".".join("*" if part.isdecimal() else part for part in layer.name.split("."))
@@ -129,7 +129,7 @@ def _plot_panel(axes: Axes, kind: str, layers: Sequence[LayerGains]) -> None:
 
 
 def _label_layers(axes: Axes, layers: Sequence[LayerGains]) -> None:
-    """Write the layer's number, the first in its name, under its first bar; or its place, where names have none."""
+    """Write the layer's number, the first in its name, under its first bar; or its position, where names have no number."""
     numbers = [next((part for part in layer.name.split(".") if part.isdecimal()), "") for layer in layers]
     starts = [place for place, number in enumerate(numbers) if place == 0 or number != numbers[place - 1]]
     labels = [numbers[place] for place in starts]
@@ -140,7 +140,7 @@ def _label_layers(axes: Axes, layers: Sequence[LayerGains]) -> None:
 
 
 def _plot_alarms(axes: Axes, layers: Sequence[LayerGains]) -> None:
-    """Triangles along the lower edge, wherever that will be."""
+    """Triangles along the lower edge, for any scale."""
     places = [place for place, layer in enumerate(layers) if layer.gains.dead or layer.gains.negative]
     transform = axes.get_xaxis_transform()
     axes.scatter(places, [0.04] * len(places), 24, _ALARM, marker="^", transform=transform, zorder=5)

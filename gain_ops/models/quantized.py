@@ -1,15 +1,15 @@
-"""Quantised bases: the scales that a gain can be folded into, and what tells one base from another.
+"""Quantised bases: the scales that a gain can be folded into, and the tensors that distinguish one base from another.
 
 A gain on the output side multiplies rows of the weight, and so the scales of these rows; the codes stay as they are::
 
     W[o, i]           = scale[o, g] * (q[o, i] - zero[o, g])           i in group g
     gain[o] * W[o, i] = (gain[o] * scale[o, g]) * (q[o, i] - zero[o, g])
 
-Exact, up to the rounding of the scale. Where the zero is added after scaling, W = scale * q + zero, both are multiplied. A
-gain on the input side multiplies columns, and one scale covers many of those; that of a down projection's input goes into
-rows of another layer instead (up_rows.py).
+This is exact up to the rounding of the scale. Where the zero is added after scaling, W = scale * q + zero, both are
+multiplied. A gain on the input side multiplies columns, and one scale covers many columns; the input gain of a down projection
+goes into rows of another layer instead (up_rows.py).
 
-No package of these formats is needed here: layers are known by the names of their classes.
+No package of these formats is needed here: the names of the classes identify the layers.
 """
 
 import copy
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
 def forget_quantizer(model: "PreTrainedModel") -> bool:
     """Let a model whose weights were all unpacked on loading (a dequantised GGUF) count as the plain model that it is.
 
-    transformers keeps calling such a model quantised: save_pretrained and Trainer refuse it. This removes
-    ``hf_quantizer``, ``quantization_method`` and ``config.quantization_config``, and sets ``is_quantized`` to False.
-    gain_ops.absorb does it for you; call it before training such a model with Trainer.
+    transformers still calls such a model quantised: save_pretrained and Trainer refuse it. This removes ``hf_quantizer``,
+    ``quantization_method`` and ``config.quantization_config``, and sets ``is_quantized`` to False. gain_ops.absorb does it
+    for you; call it before training such a model with Trainer.
 
     Returns:
-        Whether there was something to remove. A model with packed weights left is not touched, and gives False.
+        Whether there was something to remove. A model that still has packed weights is not changed, and gives False.
 
     """
     quantizer = getattr(model, "hf_quantizer", None)
@@ -54,8 +54,8 @@ def foldable(base: nn.Module, side: str) -> Foldable:
 
     =================================  ==========================================================
     bitsandbytes Linear8bitLt          the row statistics SCB
-    bitsandbytes Linear4bit, nf4, fp4  absmax, where in_features is a multiple of the block size; of a double quantisation
-                                       it is unpacked to float32 for that
+    bitsandbytes Linear4bit, nf4, fp4  absmax, where in_features is a multiple of the block size; for a double quantisation
+                                       it is unpacked to float32
     torchao int8, intx, float8         scale, by row or by group in a row
     torchao int4                       scale and zero; plain, tile packed, and CPU's
     =================================  ==========================================================
@@ -68,22 +68,22 @@ def foldable(base: nn.Module, side: str) -> Foldable:
     if find is None:
         raise CannotFold(
             f"it wraps a {describe(base)}, not a plain linear layer: its weight may be quantised, and would have to be "
-            f"quantised anew. {_PLAIN}"
+            f"quantised again. {_PLAIN}"
         )
     if side != "output":
         raise CannotFold(
             "its gain is on the input side, and a scale of its quantised weight covers many input features: it would "
-            f"have to be quantised anew. {_PLAIN}"
+            f"have to be quantised again. {_PLAIN}"
         )
     return find(base)
 
 
 def lasting_tensors(module: nn.Module) -> dict[str, Tensor] | None:
-    """What stays of a quantised layer whatever is done with it, by name; None where its own tensors are that.
+    """The tensors of a quantised layer that use does not change, by name; None where these are its own tensors.
 
-    bitsandbytes keeps scales beside its parameters, and repacks a 4-bit weight when it first infers on some CPUs: the codes
-    in their first order, and the scales unpacked. compressed-tensors unpacks a layer in its first forward: the weight
-    unpacked, as a plain layer has it.
+    bitsandbytes stores scales beside its parameters, and repacks a 4-bit weight at its first inference on some CPUs: these are
+    the codes in their original order, and the scales unpacked. compressed-tensors unpacks a layer in its first forward: this
+    is the weight unpacked, as in a plain layer.
     """
     if is_kind(module, "bitsandbytes.Linear4bit"):
         state = getattr(module.weight, "quant_state", None)
@@ -99,7 +99,7 @@ def lasting_tensors(module: nn.Module) -> dict[str, Tensor] | None:
 
 
 def _finder(base: nn.Module) -> Callable[[Any], Foldable] | None:
-    """What finds the scales of a layer whose forward is its package's own; accelerate's hook may be around it."""
+    """The function that finds the scales of a layer whose forward is its package's own, perhaps in accelerate's hook."""
     package = type(base).forward.__module__.partition(".")[0]
     if has_own_forward(base):
         return None
@@ -120,13 +120,13 @@ def _four_bit(base: Any) -> Foldable:
     if _is_repacked(state):
         raise CannotFold(
             "bitsandbytes has repacked its weight for inference on this CPU, and rounded its scales to bfloat16. Save the "
-            "gains, load the model anew, and load_gains() and absorb before its first forward."
+            "gains, load the model again, and load_gains() and absorb before its first forward."
         )
     rows, columns = base.out_features, base.in_features
     if tuple(state.shape) != (rows, columns) or columns % state.blocksize:
         raise CannotFold(
             f"a scale of its quantised weight covers {state.blocksize} weights, which do not end with a row of {columns}: "
-            f"it would have to be quantised anew. {_PLAIN}"
+            f"it would have to be quantised again. {_PLAIN}"
         )
     absmax = _absmax(state)
 
@@ -139,7 +139,7 @@ def _four_bit(base: Any) -> Foldable:
 
 
 def _absmax(state: Any) -> Tensor:
-    """The scale of every block, in the order of the blocks: the state's own tensor, or one unpacked for the purpose."""
+    """The scale of every block, in the order of the blocks: the state's own tensor, or an unpacked copy."""
     if _is_repacked(state):
         return cast(Tensor, state.absmax.T.reshape(-1))
     if not state.nested:
@@ -156,7 +156,7 @@ def _codes(base: nn.Module) -> Tensor:
         return cast(Tensor, weight.data)
     from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse as unpack
 
-    codes: Tensor = unpack(weight.data, copy.copy(weight.quant_state))[0]  # it changes the state that it is given
+    codes: Tensor = unpack(weight.data, copy.copy(weight.quant_state))[0]  # unpack changes the state that it gets
     return codes
 
 
@@ -175,7 +175,7 @@ def _eight_bit(base: Any) -> Foldable:
 
 
 def _row_statistics(base: Any) -> Tensor | None:
-    """On the weight until the first forward, which takes them into the layer's state; None if each forward makes new ones."""
+    """On the weight until the first forward, which moves them to the layer's state; None if each forward makes new ones."""
     if base.state.has_fp16_weights:
         return None
     scale = getattr(base.weight, "SCB", None)
@@ -206,7 +206,7 @@ def _carrier(base: Any, scale: Tensor, dim: int) -> Carrier:
     if scale.dim() <= dim or scale.shape[dim] != base.out_features or (scale.stride(dim) == 0 and scale.shape[dim] > 1):
         raise CannotFold(
             f"a scale of its quantised weight covers more than one row (scales {tuple(scale.shape)} for "
-            f"{base.out_features} rows): it would have to be quantised anew. {_PLAIN}"
+            f"{base.out_features} rows): it would have to be quantised again. {_PLAIN}"
         )
     return Carrier(scale, dim)
 

@@ -1,4 +1,4 @@
-"""What a model remembers of its gains, and what it is refused for."""
+"""The record of a model's gains, and the checks that refuse a model."""
 
 from dataclasses import dataclass
 
@@ -39,7 +39,7 @@ class Applied:
 
 @dataclass
 class Record:
-    """Kept on the model, so that it goes along with a copy or a pickle."""
+    """Stored on the model, so that a copy or a pickle has it too."""
 
     applied: Applied
     requires_grad: dict[str, bool]
@@ -47,11 +47,11 @@ class Record:
 
 @dataclass
 class GainSets:
-    """The named gain sets of a model, see gain_ops.models.sets; kept on it, so that they go along with a copy or a pickle.
+    """The named gain sets of a model, see gain_ops.models.sets; stored on it, so that a copy or a pickle has them too.
 
     Attributes:
-        deltas: by set and layer; a layer that a set lacks has delta 0 in it. Those of the active set are behind: the
-            model has its values.
+        deltas: by set and layer; a layer that a set lacks has delta 0 in it. Those of the active set may be old: the model
+            has its values.
         active: the set that the model computes with, or None for the base.
 
     """
@@ -63,8 +63,8 @@ class GainSets:
 def gained_modules(model: nn.Module) -> dict[str, Gained]:
     """The layers with a gain by name, in the model's order, a shared one under its first name.
 
-    Names are those that apply() gave: relative to the model it was called on, if that is now inside another (DDP, say),
-    and without the components that torch.compile, activation checkpointing and FSDP1 add.
+    Names are those of apply(): relative to the model that it was called on, even inside another model (such as DDP), and
+    without the components that torch.compile, activation checkpointing and FSDP1 add.
     """
     return {canonical_name(name): module for name, module in _root(model).named_modules() if isinstance(module, Gained)}
 
@@ -81,7 +81,7 @@ def kept_sets(model: nn.Module) -> GainSets | None:
 
 
 def keep_sets(model: nn.Module, sets: GainSets) -> None:
-    """Keep named gain sets on a model, where the names of its layers start."""
+    """Store named gain sets on a model, where the names of its layers start."""
     setattr(_root(model), SETS, sets)
 
 
@@ -96,7 +96,7 @@ def refuse_base_active(model: nn.Module, action: str) -> None:
 
 
 def refuse_part(model: nn.Module, action: str) -> None:
-    """Raise ValueError if gains of the model were applied to a larger model: what was there before is known there."""
+    """Raise ValueError if gains of the model were applied to a larger model, which alone knows what they replaced."""
     if any(module.placed for module in all_gained(model).values()) and not record_holders(model):
         raise UsageError(f"the gains were applied to a larger model: call {action}() on that one")
 
@@ -136,7 +136,7 @@ def refuse_gained(model: nn.Module) -> None:
 
 
 def _root(model: nn.Module) -> nn.Module:
-    """The module that layers are named from: where apply() was called, or sets of gains put on by hand are kept."""
+    """The module that layers are named from: where apply() was called, or where sets of gains put on by hand are stored."""
     return record_holder(model) or _holder(model, SETS) or model
 
 

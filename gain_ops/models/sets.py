@@ -1,9 +1,9 @@
 """Several named gain sets on one model, of which one is active: add_gains() and set_gains().
 
-The model keeps one delta a layer, whose values are those of the active set; the other sets lie beside it. A switch copies
-values and replaces nothing: optimizers, compiled graphs and CUDA graphs stay valid. The state dict has the active set alone,
-under its usual keys; a copy and a pickle of the model have all. absorb() folds in the active set and drops the others, remove()
-drops all, and save_gains() saves the active one: a file a set is ::
+The model has one delta a layer, with the values of the active set; the other sets lie beside it. A switch copies values and
+replaces nothing, so optimizers, compiled graphs and CUDA graphs stay valid. The state dict has the active set alone, under its
+usual keys; a copy and a pickle of the model have all sets. absorb() folds in the active set and drops the others, remove()
+drops all, and save_gains() saves the active one. One file for each set is ::
 
     set_gains(model, "law")
     save_gains(model, "law.safetensors")
@@ -39,13 +39,13 @@ def add_gains(
 ) -> Applied | None:
     """Add named gain sets to a model, from gain files or from the gains that it has; set_gains() switches between them.
 
-    On a model without gains the layers of all files together get one, as by apply(), and the base stays active. All files
-    are checked as by load_gains() before anything is changed.
+    In a model without gains, every layer of any file gets a gain, as by apply(), and the base stays active. All files are
+    checked as by load_gains() before anything is changed.
 
     Args:
-        model: with gains on the layers of every file at least, or with none.
-        files: a gain file for each new name; or None, for the values that the model's gains have now: if no set is
-            active, the first of these is. A layer that a file lacks has delta 0 in its set.
+        model: with gains on at least the layers of every file, or with none.
+        files: a gain file for each new name; or None for the present values of the model's gains, and the first such set
+            becomes active if no set is. A layer that a file lacks has delta 0 in its set.
         check_base: as in load_gains().
         memory: as in apply(), for a model without gains.
         backend: as in apply(), for a model without gains.
@@ -69,7 +69,7 @@ def add_gains(
     present = [name for name, path in files.items() if path is None]
     if present and not gained:
         raise UsageError(
-            f"{present[0]} is to be the gains that the model has, and it has none: use gain_ops.apply() first"
+            f"the set {present[0]} should be the model's gains, and the model has none: use gain_ops.apply() first"
         )
     now = _values(model) if present else {}
     opened = {name: (path, read_gains(path)) for name, path in files.items() if path is not None}
@@ -95,10 +95,9 @@ def add_gains(
 def set_gains(model: nn.Module, name: str | None) -> None:
     """Let the model compute with another of its gain sets, or with None: the base, every delta 0.
 
-    The values of the set that was active, which may have been trained since, are kept for the next switch back to it. The
-    delta Parameters and their memory stay the same, and torch.compile does not compile again. Their gradients and an
-    optimizer's moments stay too: clear them before you train another set. Under DDP, FSDP2 or tensor parallelism every
-    rank must call it.
+    The values of the previously active set, trained or not, are stored for the next switch back to it. The delta Parameters
+    and their memory stay the same, and torch.compile does not compile again. Their gradients and an optimizer's moments stay
+    too: clear them before you train another set. Under DDP, FSDP2 or tensor parallelism every rank must call it.
 
     Raises:
         ValueError: the model has no such set, or no sets; deltas that are on the meta device or partitioned by ZeRO-3; or
@@ -132,7 +131,7 @@ def set_gains(model: nn.Module, name: str | None) -> None:
 
 @contextmanager
 def using_gains(model: nn.Module, name: str | None) -> Iterator[None]:
-    """set_gains() for the time of a ``with`` block; after it the set that was active before is active again."""
+    """set_gains() for the time of a ``with`` block; after it the previous set is active again."""
     before = active_gains(model)
     set_gains(model, name)
     try:
@@ -154,7 +153,7 @@ def active_gains(model: nn.Module) -> str | None:
 
 
 def _values(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of every delta, sharded as they are."""
+    """A copy of every delta, in its own sharding."""
     reshard(model)
     layers = gained_modules(model)
     for name, layer in layers.items():

@@ -1,8 +1,8 @@
 """Where the gains go: the attention output projections (GAIN) and the FFN down projections (GAIN-FFN), by architecture.
 
 A model is recognised by the ``model_type`` of its own transformers config, or of the config of a part of it (the
-language model inside a multimodal one); the table below then says what the projections are called. Any other model is
-read by name and shape, see ``_by_name_and_shape``. Names are matched at their end and by whole components:
+language model inside a multimodal one); the table below then has the names of the projections. In any other model they are
+found by name and shape, see ``_by_name_and_shape``. Names are matched at their end and by full components:
 "self_attn.o_proj" fits "model.layers.3.self_attn.o_proj".
 """
 
@@ -20,7 +20,7 @@ from gain_ops.utils.errors import UsageError
 
 @dataclass(frozen=True)
 class Architecture:
-    """What the two kinds of projection are called: regular expressions for the end of a module's name."""
+    """The names of the two kinds of projection: regular expressions for the end of a module's name."""
 
     attention: str
     down: str
@@ -32,7 +32,7 @@ class Site:
 
     name: str
     module: nn.Module
-    attention: bool  # an attention output projection, whose input is alive for backward anyway
+    attention: bool  # an attention output projection, whose input attention already holds for backward
 
 
 _LLAMA = Architecture(r"self_attn\.o_proj", r"mlp\.down_proj")
@@ -42,7 +42,7 @@ _GPT2 = Architecture(r"attn\.c_proj", r"mlp\.c_proj")
 _GPTJ = Architecture(r"attn\.out_proj", r"mlp\.fc_out")
 _BLOOM = Architecture(r"self_attention\.dense", r"mlp\.dense_4h_to_h")
 
-# The mixtures among them fuse their experts: "gain" serves their attention, "gain-ffn" refuses them.
+# Mixtures of experts among them fuse their experts: "gain" serves their attention, "gain-ffn" refuses them.
 _LLAMA_TYPES = """
     apertus arcee cohere cohere2 cohere2_moe cwm diffllama ernie4_5 exaone4 flex_olmo gemma gemma2 gemma3_text
     gemma4_text glm glm4 gpt_oss granite granitemoe helium hunyuan_v1_dense llama minicpm3 minimax_m2 ministral
@@ -86,7 +86,7 @@ def preset_sites(model: nn.Module, *, ffn: bool) -> list[Site]:
     for kind, attention in (("attention output", True), ("FFN down", False)):
         if (attention or ffn) and not any(site.attention == attention for site in sites):
             model_types = ", ".join(sorted({model_type for _, _, model_type in parts}))
-            how = f"model_type {model_types}" if parts else "no architecture known here, so searched by name and shape"
+            how = f"model_type {model_types}" if parts else "no known architecture, so searched by name and shape"
             raise UsageError(
                 f"no {kind} projection found in {type(model).__name__} ({how}). Name them instead, as in "
                 f"targets=['o_proj', 'down_proj']. {candidates(model)}"
@@ -95,7 +95,7 @@ def preset_sites(model: nn.Module, *, ffn: bool) -> list[Site]:
 
 
 def pattern_sites(model: nn.Module, patterns: Iterable[str]) -> list[Site]:
-    """The linear modules whose name ends in a match of a regular expression, by whole components, in the model's order.
+    """The linear modules whose name ends in a match of a regular expression, by full components, in the model's order.
 
     Raises:
         ValueError: a pattern that is no regular expression, or one that matches no linear module.
@@ -144,7 +144,7 @@ def linear_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def candidates(model: nn.Module) -> str:
-    """A sentence naming some of the linear modules there are, one of each kind, for an error message."""
+    """A sentence that names some of the linear modules, one of each kind, for an error message."""
     kinds = {re.sub(r"\d+", "*", name): name for name, _ in reversed(linear_modules(model))}
     names = ", ".join(map(repr, list(kinds.values())[::-1][:12]))
     if sizes(model) is not None:
@@ -178,9 +178,9 @@ def _by_name_and_shape(model: nn.Module) -> list[Site]:
     """Sites of a model that the table does not know.
 
     Attention output: the last component of the name is an _ATTENTION_LEAF, and one before it contains "attn" or
-    "attention". FFN down: the last is a _DOWN_LEAF, none before it contains those, and in_features > out_features.
-    Both: out_features is the width of the residual stream, which is ``config.hidden_size`` if there is one, else the
-    width of the largest embedding, else the commonest out_features of what the names gave.
+    "attention". FFN down: the last is a _DOWN_LEAF, none before it contains these, and in_features > out_features.
+    Both: out_features is the width of the residual stream. This is ``config.hidden_size`` if there is one, otherwise the
+    width of the largest embedding, otherwise the most common out_features of the modules with these names.
     """
     named = [
         Site(name, module, names_attention_output(name))
@@ -208,7 +208,7 @@ def _width(model: nn.Module, named: list[Site]) -> int:
 
 
 def names_attention_output(name: str) -> bool:
-    """Whether a module's name, by itself, says attention output projection."""
+    """Whether a module's name alone is that of an attention output projection."""
     *path, leaf = name.split(".")
     return _ATTENTION_LEAF.fullmatch(leaf) is not None and any(map(_ATTENTION.search, path))
 

@@ -1,11 +1,11 @@
-"""How the gains of a model or of a gain file are distributed, layer by layer and overall: figures, nothing is changed.
+"""The distribution of the gains of a model or of a gain file, layer by layer and overall, without changing anything.
 
 ::
 
     gain = 1 + delta        rms_from_one = sqrt(mean(delta^2))        largest_from_one = max |delta|
     dead = #(|gain| < dead_below)                                     negative = #(gain < 0)
 
-A dead gain silences its feature, a negative one turns it round; both are worth a look before the gains are absorbed.
+A dead gain silences its feature, and a negative gain flips it; look at both before the gains are absorbed.
 """
 
 from collections.abc import Mapping
@@ -32,7 +32,7 @@ class Distribution:
     """How some gains are distributed.
 
     Attributes:
-        count: how many gains there are.
+        count: the number of gains.
         minimum: the lowest gain.
         mean: their mean.
         maximum: the highest gain.
@@ -57,7 +57,7 @@ class Distribution:
 
 @dataclass(frozen=True)
 class LayerGains:
-    """The gains of one layer: its name in the model, the side that they scale, and how they are distributed."""
+    """The gains of one layer: its name in the model, the side that they scale, and their distribution."""
 
     name: str
     side: str
@@ -79,15 +79,14 @@ def gain_statistics(source: nn.Module | GainFile, *, dead_below: float = DEAD_BE
     Under FSDP2 or tensor parallelism every rank must call it, as the deltas are gathered.
 
     Args:
-        source: a model with gains, or a gain file as gain_ops.gainfiles.file.read_gains() gives it.
+        source: a model with gains, or a gain file as gain_ops.gainfiles.file.read_gains() returns it.
         dead_below: a gain counts as dead where its absolute value is below this.
 
     Returns:
-        Figures in float64. Where a delta is not finite, in training that has diverged, those that it enters are not.
+        Figures in float64. If a delta is not finite, after training that has diverged, its figures are not finite either.
 
     Raises:
-        ValueError: there are no gains; a delta is on the meta device or partitioned by ZeRO-3; or dead_below is not
-            positive.
+        ValueError: no gains; a delta on the meta device or partitioned by ZeRO-3; or a dead_below that is not positive.
 
     """
     if not dead_below > 0:

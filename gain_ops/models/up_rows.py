@@ -1,11 +1,11 @@
-"""Where a gain on the input side of a down projection can go beside its weight's columns: the rows of the up projection.
+"""The other place for a gain on the input side of a down projection, beside its weight's columns: the up projection's rows.
 
 ::
 
     h = act(g) * u      u = x @ W_up.T + b_up      y = (h * gain) @ W_down.T
       = act(g) * u'     u' = x @ (diag(gain) @ W_up).T + gain * b_up
 
-Exact whatever the activation is, as it does not see u. Not so without a gate, where the gain would have to pass through it.
+This is exact for any activation, since act does not see u. Without a gate the gain would have to pass through the activation.
 """
 
 from dataclasses import dataclass
@@ -28,9 +28,9 @@ class UpRows:
     """The up projection of a gated FFN.
 
     Attributes:
-        leaf: what the FFN calls it.
+        leaf: its name in the FFN.
         module: the projection.
-        packed: whether its rows are the gate's first and then up's, as many of each.
+        packed: whether its rows are those of the gate and then those of up, the same number of each.
 
     """
 
@@ -39,16 +39,15 @@ class UpRows:
     packed: bool
 
     def padded(self, values: Tensor, other: float) -> Tensor:
-        """A value for each of its rows: those given for up's, and ``other`` for the gate's where they are packed."""
+        """A value for each of its rows: the given ones for up's rows, and ``other`` for the gate's rows if it is packed."""
         return nn.functional.pad(values, (values.numel(), 0), value=other) if self.packed else values
 
 
 def up_rows(model: nn.Module, down: nn.Module) -> UpRows:
-    """The up projection that goes with a down projection of a model, by what the forward of their FFN says.
+    """The up projection that belongs to a down projection of a model, by the forward of their FFN.
 
     Raises:
-        NotGated: an FFN that is not known or has no gate, projections that more than this FFN calls, or hooks on what up
-            returns.
+        NotGated: an FFN that is unknown or has no gate, projections that other modules call too, or hooks on up's output.
 
     """
     uses = _uses(model, down)
@@ -70,7 +69,7 @@ def up_rows(model: nn.Module, down: nn.Module) -> UpRows:
 
 
 def _uses(model: nn.Module, module: nn.Module) -> list[tuple[nn.Module, str]]:
-    """The modules that hold this one, and what they call it."""
+    """The modules that hold this one, and its name in each."""
     return [(parent, name) for parent in model.modules() for name, child in parent._modules.items() if child is module]
 
 

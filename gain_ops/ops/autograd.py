@@ -1,4 +1,4 @@
-"""What every autograd Function here shares: autocast, the casts, what is remembered."""
+"""What every autograd Function here shares: autocast, the casts, the notes on ctx."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -22,7 +22,7 @@ def autocast_enabled(device_type: str) -> bool:
 
 
 def outside_autocast(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:
-    """Run a backward with autocast off: a backward called under autocast would round fp32 GEMMs otherwise."""
+    """Run a backward with autocast off: otherwise a backward called under autocast would round fp32 GEMMs."""
 
     @wraps(backward)
     def run(ctx: Any, *grads: Tensor | None) -> Gradients:
@@ -40,7 +40,7 @@ def differentiable() -> bool:
 
 
 def cast_to(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The tensor in a dtype, without asking torch where it has that already."""
+    """The tensor in a dtype; torch is not called where the tensor has that dtype already."""
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
@@ -52,7 +52,7 @@ def bias_gradient(ctx: Any, dy: Tensor) -> Tensor | None:
 
 
 def remember(ctx: Any, x: Tensor, delta: Tensor, bias: Tensor | None, backend: str) -> None:
-    """Note on ctx what a backward needs beside the tensors that are saved for it."""
+    """Note on ctx what a backward needs beside the tensors saved for it."""
     ctx.set_materialize_grads(False)
     ctx.device_type = x.device.type
     ctx.delta_dtype = delta.dtype

@@ -4,11 +4,11 @@
 ``triton``   the fused kernels: CUDA from sm_80 on, ROCm on MI200 and later, in bf16, fp16 and fp32; on a CPU only by name and
              under Triton's interpreter (TRITON_INTERPRET=1), to test them.
 ``cuda``     the compiled kernels of csrc/ (backends/cuda.py), where they are built: CUDA from sm_80 on, GEMMs fused on sm_90.
-``auto``     the first of triton, cuda, eager that can run; a GPU that has to do with eager is told why, once.
+``auto``     the first of triton, cuda, eager that can run; a GPU that falls back to eager logs the reason, once.
 
-An explicit backend that cannot run raises BackendUnavailable with the reason. The environment variable GAIN_OPS_BACKEND
-replaces ``auto`` (not an explicit choice); it is read when a device and dtype are first met. The choice is made when an op
-runs, by the tensors it gets, so a compiled or exported graph holds no decision of the machine it was traced on.
+A backend asked for by name that cannot run raises BackendUnavailable with the reason. The environment variable
+GAIN_OPS_BACKEND replaces ``auto`` (not a name in a call); it is read when an op first meets a device and dtype. The choice is
+made when an op runs, by the tensors it gets, so a compiled or exported graph holds no decision of the machine that traced it.
 """
 
 import functools
@@ -31,7 +31,7 @@ _log = logging.getLogger("gain_ops")
 
 
 class BackendUnavailable(GainOpsError, RuntimeError):
-    """A backend was asked for by name and cannot run here; the message says why and what to do."""
+    """A backend that was asked for by name cannot run here; the message says why and what to do."""
 
 
 class Backend(Protocol):

@@ -1,8 +1,8 @@
 """From a public function's checked arguments to flat plain tensors: DTensors, transforms, autocast and ranks, before autograd.
 
-A public function checks its arguments and calls an inner function, ``@entry(sharding, composite)`` over ``x``, the other
-operands, then the options, all by position. What the decorator does not send elsewhere reaches the inner function's body, with
-x [T, n].
+A public function checks its arguments and calls an inner function, decorated by ``@entry(sharding, composite)``, with ``x``,
+the other operands, then the options, all by position. A call that the decorator sends nowhere else reaches the inner function's
+body, with x [T, n].
 """
 
 from collections.abc import Callable
@@ -21,10 +21,10 @@ Ts = TypeVarTuple("Ts")
 def entry(
     sharding: Callable[[Tensor, *Ts], tuple[str, int]], composite: Callable[[Tensor, *Ts], Tensor]
 ) -> Callable[[Callable[[Tensor, *Ts], Tensor]], Callable[[Tensor, *Ts], Tensor]]:
-    """Let a function of x [T, n] -> y [T, m] take x [..., n] and whatever else a public function takes.
+    """Let a function of x [T, n] -> y [T, m] take x [..., n] and everything else that a public function takes.
 
     DTensors go to sharding.on_shards, whose shards come back here and are not checked again. A torch.func transform or
-    forward-mode goes to ``composite``. All else goes to the function, with x flat: any other activation it flattens itself.
+    forward-mode goes to ``composite``. All else goes to the function, with x flat; the function flattens any other activation.
 
     Args:
         sharding: the rule's name in the table of sharding.py, and the last size of the result; asked only for DTensors.
@@ -54,8 +54,8 @@ def gemm(
 ) -> Callable[[Callable[[Tensor, Tensor, *Ts], Tensor]], Callable[[Tensor, Tensor, *Ts], Tensor]]:
     """Apply autocast's rule for a GEMM to a function of x, a weight and more: it gets x in the dtype to compute in.
 
-    Under autocast that is autocast's dtype, but for float64, and autocast is off inside. The weight comes as it is: the
-    function casts it to x's dtype, so that no cast copy is kept for backward. Outside autocast the two must agree.
+    Under autocast this is autocast's dtype, except for float64, and autocast is off inside. The weight is not cast: the
+    function casts it to x's dtype, so that no cast copy is saved for backward. Outside autocast the two dtypes must agree.
 
     Args:
         said: how the TypeError begins on the weight, "weight is".

@@ -37,9 +37,9 @@ def gain_glu(
     Returns:
         h [..., n] in gate's dtype, computed in float32 (float64 for float64) and rounded once. Autocast changes nothing.
 
-    Kept for backward: gate and up as they are (packed: the packed tensor), which the projections have just made; h is not
-    kept, nor act(gate), and nothing at all where no gradient is wanted. Gradients of gate and up are two halves of one
-    tensor; of a packed gate_up that tensor itself.
+    Saved for backward: gate and up as they are (packed: the packed tensor), which the projections have just made. h and
+    act(gate) are not saved, and nothing is saved where no gradient is needed. The gradients of gate and up are the two halves
+    of one tensor; that of a packed gate_up is this tensor.
 
     Raises:
         ValueError: shapes or devices that do not fit, or an activation or backend that does not exist.
@@ -74,14 +74,14 @@ def gain_geglu(
 
 
 def gain_activation(x: Tensor, delta: Tensor, *, activation: str, backend: str = "auto") -> Tensor:
-    """An FFN's activation with a gain on each hidden neuron, ``gain = 1 + delta``, in one pass: GPT-2's and others'.
+    """The activation of an FFN without a gate (GPT-2), with a gain on each hidden neuron, ``gain = 1 + delta``, in one pass.
 
     ::
 
         h = act(x) * gain        dx = dh * gain * act'(x)        ddelta = sum over tokens of dh * act(x)
 
     Args:
-        x: [..., n], any strides; float64, float32, bfloat16 or float16. It is what backward keeps.
+        x: [..., n], any strides; float64, float32, bfloat16 or float16. It is saved for backward.
         delta: [n], any floating dtype.
         activation: "silu", "gelu", "gelu_tanh" (GPT-2's) or "relu2".
         backend: as in gain_linear.

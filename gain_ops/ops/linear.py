@@ -3,14 +3,14 @@
     KeepOutput   output side   saves z [T, out]   one more activation, the frozen linear's two GEMMs
     KeepInput    output side   saves x [T, in]    no new byte where another op already holds x, a third GEMM
                  input side    saves x [T, in]    the same two GEMMs
-    Scale        no GEMM       saves x [T, n]     around a linear map that is not ours
+    Scale        no GEMM       saves x [T, n]     around another linear map, such as a quantised one
 
-Each also saves an alias of W (the caller's own tensor: never a copy, under autocast neither) and delta. A gradient that nobody
-needs is not computed and nothing is saved for it: only delta -> no dx GEMM and no W; only x -> no activation at all.
+Each also saves delta and an alias of W (the caller's own tensor, never a copy, also under autocast). A gradient that is not
+needed is not computed, and nothing is saved for it: only delta -> no dx GEMM and no W; only x -> no activation.
 
-Under autocast x comes in autocast's dtype. W is cast to it inside, forward and backward: no cast copy outlives the call.
-Double backward recomputes with reference.py's differentiable lines; KeepOutput returns z as a second output for that reason:
-a saved output carries the graph back to x.
+Under autocast x has autocast's dtype. W is cast to it inside the forward and inside the backward, so no cast copy outlives
+the call. Double backward recomputes with reference.py's differentiable lines. KeepOutput returns z as a second output for this
+reason: a saved output carries the graph back to x.
 """
 
 from typing import Any
@@ -50,31 +50,31 @@ def gain_linear(
         dx     = (dy * gain) @ W              or  gain * (dy @ W)
         ddelta = sum over tokens of dy * z    or  sum over tokens of (dy @ W) * x,      z = x @ W.T
 
-    The gain scales the weight and not the bias. dW is never formed, and no gradient that nobody needs is computed.
+    The gain scales the weight and not the bias. dW is never formed, and a gradient that is not needed is not computed.
 
     Args:
         x: [..., in_features], any strides; float64, float32, bfloat16 or float16.
         weight: [out_features, in_features], x's dtype, any strides (a transposed view is not copied). Frozen: it must not
             require a gradient.
         delta: [out_features] on the output side, [in_features] on the input side; gain minus one, zeros at the start. Any
-            floating dtype; keep it float32, where steps near zero are not lost.
+            floating dtype; use float32, where steps near zero are not lost.
         bias: [out_features] or None; any floating dtype.
         side: which features the gain scales, "output" or "input".
-        save: what an output-side gain keeps for backward. "output": z [..., out_features], fast. "input": x, and one more
-            GEMM recomputes z in the backward, which adds no byte where x is alive anyway. "auto": "output". The input side
-            always keeps x ("auto" or "input"). Nothing that is activation-sized is kept unless delta needs a gradient.
+        save: what an output-side gain saves for backward. "output": z [..., out_features], fast. "input": x, and one more
+            GEMM recomputes z in the backward; this adds no byte where another op already holds x. "auto": "output". The
+            input side always saves x ("auto" or "input"). No activation is saved unless delta needs a gradient.
         backend: "auto", or "triton" | "cuda" | "eager" by name (gain_ops.ops.dispatch). With "auto", GAIN_OPS_BACKEND decides.
 
     Returns:
         y [..., out_features] in x's dtype (in autocast's dtype under autocast). The products with the gain run in float32
-        (float64 for float64); the kernels round once, the eager backend rounds z first as plain torch does. With delta = 0
-        and no bias the bits are those of torch.nn.functional.linear wherever that runs the same GEMM.
+        (float64 for float64); the kernels round once, and the eager backend rounds z first, as plain torch does. With
+        delta = 0 and no bias the bits are those of torch.nn.functional.linear wherever that runs the same GEMM.
 
-    Under autocast x, weight and the input side's bias go to autocast's dtype and delta stays as it is; the cast weight is
-    not kept for backward. torch.func transforms, forward-mode and double backward work through plain torch, unfused.
+    Under autocast x, weight and the input side's bias are cast to autocast's dtype, and delta is not; the cast weight is not
+    saved for backward. torch.func transforms, forward-mode and double backward work through plain torch, unfused.
 
-    DTensors are computed shard by shard where their placements fit together, with y a DTensor, and nothing is gathered: see
-    gain_ops.ops.sharding. Row-parallel, y is a sum over the ranks that is left open, each of its terms scaled already.
+    DTensors are computed shard by shard where their placements fit together; y is a DTensor, and nothing is gathered (see
+    gain_ops.ops.sharding). With a row-parallel weight, y is a Partial sum over the ranks, whose terms are scaled already.
 
     Raises:
         ValueError: shapes, devices, placements, ``side``, ``save`` or ``backend`` that do not fit, or a weight that requires
@@ -96,10 +96,10 @@ def gain_scale(x: Tensor, delta: Tensor, *, backend: str = "auto") -> Tensor:
 
         dx = dy * (1 + delta)        ddelta = sum over tokens of dy * x
 
-    The gain around a linear map that is not ours (a quantised one, say): scale its output, or its input.
+    The gain around another linear map, such as a quantised one: scale its output, or its input.
 
     Args:
-        x: [..., n], any strides; float64, float32, bfloat16 or float16. It is kept for backward when delta needs a gradient.
+        x: [..., n], any strides; float64, float32, bfloat16 or float16. It is saved for backward when delta needs a gradient.
         delta: [n], any floating dtype.
         backend: as in gain_linear.
 
@@ -124,7 +124,7 @@ def check_side_and_save(side: str, save: str) -> None:
     if save not in SAVES:
         raise UsageError(f"save={save!r} is not one of {', '.join(map(repr, SAVES))}")
     if side == "input" and save == "output":
-        raise ValueError("save='output' has no use on the input side, which keeps x: use save='auto' or 'input'")
+        raise ValueError("save='output' has no use on the input side, which saves x: use save='auto' or 'input'")
 
 
 def _linear_sharding(
@@ -200,7 +200,7 @@ def _check(x: Tensor, weight: Tensor, delta: Tensor, bias: Tensor | None, side: 
 
 
 class KeepOutput(Function):
-    """``y = gain * (x @ W.T) + b`` that keeps z. Returns (y, z); z is for autograd's own use."""
+    """``y = gain * (x @ W.T) + b`` that saves z. Returns (y, z); z is for autograd's own use."""
 
     @staticmethod
     def forward(
@@ -221,7 +221,7 @@ class KeepOutput(Function):
     @staticmethod
     @outside_autocast
     def backward(ctx: Any, dy: Tensor | None, dz_kept: Tensor | None) -> Gradients:
-        """dy [T, out] -> dx, None, ddelta, dbias. dz_kept comes only from a double backward."""
+        """dy [T, out] -> dx, None, ddelta, dbias. dz_kept is not None only in a double backward."""
         z, weight, delta = ctx.saved_tensors
         weight = None if weight is None else cast_to(weight, z.dtype)
         if dz_kept is not None or differentiable():
@@ -255,9 +255,9 @@ def _keep_output_composite(
 
 
 class KeepInput(Function):
-    """Either side, keeping x: ``y = gain * (x @ W.T) + b`` or ``y = (x * gain) @ W.T + b``.
+    """Either side, saving x: ``y = gain * (x @ W.T) + b`` or ``y = (x * gain) @ W.T + b``.
 
-    The output side computes z again in its backward's epilogue; the input side makes both gradients from dy @ W and x.
+    The output side computes z again in its backward's GEMM; the input side makes both gradients from dy @ W and x.
     """
 
     @staticmethod
@@ -302,7 +302,7 @@ class KeepInput(Function):
 def _output_side_gradients(
     dy: Tensor, x: Tensor | None, weight: Tensor, delta: Tensor | None, backend: str
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(dx, ddelta) of the output side; x is None when ddelta is not wanted, delta is None when dx is not."""
+    """(dx, ddelta) of the output side; x is None when ddelta is not needed, delta is None when dx is not."""
     if differentiable():
         return (
             None if delta is None else reference.composite_scale(dy, delta) @ weight,
@@ -320,7 +320,7 @@ def _output_side_gradients(
 def _input_side_gradients(
     dy: Tensor, x: Tensor | None, weight: Tensor, delta: Tensor | None, backend: str
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(dx, ddelta) of the input side; x is None when ddelta is not wanted, delta is None when dx is not."""
+    """(dx, ddelta) of the input side; x is None when ddelta is not needed, delta is None when dx is not."""
     if differentiable():
         dxs = dy @ weight
         return (
@@ -336,7 +336,7 @@ def _input_side_gradients(
 
 
 class Scale(Function):
-    """``y = x * gain`` over the last dimension; keeps x only when delta needs a gradient."""
+    """``y = x * gain`` over the last dimension; saves x only when delta needs a gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, delta: Tensor, backend: str) -> Tensor:

@@ -19,7 +19,7 @@ from gain_ops.ops.glu import halves
 
 @dataclass(frozen=True)
 class Options:
-    """How an FFN is computed: what is not a tensor."""
+    """How an FFN is computed: the arguments that are not tensors."""
 
     activation: str
     packed: bool
@@ -57,8 +57,8 @@ def gain_mlp(
 
         dh = dy @ Wd             dg, du, ddelta as in gain_glu             dx = dg @ Wg + du @ Wu
 
-    Three forms, told apart by shapes: gated, with gate_weight and up_weight [n, in]; packed, one gate_weight [2n, in], gate
-    rows then up rows, and up_weight=None; plain, gate_weight [n, in] and up_weight=None, ``h = act(g) * gain``.
+    The shapes choose one of three forms: gated, with gate_weight and up_weight [n, in]; packed, with one gate_weight [2n, in],
+    gate rows then up rows, and up_weight=None; plain, with gate_weight [n, in] and up_weight=None, ``h = act(g) * gain``.
 
     Args:
         x: [..., in], any strides; float64, float32, bfloat16 or float16.
@@ -70,17 +70,17 @@ def gain_mlp(
         up_bias: [n] or None.
         down_bias: [out] or None.
         activation: "silu", "gelu", "gelu_tanh" or "relu2".
-        recompute: False keeps g and u, [..., n] each. True keeps x alone and computes g and u again in the backward: two more
+        recompute: False saves g and u, [..., n] each. True saves x alone and computes g and u again in the backward: two more
             GEMMs, the smallest footprint.
-        chunk: work on so many tokens at a time, or None for all at once. It bounds h, dh, dg and du, and with ``recompute``
-            g and u as well, at ``chunk`` tokens.
+        chunk: how many tokens to work on at a time, or None for all at once. It bounds h, dh, dg and du, and with
+            ``recompute`` g and u as well, at ``chunk`` tokens.
         backend: as in gain_linear.
 
     Returns:
         y [..., out] in x's dtype (in autocast's dtype under autocast).
 
-    Kept for backward beside aliases of the weights and delta: g and u, 2 n numbers a token (plain: n), or x alone. h and
-    act(g) are never kept, which a frozen FFN in plain torch does.
+    Saved for backward, beside aliases of the weights and delta: g and u, 2 n numbers a token (plain: n), or x alone. h and
+    act(g) are never saved; a frozen FFN in plain torch saves act(g).
 
     Raises:
         ValueError: shapes, devices, options that do not fit, or a weight or bias that requires a gradient.
@@ -127,7 +127,7 @@ def _mlp(x: Tensor, gate: Tensor, up: Tensor | None, down: Tensor, *rest: *_Rest
 
 
 class Mlp(Function):
-    """The FFN of gain_mlp on x [T, in]: y, and what it keeps, which is returned for double backward's sake."""
+    """The FFN of gain_mlp on x [T, in]: y, and the tensors that it saves, which double backward needs as outputs."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, delta: Tensor, options: Options, *parameters: Tensor | None) -> tuple[Tensor, ...]:
@@ -146,9 +146,9 @@ class Mlp(Function):
     @staticmethod
     @outside_autocast
     def backward(ctx: Any, dy: Tensor | None, *dkept: Tensor | None) -> Gradients:
-        """dy [T, out] -> dx, ddelta; dkept comes only from a double backward."""
+        """dy [T, out] -> dx, ddelta; dkept is not None only in a double backward."""
         options: Options = ctx.options
-        saved = ctx.saved_tensors  # once: non-reentrant checkpointing recomputes for it
+        saved = ctx.saved_tensors  # read once: non-reentrant checkpointing recomputes for each read
         kept, delta, parameters = saved[:-7], saved[-7], saved[-6:]
         ffn = _Ffn(parameters, options, kept[0].dtype)
         needs_x, needs_delta = ctx.needs_input_grad[:2]
@@ -220,7 +220,7 @@ def _gradients(
 def _composite_gradients(
     ffn: _Ffn, dy: Tensor | None, dkept: Sequence[Tensor | None], kept: tuple[Tensor, ...], delta: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients out of differentiable torch calls, on all tokens at once."""
+    """The gradients by differentiable torch calls, on all tokens at once."""
     dprojected: list[Tensor | None] = list(dkept) or [None] * len(ffn.projections)
     ddelta = None
     if dy is not None:
@@ -247,7 +247,7 @@ def _linear_into(x: Tensor, weight: Tensor, bias: Tensor | None, into: Tensor) -
 
 
 def _chunks(tokens: int, chunk: int | None) -> Iterator[slice]:
-    """Slices of at most ``chunk`` tokens; one, and an empty one for no tokens, without a chunk."""
+    """Slices of at most ``chunk`` tokens; without a chunk one slice of all, also of no tokens."""
     step = tokens if chunk is None else chunk
     for start in range(0, max(tokens, 1), max(step, 1)):
         yield slice(start, min(start + step, tokens))
@@ -261,7 +261,7 @@ def _check(
     activation: str,
     chunk: int | None,
 ) -> bool:
-    """Whether gate_weight is packed; raises for what does not fit."""
+    """Whether gate_weight is packed; raises for shapes and dtypes that do not fit."""
     if activation not in reference.ACTIVATIONS:
         raise ValueError(f"activation={activation!r} is not one of {', '.join(map(repr, reference.ACTIVATIONS))}")
     if chunk is not None and chunk < 1:

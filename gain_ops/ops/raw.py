@@ -1,12 +1,12 @@
 """The raw ops in torch's dispatcher: schemas, fakes with true strides, every device.
 
 Each op is one function of reference.py, with the backend's name as its last argument: ``torch.ops.gain_ops.linear`` and so
-on. They know nothing of autograd, which lives in the file of each family, such as linear.py: a plain ``define``/``impl``
+on. The ops know nothing of autograd, which lives in the file of each family, such as linear.py: a plain ``define``/``impl``
 costs a third of the host time of ``torch.library.custom_op`` with ``register_autograd``. No output aliases an input, and
-every output is contiguous. Their rules for DTensors are in sharding.py.
+every output is contiguous. The rules for DTensors are in sharding.py.
 
-A function below is what the dispatcher runs; its name in this module is the op, ``torch.ops.gain_ops.<name>.default``, which
-mypy checks as the function it runs.
+The dispatcher runs the functions below. The name of a function in this module is the op, ``torch.ops.gain_ops.<name>.default``;
+mypy checks the op as the function that it runs.
 """
 
 from collections.abc import Callable

@@ -14,7 +14,7 @@ from gain_ops.ops.entering import entry
 
 
 def gain_rms_norm(x: Tensor, weight: Tensor, delta: Tensor, eps: float = 1e-6, *, backend: str = "auto") -> Tensor:
-    r"""An RMSNorm with a gain on each feature that it hands on, ``gain = 1 + delta``, in one pass.
+    r"""An RMSNorm with a gain on each feature of its output, ``gain = 1 + delta``, in one pass.
 
     ::
 
@@ -23,7 +23,7 @@ def gain_rms_norm(x: Tensor, weight: Tensor, delta: Tensor, eps: float = 1e-6, *
         dx     = r * (v - n * mean(v * n)),          v = dy * weight * gain
         ddelta = sum over tokens of dy * n * weight
 
-    It is one gain for the input side of every projection that reads y: of q, k and v, or of gate and up. It is absorbed by
+    It is one gain for the input side of every projection that reads y: q, k and v, or gate and up. Absorbing is
     ``weight <- weight * gain``.
 
     Args:
@@ -36,7 +36,7 @@ def gain_rms_norm(x: Tensor, weight: Tensor, delta: Tensor, eps: float = 1e-6, *
     Returns:
         y [..., n] in x's dtype, computed in float32 (float64 for float64) and rounded once. Autocast changes nothing.
 
-    Kept for backward: x, and r, one number a token.
+    Saved for backward: x, and r, one number a token.
 
     Raises:
         ValueError: shapes or devices that do not fit, a weight that requires a gradient, or an unknown backend.
@@ -77,7 +77,7 @@ def _rms_norm(x: Tensor, weight: Tensor, delta: Tensor, eps: float, backend: str
 
 
 class RmsNorm(Function):
-    """``y = r * x * weight * gain`` that keeps x and r."""
+    """``y = r * x * weight * gain`` that saves x and r."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, delta: Tensor, eps: float, backend: str) -> Tensor:
@@ -96,7 +96,7 @@ class RmsNorm(Function):
             return (None,) * 5
         x, weight, delta, r = ctx.saved_tensors
         if differentiable():
-            # r is x's too: it is made again, so that the graph reaches x through it
+            # r depends on x: r is computed again, so that the graph reaches x through it
             r = torch.rsqrt(x.to(r.dtype).square().mean(1) + ctx.eps)
             dx, ddelta = reference.rms_norm_backward(dy, x, weight, delta, r)
         else:

@@ -1,20 +1,20 @@
-"""The ops on DTensors: which placements go in, and which come out. Nothing is ever moved to make them fit.
+"""The ops on DTensors: the placements of arguments and results. No operand is ever moved to make placements fit.
 
-An op on DTensors is the same op on every rank's own shards, where the placements fit together; the table below says when
-they do, one row a way of sharding over one dimension of a mesh. Placements that no row takes raise: torch's own propagation
-would gather the operands to the nearest it knows.
+An op on DTensors is the same op on every rank's own shards, where the placements fit together. The table below says when
+they do: one row is one way of sharding over one dimension of a mesh. Placements that fit no row raise, since torch's own
+propagation would gather the operands to the nearest placements that it knows.
 
     tokens        activations sharded over tokens (batch or sequence), parameters replicated
-    column        the weight's rows sharded: x replicated, y sharded over features, no sum open
-    row           the weight's columns sharded: x sharded over features, y a sum over the ranks that is left open (Partial)
+    column        the weight's rows sharded: x replicated, y sharded over features, no Partial sum
+    row           the weight's columns sharded: x sharded over features, y a Partial sum over the ranks
 
 A row-parallel gain on the output side scales each rank's term of the sum, before the reduction: ``gain * sum_r(x_r @ W_r.T)``
-is ``sum_r(gain * (x_r @ W_r.T))``. So the op moves nothing, the gain stays in the GEMM's epilogue, and each term is rounded
-as often as without a gain (twice in the eager backend, unless gain = 1), where scaling after the reduction would round once
-more. The gradient is a sum over ranks as well: ``sum_t dy * z`` is linear in z, whatever part of z a rank holds.
+is ``sum_r(gain * (x_r @ W_r.T))``. So the op moves nothing, and the gain stays in the GEMM's epilogue. Each term is rounded
+as often as without a gain (twice in the eager backend, unless gain = 1); scaling after the reduction would round once more.
+The gradient is a sum over ranks as well: ``sum_t dy * z`` is linear in z, whatever part of z a rank holds.
 
 Importing this module registers the raw ops' rules (torch.library.register_torch_dispatch); the public functions import it
-when the first DTensor comes.
+at their first DTensor.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -29,10 +29,10 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from gain_ops.backends import fakes
 from gain_ops.ops import dispatch
 
-# The operands and what comes out, then the rows. A letter is a placement on one dimension of the mesh:
+# The operands and the results, then the rows. A letter is a placement on one dimension of the mesh:
 #   R  replicated        T  some of the tokens        F  some of an activation's features, its last dimension
 #   P  a term of a sum   0  some rows of a weight, or entries of delta or a bias        1  some columns of a weight
-#   -  for an operand that must be None; one that is None fits everywhere
+#   -  the operand must be None; an operand that is None fits everywhere
 _RULES: dict[str, tuple[str, ...]] = {
     "scale": ("x delta -> y", "R R -> R", "T R -> T", "F 0 -> F", "P R -> P"),
     "linear": ("x weight delta bias -> y", "R R R R -> R", "T R R R -> T", "R 0 0 0 -> F", "F 1 R P -> P"),
@@ -66,7 +66,7 @@ _RULES: dict[str, tuple[str, ...]] = {
     "glu_ddelta": ("dh gate up -> ddelta", "R R R -> R", "T T T -> P", "F F F -> 0"),
     "rms_norm": ("x weight delta -> y r", "R R R -> R R", "T R R -> T T"),
     "rms_norm_backward": ("dy x weight delta r -> dx ddelta", "R R R R R -> R R", "T T R R T -> T P"),
-    # the public functions that are no raw op; a packed gate has gate and up in one dimension, which no shard of it keeps
+    # the public functions that are no raw op; in a packed gate, gate and up share one dimension, and a shard would split them
     "glu_packed": ("gate up delta -> h", "R - R -> R", "T - R -> T"),
     "mlp": (
         "x gate_weight up_weight down_weight delta gate_bias up_bias down_bias -> y",
@@ -105,14 +105,14 @@ def on_shards(rule: str, features: int, function: Callable[..., Tensor], *argume
         rule: the name of the rule in the table.
         features: the last size of the result.
         function: what computes it from plain tensors.
-        arguments: the rule's operands in its order, the first an activation [..., n]; then options, handed on as they are.
+        arguments: the rule's operands in its order, the first an activation [..., n]; then options, passed on unchanged.
 
     Returns:
-        A DTensor [..., features]. In backward the gradient of a parameter arrives in the parameter's own placements: its sum
-        over ranks, where they hold terms of it, is all that is communicated. An activation's gradient may be Partial.
+        A DTensor [..., features]. In backward the gradient of a parameter arrives in the parameter's own placements. Only its
+        sum over ranks is communicated, where the ranks hold terms of it. An activation's gradient may be Partial.
 
     Raises:
-        ValueError: operands that are not all DTensors on one mesh, or placements that no row takes.
+        ValueError: operands that are not all DTensors on one mesh, or placements that fit no row.
         RuntimeError: in a double backward.
 
     """
@@ -180,7 +180,7 @@ class _Layout:
                 local = tensor.to_local()
         else:
             if name not in _ACTIVATIONS and any(placement.is_partial() for placement in gradients):
-                tensor = tensor.redistribute(placements=tensor.placements)  # moves nothing but the gradient
+                tensor = tensor.redistribute(placements=tensor.placements)  # moves only the gradient
             local = tensor.to_local(grad_placements=gradients)
         return local * 0 if elsewhere else local
 
@@ -238,7 +238,7 @@ def _all_sharded(rule: str, operands: Mapping[str, Tensor]) -> dict[str, DTensor
     plain = [name for name in operands if name not in sharded]
     if plain:
         raise ValueError(
-            f"gain_ops {rule}: {', '.join(sharded)} came as DTensor and {', '.join(plain)} as a plain tensor. All "
+            f"gain_ops {rule}: got {', '.join(sharded)} as DTensor and {', '.join(plain)} as a plain tensor. All "
             "must be DTensors: an activation becomes one by DTensor.from_local, and a model's deltas go with their weights by "
             "gain_ops.integrations.tensor_parallel.place_gains(model)."
         )
@@ -258,10 +258,10 @@ def _refusal(rule: str, mesh: DeviceMesh, i: int, operands: Mapping[str, DTensor
     where = mesh.mesh_dim_names[i] if mesh.mesh_dim_names else str(i)
     return "\n".join(
         [
-            f"gain_ops {rule}: on dimension {where} of the mesh came {came}. It takes one of these, with all tokens "
+            f"gain_ops {rule}: on dimension {where} of the mesh it got {came}. It takes one of these, with all tokens "
             "sharded over one dimension:",
             *taken,
-            "Nothing is gathered to make others fit: redistribute() what is out of place. A delta goes with its weight by "
+            "No operand is gathered to make others fit: redistribute() the one that does not. A delta goes with its weight by "
             "gain_ops.integrations.tensor_parallel.place_gains(model).",
         ]
     )
@@ -279,8 +279,8 @@ def _said(placement: Placement) -> str:
 def _refuse_double_backward(dy: Tensor) -> None:
     if torch.is_grad_enabled():
         raise RuntimeError(
-            "create_graph=True reached a gain on DTensors, and torch's way from a DTensor to its shard cannot be "
-            "differentiated twice: take second derivatives in one process"
+            "create_graph=True reached a gain on DTensors, and torch cannot differentiate twice from a DTensor to its "
+            "shard: take second derivatives in one process"
         )
 
 

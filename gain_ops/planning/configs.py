@@ -1,4 +1,4 @@
-"""The models that ``gain-ops plan`` knows, the configs that it reads, and what a rank of tensor parallelism holds of one."""
+"""The models that ``gain-ops plan`` knows, the configs that it reads, and the part of a model on a tensor-parallel rank."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ BUNDLED: dict[str, dict[str, Any]] = {
 }
 """Sizes by name; the vocabulary is 128256 in all."""
 
-# What transformers' plans say of weights: split so that a rank's part is a smaller layer, split outside of blocks, whole.
+# The styles of weights in transformers' plans: split into smaller layers, split outside of blocks, not split.
 _SPLIT_IN_A_BLOCK = {"colwise", "rowwise"}
 _SPLIT_OUTSIDE = {"colwise_gather_output", "embedding_rowwise"}
 _WHOLE = {"replicated_with_grad_allreduce"}
@@ -73,7 +73,7 @@ def read_config(model: str) -> Any:
 
 
 def with_layers(config: Any, layers: int) -> Any:
-    """A copy of a config with so many layers."""
+    """A copy of a config with this number of layers."""
     config = copy.deepcopy(config)
     config.num_hidden_layers = layers
     if getattr(config, "layer_types", None) is not None:
@@ -82,14 +82,14 @@ def with_layers(config: Any, layers: int) -> Any:
 
 
 def split_config(config: Any, model: nn.Module, ranks: int) -> Any:
-    """The config of what one of ``ranks`` ranks computes under transformers' own plan of tensor parallelism.
+    """The config of the model that one of ``ranks`` ranks computes under transformers' own plan of tensor parallelism.
 
     ::
 
-        heads, key-value heads and the FFN's hidden neurons / ranks; the size of a head, the width and the vocabulary whole
+        heads, key-value heads and the FFN's hidden neurons / ranks; the size of a head, the width and the vocabulary undivided
 
     Args:
-        config: the whole model's.
+        config: the full model's.
         model: built from it.
         ranks: how many share it.
 
@@ -115,13 +115,13 @@ def split_config(config: Any, model: nn.Module, ranks: int) -> Any:
 
 
 def split_weights(model: nn.Module, ranks: int) -> dict[str, int]:
-    """By name the bytes of every parameter that one of ``ranks`` ranks holds under transformers' own plan, each once."""
+    """The bytes of every parameter that one of ``ranks`` ranks holds under transformers' own plan, by name, each once."""
     divided = _of_style(model, _SPLIT_IN_A_BLOCK | _SPLIT_OUTSIDE)
     return {name: p.nbytes // ranks if name in divided else p.nbytes for name, p in model.named_parameters()}
 
 
 def summed_weights(model: nn.Module) -> int:
-    """Bytes of the weights that transformers' plan leaves whole on each rank, each with a term of their gradient's sum."""
+    """Bytes of the weights that transformers' plan puts on each rank undivided; each rank has a term of their gradient."""
     named = _of_style(model, _WHOLE)
     return sum(parameter.nbytes for name, parameter in model.named_parameters() if name in named)
 

@@ -1,4 +1,4 @@
-"""What training a model takes, counted on the meta device: weights, what is kept for backward, the peak of a pass."""
+"""What training a model needs, counted on the meta device: weights, bytes saved for backward, the peak of a pass."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class Counts:
         frozen: weights that are not trained.
         trained: weights that are; a gradient takes as much, and AdamW's moments twice that.
         added: what the method put on the model, trained or not.
-        saved: kept for backward by a forward pass, parameters apart.
-        peak: the most that is alive of what a forward and a backward make, the gradients of parameters apart.
+        saved: saved for backward by a forward pass, without parameters.
+        peak: the most that a forward and a backward hold at once, without the gradients of parameters.
 
     """
 
@@ -63,8 +63,8 @@ def count(
 
         counts(L) = counts(2) + (L - 2) * (counts(3) - counts(2))      where all L blocks are alike
 
-    which is exact: a block more keeps what every block keeps, and the peak, without gradients, is reached before the first
-    block is done with.
+    which is exact: one more block saves what every block saves, and the peak, without gradients, is reached before the first
+    block is finished.
 
     Args:
         config: of transformers.
@@ -72,8 +72,8 @@ def count(
         tokens: of a pass.
         length: of a window, at most.
         dtype: of the frozen weights.
-        checkpointed: whether every block keeps its input alone and is run again.
-        alike: blocks_alike() of the model; one whose blocks differ is counted whole.
+        checkpointed: whether every block saves its input alone and is recomputed.
+        alike: blocks_alike() of the model; a model whose blocks differ is counted in full.
         eager: as in peak_bytes.
 
     Raises:
@@ -118,5 +118,5 @@ def _weights(model: nn.Module) -> int:
 
 
 def _drop(parameter: Tensor) -> None:
-    """A gradient leaves as soon as it is there: where it is kept is the strategy's."""
+    """Drop each gradient as soon as it exists: the strategy counts where it is stored."""
     parameter.grad = None

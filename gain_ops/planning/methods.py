@@ -1,6 +1,6 @@
-"""The ways to adapt a model: gains, PEFT's adapters, full fine-tuning and none of them, each put on a model in place.
+"""The ways to adapt a model: gains, PEFT's adapters, full fine-tuning, or none; each is put on a model in place.
 
-Plans, studies and benchmarks select from METHODS by name, and add what is their own.
+Plans, studies and benchmarks select from METHODS by name, and add their own options.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["DORA", "FROZEN", "FULL", "IA3", "IN_MODEL_DTYPE", "LORA", "METHODS",
 
 FROZEN, FULL = "frozen", "full fine-tuning"
 IA3, LORA, DORA = "(IA)^3", f"LoRA r={LORA_RANK}", f"DoRA r={LORA_RANK}"
-"""PEFT's, on the layers of gain-ffn and with adapters in fp32; what differs from that is appended to the name."""
+"""PEFT's methods, on the layers of gain-ffn and with adapters in fp32; a difference from this is appended to the name."""
 
 IN_MODEL_DTYPE = ", adapters in the model's dtype"
 ON_PEFTS_LAYERS = ", on PEFT's choice of layers"
@@ -28,7 +28,7 @@ ON_PEFTS_LAYERS = ", on PEFT's choice of layers"
 
 
 class Put(Protocol):
-    """Puts a method on a model, in place: what is trained requires a gradient. Returns what the library returns.
+    """Put a method on a model, in place: the trained parameters require a gradient. Returns the library's result.
 
     layers: full names of modules, instead of the method's own. backend: of gains.
     """
@@ -43,8 +43,8 @@ class Method:
     Attributes:
         name: in METHODS.
         put: puts it on a model.
-        line: what does that in a script.
-        package: what it needs, if anything.
+        line: the line of a script that does this.
+        package: the package that it needs, if any.
         targets: of gain_ops.apply; None without gains.
         fused: whether an FFN runs as one function.
     """

@@ -1,40 +1,40 @@
 """What fits on how many GPUs, and how: memory and traffic of a step under every strategy, from counts on the meta device.
 
-All bytes are of one GPU. With n GPUs in a group, W the weights, B those of the largest block, R those outside of the blocks, P
-what is trained, T the tokens, C the counts of plan_counts (exact for the model that a GPU computes):
+All bytes are of one GPU. n is the GPUs of a group, W the weights, B those of the largest block, R those outside of the blocks,
+P the trained parameters, T the tokens, and C the counts of counts.py (exact for the model that a GPU computes):
 
 ::
 
     replicated       weights W     states 3 P     gathered 0                    DDP: one model a GPU
     FSDP             weights W/n   states 3 P/n   gathered R + 3 B + 4 P_B      fully_shard() of the blocks, then of the model
-    TP               weights W_n   states 3 P_n   gathered 0                    what transformers' plan gives a rank
+    TP               weights W_n   states 3 P_n   gathered 0                    the part of a rank under transformers' plan
     TP t x FSDP n    FSDP of the part of one of t ranks
 
     peak = weights + states + gathered + saved + transient
     saved = C.saved               transient = max(C.peak, P of a GPU) - C.saved
 
-The states are the gradients, which DDP holds from the start, and AdamW's two moments. The transient is what is alive beyond the
-saved at the worst moment: of the loss, or of a block that runs again. After the backward AdamW (foreach) makes one tensor
-more for each parameter. FSDP2 has at once a block that is gathered, the buffer of the next and the copy out of it (3 B), for
-what is trained of a block two gradients and two buffers (4 P_B), and the rest of the model throughout (R). At the start, when
-nothing is saved, it has the rest twice, in its buffer and copied out, and the first block's buffer (2 R + B). Communication of
-TP and what NCCL allocates is not in it.
+*States* are the gradients and AdamW's two moments; DDP allocates gradients at the start. *Transient* memory is what exists
+beyond the saved activations at the peak, either in the loss or in a recomputed block. After the backward, AdamW (foreach) makes
+one more tensor for each parameter. FSDP2 holds up to three block-sized buffers at once (3 B): the gathered block, the next
+block's buffer and its copy-out. For the trained parameters of a block it holds two gradients and two buffers (4 P_B), and the
+root parameters throughout (R). At the start, when nothing is saved, it holds the root twice, in its buffer and copied out, and
+the first block's buffer (2 R + B). The buffers of tensor parallelism and NCCL's memory are not counted.
 
-Traffic is what each GPU sends in a step, by rings: an all-gather or a reduce-scatter of x bytes sends (n-1)/n x, an all-reduce
-twice that. With A = T * hidden and V = T * vocabulary numbers:
+Traffic is what each GPU sends in a step, by rings: an all-gather or a reduce-scatter of x bytes sends (n-1)/n x, and an
+all-reduce twice as much. With A = T * hidden and V = T * vocabulary numbers:
 
 ::
 
     replicated       all-reduce of P
     FSDP             all-gather of 2 (W - R) + R, reduce-scatter of P; a frozen weight has no gradient to reduce
-    TP               all-reduce of A: 2 a block forward, 5 backward, 1 again where blocks run again, 2 for embeddings and head;
+    TP               all-reduce of A: 2 a block forward, 5 backward, 1 more for recomputed blocks, 2 for embeddings and head;
                      all-gather of V; all-reduce of the gradients of which each rank has a term
 
-The all-reduces of A are Llama's: forward one for each row-parallel layer, o_proj and down_proj; backward one for the input of
-each column-parallel layer, q, k, v, gate and up, where a fused FFN has one for the last two. A block that runs again stops
-before its last one, of which nothing is kept; where a norm follows it, as in Gemma 2, it is sent again, which is not counted.
-Gradients that ranks have terms of are those of gains on the output side and of LoRA's B. That of a shard is its rank's own,
-and that of a norm between two layers the same on every rank.
+The all-reduces of A are Llama's. Forward has one for each row-parallel layer, o_proj and down_proj. Backward has one for the
+input of each column-parallel layer: q, k, v, gate and up; a fused FFN has one for the last two. A recomputed block stops before
+its last all-reduce, of which nothing is saved; where a norm follows, as in Gemma 2, this all-reduce is sent again, and is not
+counted. Each rank has a term of the gradients of output-side gains and of LoRA's B. The gradient of a shard is its rank's own,
+and the gradient of a norm between two layers is the same on every rank.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ __all__ = [
 
 GIB = 2**30
 NODE = 8
-"""GPUs of a machine. A group of tensor parallelism spans no more: its all-reduces would cross the network."""
+"""GPUs of a machine. A group of tensor parallelism is no larger, or its all-reduces would cross the network."""
 
 _GAINS = ("gain", "gain, lean", "gain-ffn", "gain-ffn, lean", "gain-ffn, fused", "gain-ffn, fused, lean")
 PLANNED = {name: METHODS[name] for name in (*_GAINS, LORA, LORA + IN_MODEL_DTYPE, FULL)}
@@ -83,9 +83,9 @@ PLANNED = {name: METHODS[name] for name in (*_GAINS, LORA, LORA + IN_MODEL_DTYPE
 
 @dataclass(frozen=True)
 class Job:
-    """What is asked: a model's config, GPUs, bytes of each, tokens of a step on each, of a window, and the frozen dtype.
+    """The question: a model's config, GPUs, bytes of each, tokens of a step on each, of a window, and the frozen dtype.
 
-    reserve is what is left to the CUDA context, the libraries' workspaces and fragments, which no count sees.
+    reserve is for the CUDA context, the libraries' workspaces and fragments, which are not counted.
 
     Raises:
         ValueError: a number below 1, a reserve that leaves nothing, or tokens that are no whole number of windows.
@@ -113,7 +113,7 @@ class Job:
 class Strategy:
     """How the GPUs share the work: ``tensor`` of them a layer's GEMMs, and ``sharded`` of them the weights of such a part.
 
-    The rest are replicas: ``gpus = tensor * sharded * replicas``. obstacle says why it cannot be, or is None.
+    The rest are replicas: ``gpus = tensor * sharded * replicas``. obstacle says why the strategy is impossible, or is None.
     """
 
     name: str
@@ -209,7 +209,7 @@ def rows(job: Job, methods: Sequence[Method] = tuple(PLANNED.values())) -> Itera
             if isinstance(counts, str):
                 row = replace(row, obstacle=counts)
             else:
-                # the first strategy splits no layer, and what cannot be counted whole cannot be in parts
+                # the first strategy splits no layer; a model that cannot be counted in full cannot be counted in parts
                 whole = counted[1, method.name, checkpointed]
                 assert isinstance(whole, Counts)
                 row = _filled(row, job, model, counts, _summed(model, share.tensor, counts, whole))
@@ -219,7 +219,7 @@ def rows(job: Job, methods: Sequence[Method] = tuple(PLANNED.values())) -> Itera
 def recommend(found: Sequence[Row], family: str) -> Row | None:
     """The first that fits, or None: the fewest changes first.
 
-    In order: how the GPUs share the work, then whether blocks run again, then what a gain keeps.
+    In order: how the GPUs share the work, then whether blocks are recomputed, then what a gain saves for backward.
 
     Args:
         found: of rows().
@@ -247,8 +247,8 @@ def sizes_of(model: nn.Module, tensor: int = 1) -> Sizes:
 def gathered_at_once(sizes: Sizes, trained: int, alive: int) -> int:
     """Bytes that FSDP2 has gathered at once, at most: ``max(R + 3 B + 4 P_B, 2 R + B - alive)``.
 
-    alive is what a pass has beside it at its worst moment, saved and transient: of that there is nothing yet at the start,
-    when the root is gathered.
+    alive is what a pass holds beside it at its peak, saved and transient; none of this exists yet at the start, when the
+    root is gathered.
     """
     in_the_blocks = sizes.root + 3 * sizes.block + 4 * math.ceil(trained / sizes.layers)
     return max(in_the_blocks, 2 * sizes.root + sizes.block - alive)
@@ -268,7 +268,7 @@ def _obstacle(config: Any, model: nn.Module, ranks: int) -> str | None:
 
 
 def _counts(job: Job, config: Any, method: Method, checkpointed: bool, alike: bool) -> Counts | str:
-    """The counts, or why this method cannot be had."""
+    """The counts, or why this method is impossible."""
     if method.package is not None and importlib.util.find_spec(method.package) is None:
         return f"{method.package} is not installed"
     try:
@@ -280,7 +280,7 @@ def _counts(job: Job, config: Any, method: Method, checkpointed: bool, alike: bo
 def _summed(model: nn.Module, ranks: int, part: Counts, whole: Counts) -> int:
     """Bytes of gradients that tensor parallelism sums over ranks.
 
-    Of R bytes that every rank has whole and S that are sharded, a part has ``R + S / ranks`` and the whole ``R + S``.
+    With R bytes that every rank has undivided and S that are sharded, a part has ``R + S / ranks`` and the model ``R + S``.
     """
     if ranks == 1:
         return 0
@@ -324,5 +324,5 @@ def _tensor_traffic(job: Job, row: Row, layers: int) -> int:
 
 
 def _ring(nbytes: int, ranks: int) -> int:
-    """What each of ``ranks`` sends to gather, or to reduce and scatter, so many bytes; an all-reduce is both."""
+    """What each of ``ranks`` sends to gather, or to reduce and scatter, these bytes; an all-reduce is both."""
     return math.ceil(nbytes * (ranks - 1) / ranks)

@@ -1,4 +1,4 @@
-"""Adapts a language model to a domain by gains, and measures what that did: the work of ``gain-ops adapt``."""
+"""Adapts a language model to a domain by gains, and measures the result: the work of ``gain-ops adapt``."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ from gain_ops.utils.files import replace_file
 __all__ = ["FILES", "Settings", "Watcher", "adapt"]
 
 GAINS, FIGURES, TABLE, PLOT = FILES = ("gains.safetensors", "report.json", "report.md", "plot.png")
-"""What :func:`adapt` writes into its folder."""
+"""The files that :func:`adapt` writes into its folder."""
 
 _VALIDATION_WINDOWS = 12
 _VALIDATION_SEED = 0  # not the user's: runs with different seeds are measured on the same windows
@@ -54,13 +54,13 @@ _POOL = 16  # windows tokenised for each window drawn, so that a draw meets many
 
 
 class Watcher(Protocol):
-    """Is told how an adaptation goes, and may stop its training."""
+    """Follows an adaptation, and may stop its training."""
 
     def phase(self, text: str) -> None:
         """What begins now."""
 
     def notice(self, text: str) -> None:
-        """Something that a reader of the figures should know."""
+        """A note that a reader of the figures should know."""
 
     def training(self, steps: int) -> AbstractContextManager[object]:
         """Entered for the time of the training."""
@@ -78,15 +78,15 @@ class Watcher(Protocol):
 def adapt(settings: Settings, watcher: Watcher) -> Report:
     """Put gains on a model, train them on a domain, and measure perplexity, memory and absorption.
 
-    The gain file is written as soon as the training ends, so a run that is stopped while it measures has it too. Until
-    then the files of an earlier run in ``settings.out`` stay as they are.
+    The gain file is written as soon as the training ends, so a run that is stopped while it measures has one too. Until then
+    the files of an earlier run in ``settings.out`` stay as they are.
 
     Returns:
         The figures, as in ``report.json``; not ``finished`` where ``watcher`` stopped the training.
 
     Raises:
-        UsageError: settings or data that do not fit; a folder that holds a gain file, without ``force``; or one in which
-            files of these names are from something else.
+        UsageError: settings or data that do not fit; a folder that holds a gain file, without ``force``; or a folder with
+            files of these names from something else.
         FileError: files that cannot be read or written.
         MissingPackageError: a package that the plot or the model needs is missing.
         DivergedError: the loss stopped being finite.
@@ -152,7 +152,7 @@ def adapt(settings: Settings, watcher: Watcher) -> Report:
         for domain, text in zip(figures, texts, strict=True):
             domain.after = perplexity(model, text.validation)
         clock.lap("perplexity after")
-        watcher.phase("absorbing the gains, and counting what a step keeps for backward")
+        watcher.phase("absorbing the gains, and counting what a step saves for backward")
         _measure_the_rest(report, model, texts[0].validation[:_LOGIT_WINDOWS], batches[0])
         clock.lap("absorbing and memory")
         report.finished = True
@@ -170,7 +170,7 @@ class _Text:
 
 
 class _Clock:
-    """Seconds of each part of a run, and of all of it."""
+    """Seconds of each part of a run, and in total."""
 
     def __init__(self) -> None:
         self.laps: dict[str, float] = {"total": 0.0}
@@ -190,7 +190,7 @@ def _check_folder(out: Path, *, force: bool) -> None:
     present = [name for name in FILES if (out / name).exists()]
     if present and not written_here(out / FIGURES):
         raise UsageError(
-            f"{out} holds {', '.join(present)} from something else than gain-ops adapt: name another folder (--out)"
+            f"{out} holds {', '.join(present)}, not written by gain-ops adapt: name another folder (--out)"
         )
     if GAINS in present and not force:
         raise UsageError(
@@ -207,14 +207,14 @@ def _apply(model: nn.Module, settings: Settings) -> Applied:
 def _tokenised(
     target: Domain, held_out: list[Domain], tokenizer: Tokenizer, settings: Settings, watcher: Watcher
 ) -> list[_Text]:
-    """The domain to adapt to, then the held-out ones that have text enough."""
+    """The domain to adapt to, then the held-out ones that have enough text."""
     length = settings.sequence_length
     wanted = settings.steps * settings.batch_size
     came, train_windows = _windows(target.train, tokenizer, length, wanted, settings.seed)
     held, validation = _windows(target.validation, tokenizer, length, _VALIDATION_WINDOWS, _VALIDATION_SEED)
     if came < settings.batch_tokens or held < length:
         raise UsageError(
-            f"too little text in {target.source}: {came} tokens came to train on and {held} to measure on, at least "
+            f"too little text in {target.source}: got {came} tokens to train on and {held} to measure on, at least "
             f"{settings.batch_tokens} and {length} are needed: give more text, or lower --batch-tokens and "
             "--sequence-length"
         )
@@ -229,7 +229,7 @@ def _tokenised(
 
 
 def _windows(documents: Sequence[str], tokenizer: Tokenizer, length: int, count: int, seed: int) -> tuple[int, Tensor]:
-    """The tokens there were to draw from, and the windows drawn from them."""
+    """How many tokens the text has, and the windows drawn from them."""
     stream = domains.token_stream(documents, tokenizer, limit=_POOL * count * length)
     return stream.numel(), domains.cut_windows(stream, length=length, count=count, seed=seed)
 
@@ -260,7 +260,7 @@ def _measure_the_rest(report: Report, model: nn.Module, ids: Tensor, batch: Tens
 
 @file_errors()
 def _write(report: Report, out: Path) -> None:
-    """The figures; with a finished run its table and plot, and otherwise neither, also not those of an earlier run."""
+    """Write the figures, and for a finished run its table and plot; otherwise remove those of an earlier run."""
     replace_file(out / FIGURES, lambda path: write_json(report, path))
     if report.finished:
         replace_file(out / TABLE, lambda path: path.write_text(to_markdown(report), encoding="utf-8"))

@@ -31,15 +31,13 @@ __all__ = [
 
 _VALIDATION_SHARE = 0.10  # of a domain's characters
 _LARGEST_VALIDATION_SHARE = 0.30
-_MAX_BYTES = (
-    64 * 2**20
-)  # read of a user's data, unless it is said how much: far more than a run of the commands can train on
+_MAX_BYTES = 64 * 2**20  # read of a user's data by default: far more than a run of the commands can train on
 _SHORTEST_README = 200  # characters: below it a description is a sentence, not a text
 _TEST_FOLDERS = {"__pycache__", "dist-packages", "idle_test", "lib2to3", "site-packages", "test", "tests"}
 
 
 class Tokenizer(Protocol):
-    """What is asked of a tokenizer: transformers' own have it."""
+    """What is needed of a tokenizer; transformers' own have it."""
 
     @property
     def eos_token_id(self) -> int | None:
@@ -60,7 +58,7 @@ class Domain:
 
 
 def python_source() -> Domain:
-    """Python source: the standard library of the running interpreter, its tests left out."""
+    """Python source: the standard library of the running interpreter, without its tests."""
     root = Path(sysconfig.get_path("stdlib"))
     files = [path for path in sorted(root.rglob("*.py")) if not _TEST_FOLDERS & set(path.relative_to(root).parts)]
     texts = [text for path in files if (text := _read_text(path)) is not None]
@@ -96,11 +94,11 @@ def readme_bodies() -> Domain:
 
 
 def from_path(path: Path, *, limit: int = _MAX_BYTES) -> Domain:
-    """The user's own text: one UTF-8 file, or every UTF-8 file below a folder (hidden ones left out).
+    """The user's own text: one UTF-8 file, or every UTF-8 file below a folder (except hidden ones).
 
     Args:
         path: of the file or the folder.
-        limit: bytes that are read at most, in the order of the paths; 64 MiB unless you say otherwise.
+        limit: the most bytes to read, in the order of the paths; 64 MiB by default.
 
     Raises:
         FileNotFoundError: there is nothing at ``path``.
@@ -121,9 +119,9 @@ def from_path(path: Path, *, limit: int = _MAX_BYTES) -> Domain:
 def split_domain(name: str, documents: Iterable[str], *, source: str) -> Domain:
     """Divide documents into a training part and a validation part, about nine to one by characters.
 
-    Repeated documents count once. The split goes by document, in the order of the documents' hashes, so it depends on
-    neither file names nor their order; where no choice of whole documents comes near the share (one long file), each
-    document is cut at a line end and its tail goes to the validation part.
+    Repeated documents count once. The split goes by document, in the order of the documents' hashes, so it does not depend on
+    file names or their order. Where no choice of complete documents is near the share (one long file), each document is cut at
+    a line end, and its tail goes to the validation part.
     """
     unique = sorted({text for text in documents if text.strip()}, key=_digest)
     total = sum(map(len, unique))
@@ -146,7 +144,7 @@ def split_domain(name: str, documents: Iterable[str], *, source: str) -> Domain:
 def token_stream(documents: Sequence[str], tokenizer: Tokenizer, *, limit: int) -> Tensor:
     """The documents' tokens one after the other, an end-of-text token after each.
 
-    Documents are read until ``limit`` tokens have come; the last one is kept whole.
+    Documents are read until there are ``limit`` tokens; the last one is read to its end.
 
     Returns:
         int64 [tokens].
@@ -166,7 +164,7 @@ def cut_windows(stream: Tensor, *, length: int, count: int, seed: int) -> Tensor
     Args:
         stream: int64 [tokens].
         length: tokens in a window.
-        count: windows asked for; fewer come where the stream is shorter.
+        count: windows asked for; fewer are returned where the stream is shorter.
         seed: of the draw; the same seed gives the same windows in the same order.
 
     Returns:

@@ -31,7 +31,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model in evaluation mode, its tokenizer, a name for tables, and the file or folder it came from."""
+    """A model in evaluation mode, its tokenizer, a name for tables, and its file or folder."""
 
     model: nn.Module
     tokenizer: Tokenizer
@@ -61,13 +61,13 @@ def load_model(path: Path, *, dtype: torch.dtype | None, device: torch.device) -
 
     Args:
         path: where the model is. A folder with a ``config.json`` is a transformers model.
-        dtype: of the weights; None keeps the checkpoint's own (a GGUF file is dequantised to float32).
+        dtype: of the weights; None means the checkpoint's own (a GGUF file is dequantised to float32).
         device: where the model goes.
 
     Raises:
         MissingFileError: there is no model at ``path``.
-        UsageError: the folder holds several GGUF files and no ``config.json``, or what transformers cannot load.
-        MissingPackageError: a GGUF file, and the package ``gguf`` is not installed.
+        UsageError: the folder holds several GGUF files and no ``config.json``, or a model that transformers cannot load.
+        MissingPackageError: the model is a GGUF file, and the package ``gguf`` is not installed.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -89,17 +89,17 @@ def load_model(path: Path, *, dtype: torch.dtype | None, device: torch.device) -
 
 
 def check_length(model: nn.Module, length: int) -> None:
-    """Raise ValueError where the model takes no windows of so many tokens."""
+    """Raise ValueError if the model takes no windows of this length."""
     limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     if limit is not None and length > limit:
         raise UsageError(f"sequence length is {length}: this model takes at most {limit} tokens (--sequence-length)")
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device called ``name``; ``auto`` is CUDA where there is one, and the CPU elsewhere.
+    """The device called ``name``; ``auto`` is CUDA if there is one, and otherwise the CPU.
 
     Raises:
-        ValueError: the name is unknown, or CUDA is asked for and there is none.
+        ValueError: the name is unknown, or it is CUDA's and there is no CUDA device.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -122,7 +122,7 @@ def resolve_dtype(name: str) -> torch.dtype:
 
 
 def _locate(path: Path) -> tuple[Path, str | None]:
-    """The folder to load from, and the GGUF file's name in it where it is one."""
+    """The folder to load from, and the GGUF file's name in it for a GGUF file."""
     if path.is_file():
         if path.suffix != ".gguf":
             raise UsageError(f"{path} is not a model: give a .gguf file, or the folder of a transformers model")

@@ -1,4 +1,4 @@
-"""The training loop: plain PyTorch, for the parameters that are left to train."""
+"""The training loop: plain PyTorch, for the parameters that require a gradient."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ class History:
 def learning_rate(step: int, *, steps: int, peak: float, warmup: int) -> float:
     """Linear warm-up, then a half cosine: ``peak * step / warmup``, then ``peak * (1 + cos(pi * t)) / 2``.
 
-    ``t`` runs from 0 at the end of the warm-up towards 1, which it would reach one step after the last: no step is
-    spent at a rate of zero.
+    ``t`` runs from 0 at the end of the warm-up towards 1, which it would reach one step after the last: no step has a rate
+    of zero.
 
     Args:
         step: from 1 to ``steps``.
-        steps: of the whole run.
+        steps: of the full run.
         peak: the highest rate.
         warmup: steps of the warm-up; 0 for none.
     """
@@ -58,7 +58,7 @@ def learning_rate(step: int, *, steps: int, peak: float, warmup: int) -> float:
 
 
 def draw_batches(windows: Tensor, *, batch_size: int, steps: int, seed: int) -> list[Tensor]:
-    """Batches for ``steps`` steps: every window once, in shuffled order, before any comes again.
+    """Batches for ``steps`` steps: every window once, in shuffled order, before any repeats.
 
     Args:
         windows: int64 [windows, tokens].
@@ -70,11 +70,11 @@ def draw_batches(windows: Tensor, *, batch_size: int, steps: int, seed: int) -> 
         ``steps`` tensors, int64 [batch_size, tokens].
 
     Raises:
-        ValueError: there are fewer windows than one batch takes.
+        ValueError: fewer windows than one batch takes.
     """
     if len(windows) < batch_size:
         raise UsageError(
-            f"{len(windows)} training windows came, but one batch takes {batch_size}: "
+            f"got {len(windows)} training windows, but one batch takes {batch_size}: "
             "give more text, or a smaller batch or window"
         )
     generator = torch.Generator().manual_seed(seed)
@@ -105,20 +105,20 @@ def train(
         lr: the peak learning rate.
         warmup: steps of linear warm-up; None takes a fifth of the steps, at most 5.
         max_grad_norm: gradients are scaled down to this norm.
-        after_backward: called when the loss's gradients are there and before they are scaled; what regularises adds its own
-            to them. It is not in the losses of the history.
+        after_backward: called after the loss's gradients are computed and before they are scaled; a regulariser adds its own
+            gradients here. Its loss is not in the history.
         on_step: called after each step.
-        should_stop: asked after each step; True ends the run there, with the step's update made.
+        should_stop: called after each step; True ends the run there, after the step's update.
 
     Raises:
-        ValueError: nothing requires a gradient, or there are no batches.
+        ValueError: nothing requires a gradient, or no batches.
         FloatingPointError: a loss or gradient that is not finite; the parameters are those of the step before.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not parameters:
         raise ValueError("no parameter of the model requires a gradient: put gains on it first (gain_ops.apply)")
     if not batches:
-        raise ValueError("no batches came: training needs at least one")
+        raise ValueError("got no batches: training needs at least one")
     warmup = min(5, len(batches) // 5) if warmup is None else warmup
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
     history = History()

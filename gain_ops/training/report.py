@@ -1,4 +1,4 @@
-"""The figures of one adaptation, and how they are written: JSON, a Markdown table, a plot."""
+"""The figures of one adaptation, written as JSON, a Markdown table and a plot."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 WRITTEN_BY = "gain-ops adapt"
-"""Stands in every report.json, so that a later run knows the folder's files for its own."""
+"""An entry of every report.json, by which a later run recognises the folder's files as its own."""
 
 _BEFORE = "#8a8f98"
 _AFTER = "#0b6bcb"
@@ -38,7 +38,7 @@ _AFTER = "#0b6bcb"
 
 @dataclass
 class DomainFigures:
-    """One domain: where its text is from, its windows and their hash, and the perplexity of the validation windows.
+    """One domain: the source of its text, its windows and their hash, and the perplexity of the validation windows.
 
     A held-out domain has no training windows.
     """
@@ -70,7 +70,7 @@ class TrainingFigures:
 
 @dataclass(frozen=True)
 class GainFigures:
-    """The layers with a gain, what was trained of how many parameters in the model, and the gain file's size."""
+    """The layers with a gain, the trained parameters and all parameters of the model, and the gain file's size."""
 
     layers: list[str]
     parameters: int
@@ -80,7 +80,7 @@ class GainFigures:
 
 @dataclass(frozen=True)
 class BackwardBytes:
-    """Bytes kept for backward by a step of ``tokens``: with the gains, and with LoRA (None where PEFT is missing)."""
+    """Bytes saved for backward by a step of ``tokens``: with the gains, and with LoRA (None where PEFT is missing)."""
 
     tokens: int
     gain: int
@@ -89,7 +89,7 @@ class BackwardBytes:
 
 @dataclass(frozen=True)
 class AbsorbFigures:
-    """The largest rounding error of an absorbed weight, and what it does to the logits of a validation batch."""
+    """The largest rounding error of an absorbed weight, and its effect on the logits of a validation batch."""
 
     max_weight_error: float
     max_logit_difference: float
@@ -98,7 +98,7 @@ class AbsorbFigures:
 
 @dataclass
 class Report:
-    """All figures of one adaptation. What is measured after the training is None in a run that was stopped."""
+    """All figures of one adaptation. Figures measured after the training are None in a run that was stopped."""
 
     date: str
     model: str
@@ -115,7 +115,7 @@ class Report:
     written_by: str = WRITTEN_BY
 
     def headline(self) -> str:
-        """What was run, in one sentence."""
+        """The run in one sentence."""
         training, arguments = self.training, self.arguments
         return (
             f"{self.model} on {self.domains[0].name}: {len(training.losses)} steps of {training.tokens_per_step} "
@@ -135,7 +135,7 @@ class Report:
         return rows
 
     def figure_rows(self) -> list[tuple[str, str]]:
-        """Rows (what, figure) as text, those that were measured."""
+        """Rows (what, figure) as text, of the measured figures."""
         gains = self.gains
         share = 100 * gains.parameters / gains.model_parameters
         rows = [
@@ -171,7 +171,7 @@ def write_json(report: Report, path: Path) -> None:
 
 
 def to_markdown(report: Report) -> str:
-    """The figures as two Markdown tables under the sentence that says what was run."""
+    """The figures as two Markdown tables under a sentence on the run."""
     target, environment = report.domains[0], report.environment
     measured_on = f"{target.validation_windows} windows of {target.window_tokens} tokens"
     lines = [
@@ -194,7 +194,7 @@ def to_markdown(report: Report) -> str:
 def write_plot(report: Report, path: Path) -> None:
     """The loss by step, and the perplexity of each domain before and after, as a PNG.
 
-    The training loss of a step is of that step's text and hides what was learned; the validation loss does not.
+    The training loss of a step is of that step's text, so it hides what was learned; the validation loss does not.
     """
     from matplotlib.figure import Figure
 
@@ -262,7 +262,7 @@ def _log_ticks(low: float, high: float) -> list[float]:
 def _backward_rows(backward: BackwardBytes, layers: int) -> list[tuple[str, str]]:
     from gain_ops.measure.step_bytes import LORA_RANK
 
-    rows = [(f"kept for backward by a step of {backward.tokens} tokens", size_text(backward.gain))]
+    rows = [(f"saved for backward by a step of {backward.tokens} tokens", size_text(backward.gain))]
     what = f"the same with LoRA r={LORA_RANK} on the same {layers} layers"
     if backward.lora is None:
         return [*rows, (what, "not measured: the package peft is not installed (pip install peft)")]

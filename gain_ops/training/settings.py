@@ -1,4 +1,4 @@
-"""What ``gain-ops adapt`` is asked to do; without torch, as the command's options are declared by it."""
+"""The settings of ``gain-ops adapt``; without torch, since the command's options are declared from them."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ __all__ = ["Settings"]
 
 @dataclass(frozen=True)
 class Settings:
-    """What :func:`gain_ops.training.adaptation.adapt` is asked to do; the command line's options by the same names.
+    """The settings of :func:`gain_ops.training.adaptation.adapt`; the command line's options have the same names.
 
-    ``model`` None is SmolLM2-135M-Instruct, ``data`` None is Python source. ``targets`` is a preset of
-    ``gain_ops.apply`` or patterns of module names, divided by commas. ``force`` lets a gain file of an earlier run be
-    replaced.
+    ``model`` None is SmolLM2-135M-Instruct, ``data`` None is Python source. ``targets`` is a preset of ``gain_ops.apply``,
+    or patterns of module names separated by commas. ``force`` allows the run to replace a gain file of an earlier run.
 
     Raises:
         ValueError: a number out of its range.

@@ -1,1 +1,1 @@
-"""Leaves that know nothing of gains: files, DTensors, words."""
+"""Helpers that know nothing of gains: files, DTensors, words."""

@@ -1,4 +1,4 @@
-"""DTensors: asked for, gathered and filled, without importing torch.distributed where there is none."""
+"""DTensors: recognised, gathered and filled, without importing torch.distributed where there is none."""
 
 from typing import TYPE_CHECKING, cast
 
@@ -19,7 +19,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def copy_delta(delta: Tensor, into: Tensor) -> None:
-    """Copy values, the same on every rank, into a layer's delta, sharded as that is; nothing is sent."""
+    """Copy values, the same on every rank, into a layer's delta, in delta's own sharding; nothing is sent."""
     if is_sharded(into):
         from torch.distributed.tensor import distribute_tensor
 

@@ -1,7 +1,7 @@
-"""What gain_ops raises about what it was given: errors with one base, each beside the built-in that it is a kind of.
+"""The package's own errors: one base, and each error also derives from the built-in error of its kind.
 
-Messages say what came, what was expected and what to do. Of tensors that do not fit each other, gain_linear and its kind
-raise plain ValueError and TypeError, as torch does.
+Messages say what they got, what was expected and what to do. For tensors that do not fit each other, gain_linear and the other
+functions on tensors raise plain ValueError and TypeError, as torch does.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = [
 
 
 class GainOpsError(Exception):
-    """The base of gain_ops' own errors: its message is for the caller, who can mend what it names."""
+    """The base of the package's own errors: the message is for the caller, who can correct what it names."""
 
 
 class UsageError(GainOpsError, ValueError):
@@ -51,10 +51,10 @@ class DivergedError(GainOpsError, FloatingPointError):
 
 @contextmanager
 def file_errors() -> Iterator[None]:
-    """Turn what the system says of a file that the caller named into a FileError.
+    """Turn an OSError on a file that the caller named into a FileError.
 
     Raises:
-        FileError: in the place of any OSError.
+        FileError: in place of any OSError.
 
     """
     try:

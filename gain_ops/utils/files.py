@@ -1,4 +1,4 @@
-"""Files and folders that are whole or absent: written beside their place, then moved into it."""
+"""Files and folders that are complete or absent: written beside their place, then moved into it."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _BUFFER = 4 << 20
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Call ``write`` with a path beside ``path``, then move what it wrote, once it is on the disk, to ``path``.
+    """Call ``write`` with a path beside ``path``; once the new file is on the disk, move it to ``path``.
 
-    The folder of ``path`` is made where there is none, and of a link the file that it leads to is replaced. An error in
-    ``write`` leaves an earlier file at ``path`` as it was.
+    The folder of ``path`` is made if it is missing. If ``path`` is a link, the file that it leads to is replaced. After an
+    error in ``write`` an earlier file at ``path`` is as it was.
 
     Raises:
         IsADirectoryError: ``path`` is a folder.
@@ -55,7 +55,7 @@ def copy_file(source: Path, target: Path, advance: Callable[[int], object]) -> N
         for copied in _copied_by_system(reader.fileno(), writer.fileno(), left):
             left -= copied
             advance(copied)
-        reader.seek(size - left)  # the system moved the descriptors, of which Python's buffers need not know
+        reader.seek(size - left)  # the system moved the descriptors, and Python's buffers may not know it
         writer.seek(size - left)
         while left:
             block = reader.read(min(left, _BUFFER))
@@ -71,7 +71,7 @@ class StagedFolder:
 
     Attributes:
         folder: where to write.
-        finished: the files that are finished there, by name, each with what finish() was told of it.
+        finished: the finished files there, by name, each with the note that finish() got.
 
     """
 
@@ -100,23 +100,23 @@ class StagedFolder:
         replace_file(self._journal, lambda beside: beside.write_text(text, encoding="utf-8"))
 
     def discard(self) -> None:
-        """Let nothing be left of what is here, should the block end with an error."""
+        """Leave nothing of this folder, if the block ends with an error."""
         self.finished.clear()
 
 
 def stage_of(path: Path) -> Path:
-    """Where staged_folder() keeps what will take the place of ``path``."""
+    """Where staged_folder() puts the folder that will replace ``path``."""
     path = path.resolve()
     return path.with_name(f".part-{path.name}")
 
 
 @contextmanager
 def staged_folder(path: Path, identity: str) -> Iterator[StagedFolder]:
-    """A folder to write into, which takes the place of ``path`` if the block ends without an error.
+    """A folder to write into, which replaces ``path`` if the block ends without an error.
 
-    It lies beside ``path``, under the same name in every run. A run that is cut, even by a crash, leaves the files that
-    it finished: the next one with the same ``identity`` finds them, one with another identity starts anew. An error
-    before the first file is finished leaves nothing.
+    It lies beside ``path``, under the same name in every run. An interrupted run, even a crash, leaves the files that it
+    finished. The next run with the same ``identity`` finds them; a run with another identity starts again. An error before
+    the first file is finished leaves nothing.
 
     Raises:
         OSError: another run is writing there, or the folder cannot be made or moved.
@@ -127,7 +127,7 @@ def staged_folder(path: Path, identity: str) -> Iterator[StagedFolder]:
     old = stage / "old"
     stage.mkdir(parents=True, exist_ok=True)
     with _locked(stage, path):
-        if old.exists():  # cut while it was moved into place
+        if old.exists():  # interrupted while it was moved into place
             shutil.rmtree(old) if path.exists() else old.rename(path)
         staged = StagedFolder(stage, identity)
         try:
@@ -156,7 +156,7 @@ def _locked(stage: Path, path: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise BusyError(f"another run is writing {path}: wait for it, or name another folder") from None
-        except (ImportError, OSError):  # Windows, and file systems without locks: two runs are not kept apart
+        except (ImportError, OSError):  # Windows, and file systems without locks: nothing separates two runs
             pass
         yield
 
@@ -172,8 +172,8 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _copied_by_system(source: int, target: int, size: int) -> Iterator[int]:
-    """Bytes copied, call after call, until all are or the system cannot go on: between some file systems it cannot."""
-    with suppress(OSError, AttributeError):  # the latter where there is no such call
+    """Bytes copied, call after call, until all are copied or the system stops: between some file systems it cannot copy."""
+    with suppress(OSError, AttributeError):  # AttributeError where the system has no such call
         while size and (copied := os.copy_file_range(source, target, min(size, _AT_ONCE))):
             size -= copied
             yield copied

@@ -2,7 +2,7 @@
 
 backend.py           the functions that this package offers
 linear_forward.py    y = gain * (x @ W.T) + b in a GEMM's epilogue
-linear_backward.py   a GEMM that writes dz or dx and the partials of ddelta: the backwards from a saved x
+linear_backward.py   a GEMM that writes dz or dx and the partial sums of ddelta: the backward passes from a saved x
 rows.py              one bandwidth-bound pass: the backward from a saved z, and the scaling of an operand
 glu.py               the gain in an FFN's activation, forward and backward
 rms_norm.py          the gain in an RMSNorm, forward and backward
@@ -12,9 +12,9 @@ config.py            launch configurations and their heuristics
 devices.py           the device that a kernel is launched on
 tables.py            the configuration of a launch: tuned, or the heuristic's
 tuning.py            opt-in tuning, cached as JSON
-recording.py         a driver with no device, which records launches
-aot.py               every configuration compiled ahead of time, as a launch compiles it, with no GPU
+recording.py         a Triton driver without a device, which records launches
+aot.py               every configuration compiled ahead of time, as a launch compiles it, without a GPU
 
-The folder is installed as ``gain_ops.kernels``. ``glu`` and ``rms_norm`` are modules here, so that the functions of these names
-are in backend.py alone.
+The folder is installed as ``gain_ops.kernels``. ``glu`` and ``rms_norm`` are modules here, so only backend.py has the functions
+of these names.
 """

@@ -17,12 +17,12 @@ from gain_ops.kernels.config import GemmConfig
 from gain_ops.kernels.devices import persistent_programs
 
 GEMM_UNIT = tl.constexpr(8)
-"""Elements of 16 bits in 16 bytes: the sizes and row strides of a fused GEMM are multiples of it (operands.fuses)."""
+"""16-bit elements in 16 bytes: the sizes and row strides of a fused GEMM are multiples of it (operands.fuses)."""
 
 
 @triton.jit
 def multiple(n, UNIT: tl.constexpr):
-    """n, a multiple of UNIT, so that the compiler knows it: its own hint is for multiples of 16 alone."""
+    """n, which is a multiple of UNIT, in a form that shows this to the compiler: its own hint is for multiples of 16 alone."""
     return n // UNIT * UNIT
 
 
@@ -45,7 +45,7 @@ def matmul_tile(
     M,
     N,
     K,
-    stride_a,  # of rows; neighbours in a row are neighbours in memory
+    stride_a,  # of rows; within a row the stride is 1
     stride_b,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -104,7 +104,7 @@ def load_gain(delta, cols, N):
 
 @triton.jit
 def load_tile(t, rows, cols, stride_t, stride_n, mask):
-    """t[rows, cols] of a matrix of any strides in fp32, 0 where masked; rows are 64 bits wide."""
+    """t[rows, cols] of a matrix of any strides in fp32, 0 where masked; rows are 64-bit indices."""
     at = t + rows[:, None] * stride_t + cols[None, :].to(tl.int64) * stride_n
     return tl.load(at, mask=mask, other=0.0).to(tl.float32)
 
@@ -128,14 +128,14 @@ def descriptor(t: Tensor, block: tuple[int, int]) -> TensorDescriptor:
 
 
 def tiled(t: Tensor | None, config: GemmConfig) -> Tensor | TensorDescriptor | None:
-    """A [M, N] result, or a tensor read in the epilogue, as the kernel takes it: in tiles that one subtile fills."""
+    """A [M, N] result, or a tensor that the epilogue reads, in the kernel's form: with tiles of one subtile."""
     if t is None or not config.use_tma:
         return t
     return descriptor(t, (config.block_m, config.block_n // config.subtiles))
 
 
 def gemm_operands(a: Tensor, weight: Tensor, config: GemmConfig) -> dict[str, Any]:
-    """Everything a GEMM kernel is told of its main loop: a [M, K], weight [N, K], their rows' strides, the schedule."""
+    """A GEMM kernel's arguments for its main loop: a [M, K], weight [N, K], their rows' strides, the schedule."""
     transposed = weight.stride(1) != 1
     b = weight.t() if transposed else weight
     arguments: dict[str, Any] = {"a": a, "b": b}
@@ -168,17 +168,17 @@ def schedule(config: GemmConfig) -> dict[str, Any]:
 
 
 def row_unit(like: Tensor, *strides: int) -> int:
-    """What the one-pass kernels may take rows for multiples of: the elements in 16 bytes, where sizes and strides are so."""
+    """The unit of which rows are multiples in a one-pass kernel: the elements in 16 bytes if sizes and strides fit, else 1."""
     unit = 16 // like.element_size()
     return unit if all(stride % unit == 0 for stride in (like.shape[1], *strides)) else 1
 
 
 def options(num_warps: int) -> dict[str, Any]:
-    """Compiler options that every kernel is built with: a multiply and an add may fuse, on every version of Triton."""
+    """Compiler options of every kernel: a multiply and an add may fuse, on every version of Triton."""
     return {"num_warps": num_warps, "enable_fp_fusion": True}
 
 
 def gemm_grid(a: Tensor, weight: Tensor, config: GemmConfig) -> tuple[int]:
-    """One program a tile, or one a multiprocessor that walks over tiles."""
+    """One program for each tile, or one for each multiprocessor, which walks over tiles."""
     tiles = triton.cdiv(a.shape[0], config.block_m) * triton.cdiv(weight.shape[0], config.block_n)
     return (min(tiles, persistent_programs(a.device.index)) if config.persistent else tiles,)

@@ -1,11 +1,11 @@
-"""Compile ahead of time, with no GPU, every kernel in every configuration that the heuristics can choose.
+"""Compile ahead of time, without a GPU, every kernel in every configuration that the heuristics can choose.
 
-What is compiled is what is launched: public functions are called on meta tensors, and recording.py's driver stands in for the
-GPU. The report says what the machine code needs and holds: registers, shared memory and its rings of buffers, accesses to
+The compiled kernels are the launched ones: public functions are called on meta tensors, and recording.py's driver replaces the
+GPU. The report has what the machine code needs and contains: registers, shared memory and its rings of buffers, accesses to
 global memory by their width, matrix instructions.
 
-    python -m gain_ops.kernels.aot sm_90            one JSON object a kernel, on lines
-    python -m gain_ops.kernels.aot sm_90 --also MODULE       and the calls of a kernel that is tried out: its CALLS
+    python -m gain_ops.kernels.aot sm_90                     one line of JSON for each kernel
+    python -m gain_ops.kernels.aot sm_90 --also MODULE       and the kernels of an experiment: its CALLS
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the machine code of a kernel needs and holds."""
+    """What the machine code of a kernel needs and contains."""
 
     target: str
     kernel: str
@@ -106,7 +106,7 @@ CALLS = GEMM_CALLS | ROWS_CALLS | OTHER_ACTIVATIONS
 
 
 def add_calls(modules: Sequence[str]) -> None:
-    """Add the CALLS of modules, of GEMMs that no op runs yet."""
+    """Add the CALLS of modules: GEMMs that no op runs yet."""
     for module in modules:
         found = importlib.import_module(module).CALLS
         GEMM_CALLS.update(found)
@@ -114,8 +114,8 @@ def add_calls(modules: Sequence[str]) -> None:
 
 
 def problems() -> Iterator[Problem]:
-    """Calls that between them launch every kernel in every configuration; some launch nothing that another does not."""
-    # small tiles of a GEMM and large ones, and every number of rows that make one of partials (config.py)
+    """Calls that together launch every kernel in every configuration; some launch nothing new."""
+    # small tiles of a GEMM and large ones, and every number of rows for one row of partial sums (config.py)
     tokens = (64, 2048, 4096)
     for call, t, transposed in product(GEMM_CALLS | ROWS_CALLS, tokens, (False, True)):
         yield Problem(call, "bfloat16", t, 4096, transposed)
@@ -127,10 +127,10 @@ def problems() -> Iterator[Problem]:
     others = (("bfloat16", 4104), ("bfloat16", 4095), ("float32", 4096), ("float32", 4100), ("float32", 4095))
     for call, (dtype, n) in product(GEMM_CALLS | ROWS_CALLS, others):
         yield Problem(call, dtype, 4096, n)
-    # W is the smaller operand, which linear_input scales; the gain goes along its memory's rows
+    # W is the smaller operand, which linear_input scales; in its memory the gain goes along the rows
     for dtype in ("bfloat16", "float16", "float32"):
         yield Problem("linear_input", dtype, 8192, 4096, transposed=True)
-    # a row that one warp holds in registers, the widest that a block does, and one that none does
+    # a row that fits one warp's registers, the widest that fits a block's, and one that fits neither
     for call, n in product(("rms_norm", "rms_norm_backward"), (456, 8192, 16384)):
         yield Problem(call, "float32", 4096, n)
         for t in tokens:
@@ -151,7 +151,7 @@ def compile_all(targets: Sequence[str], workers: int = 2, also: Sequence[str] = 
 
 
 def _tasks(target: str) -> Iterator[_Task]:
-    """Problems, each with the kernels that none before it launches."""
+    """Problems, each with the kernels that no earlier problem launches."""
     met: set[tuple[str, str]] = set()
     for problem in problems():
         with recording(target, compile=False) as launches:
@@ -163,7 +163,7 @@ def _tasks(target: str) -> Iterator[_Task]:
 
 
 def call(problem: Problem) -> None:
-    """Make a problem's call, of meta tensors."""
+    """Make a problem's call, on meta tensors."""
     dtype = getattr(torch, problem.dtype)
     t, n = problem.tokens, problem.features
 
@@ -177,7 +177,7 @@ def call(problem: Problem) -> None:
 
 
 def _compile(task: _Task) -> list[Compiled]:
-    """Make a call and read the kernels that are asked of it."""
+    """Make a call and read the requested kernels."""
     target, problem, wanted = task
     try:
         with recording(target) as launches:
@@ -231,14 +231,14 @@ def _used_amd(code: str) -> tuple[int, int]:
 
 def _accesses_nvidia(ptx: str, signature: dict[str, str]) -> dict[str, int]:
     pointers = [name for name, kind in signature.items() if kind.startswith("*")]
-    # Triton's scratch memory has pointers too, the last
+    # the last pointers are those of Triton's scratch memory
     names = dict(zip(re.findall(r"\.ptr \.global .*?(\w+_param_\d+)", ptx), pointers, strict=False))
     sources: defaultdict[str, set[str]] = defaultdict(set)
     for register, operands in re.findall(r"^\s*[\w.]+\s+(%rd\d+), (.*);", ptx, re.MULTILINE):
         sources[register].update(re.findall(r"%rd\d+|\w+_param_\d+", operands))
 
     def argument(address: str) -> str:
-        """The pointer that an address was added up from."""
+        """The pointer argument from which an address was computed."""
         met, todo = set[str](), {address}
         while todo:
             met |= todo

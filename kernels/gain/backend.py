@@ -1,4 +1,4 @@
-"""The functions of gain_ops.reference by their names, as Triton kernels: what dispatch.py loads."""
+"""The functions of gain_ops.reference as Triton kernels, by the same names: dispatch.py loads this module."""
 
 from gain_ops.kernels.glu import glu, glu_backward, glu_ddelta
 from gain_ops.kernels.linear_backward import backward_input, backward_recompute, ddelta_recompute

@@ -1,9 +1,9 @@
-"""Launch configurations: frozen dataclasses, and one named heuristic a kernel that picks by architecture and shape.
+"""Launch configurations: frozen dataclasses, and one named heuristic for each kernel, which picks by architecture and shape.
 
-A tuned table (tuning.py) may replace a heuristic's pick; nothing is ever timed during training. ``choices`` lists all that
-the heuristics can return, and the ahead-of-time check compiles every one of them.
+A tuned table (tuning.py) may replace a heuristic's pick; nothing is ever timed during training. ``choices`` lists every
+configuration that the heuristics can return, and the ahead-of-time check compiles each of them.
 
-Why these: benchmarks/NOTES.md.
+benchmarks/NOTES.md has the reasons for these configurations.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class GemmConfig:
 
 @dataclass(frozen=True)
 class RowsConfig:
-    """Tiles of a one-pass kernel over [T, n], and how many of them its loop has in flight."""
+    """Tiles of a one-pass kernel over [T, n], and how many of them are in flight in its loop."""
 
     block_t: int = 8
     block_n: int = 256
@@ -41,27 +41,28 @@ ROWS = RowsConfig()
 GLU = RowsConfig(block_t=4)  # three tiles at once: at 8 rows Triton 3.6 spills on gfx942
 
 NORM_FEATURES = 8192
-"""The widest row of an RMSNorm that a program holds in registers: twice that spills, and takes more than the 1024 threads
+"""The widest row of an RMSNorm that a program holds in registers: twice as much spills, and needs more than the 1024 threads
 that a block of 64-wide wavefronts can have."""
 
 
 def rows_chunk(t: int, n: int) -> int:
-    """Rows of [t, n] that make one row of partials in a one-pass kernel: a function of the sizes, whatever the device.
+    """Rows of [t, n] that make one row of partial sums in a one-pass kernel: a function of the sizes, not of the device.
 
-    As many as leave 512 programs, some four a multiprocessor of the large devices, for few partials; never under 16.
+    The most that leave 512 programs, about four for each multiprocessor of the large devices, so that partial sums are few;
+    at least 16.
     """
     across = -(-n // ROWS.block_n)
     return next((chunk for chunk in (128, 64, 32) if -(-t // chunk) * across >= 512), 16)
 
 
 def rms_norm_chunk(t: int) -> int:
-    """Rows of an RMSNorm that make one row of partials: as many as leave 256 programs, of 16, 8 or 4."""
+    """Rows of an RMSNorm that make one row of partial sums: the most of 16, 8 or 4 that leave 256 programs."""
     return next((chunk for chunk in (16, 8) if -(-t // chunk) >= 256), 4)
 
 
 @dataclass(frozen=True)
 class RmsNormConfig:
-    """Tiles of an RMSNorm kernel: whole rows of block_n >= n columns in registers, or column blocks in turn."""
+    """Tiles of an RMSNorm kernel: full rows of block_n >= n columns in registers, or column blocks in turn."""
 
     block_n: int
     num_warps: int
@@ -69,7 +70,7 @@ class RmsNormConfig:
 
 
 def rms_norm_config(n: int, rows: int) -> RmsNormConfig:
-    """The RMSNorm heuristic: some 16 values a thread of a whole row, 8 a thread of blocks that hold ``rows`` rows at once."""
+    """The RMSNorm heuristic: about 16 values a thread for a full row, 8 a thread for blocks of ``rows`` rows at once."""
     if n > NORM_FEATURES:
         return RmsNormConfig(2048 // rows, num_warps=8, whole_row=False)
     block_n = 1 << (n - 1).bit_length()

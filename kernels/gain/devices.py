@@ -1,7 +1,7 @@
 """The device that a kernel is launched on: its architecture, its multiprocessors, its context.
 
-A tensor on no GPU (a CPU's, or a meta tensor) is the interpreter's, or else belongs to the driver that Triton has active: so
-a driver that only records (aot.py) gets the launches that its target would.
+A tensor that is on no GPU (on a CPU, or on meta) belongs to the interpreter, or otherwise to Triton's active driver. So a
+driver that only records (aot.py) gets the launches that its target would get.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def architecture(index: int | None) -> str:
 
 
 def multiprocessors(index: int | None) -> int:
-    """Streaming multiprocessors (compute units) of a device; 4 of the interpreter's."""
+    """Streaming multiprocessors (compute units) of a device; 4 for the interpreter."""
     if index is not None:
         return _multiprocessors(index)
     if triton.knobs.runtime.interpret:
@@ -41,13 +41,13 @@ def multiprocessors(index: int | None) -> int:
 
 
 def persistent_programs(index: int | None) -> int:
-    """Programs of a persistent grid: one a multiprocessor that GAIN_OPS_SM_MARGIN leaves it, at least 1."""
+    """Programs of a persistent grid: one for each multiprocessor that GAIN_OPS_SM_MARGIN does not reserve, at least 1."""
     return max(1, multiprocessors(index) - _margin())
 
 
 @contextlib.contextmanager
 def on_device_of(t: Tensor) -> Iterator[None]:
-    """Launch on the tensor's device, not the current one; its current stream is what Triton then uses."""
+    """Launch on the tensor's device, not the current one; Triton then uses that device's current stream."""
     if t.device.type != "cuda":
         yield
         return
@@ -68,8 +68,8 @@ _bound = _Bound()
 
 def _bind_context(index: int) -> None:
     if index not in _bound.devices:
-        # autograd's thread of device 0 starts with no context, torch.cuda.device leaves it so, and a TMA descriptor needs one;
-        # cudaSetDevice binds it, waits for nothing and may run under capture
+        # autograd's thread of device 0 starts without a context, torch.cuda.device does not bind one, and a TMA descriptor
+        # needs one; cudaSetDevice binds it, waits for nothing and may run under capture
         torch.cuda.set_device(index)
         _bound.devices.add(index)
 
@@ -93,7 +93,7 @@ def _multiprocessors(index: int) -> int:
 
 @functools.cache
 def _margin() -> int:
-    """Multiprocessors left to others, such as NCCL's kernels under an overlapped backward; read once."""
+    """Multiprocessors left to other kernels, such as NCCL's under an overlapped backward; read once."""
     text = os.environ.get("GAIN_OPS_SM_MARGIN", "0")
     if not text.isdecimal():
         raise ValueError(f"GAIN_OPS_SM_MARGIN={text!r}: expected a number of multiprocessors to leave free, such as 16")

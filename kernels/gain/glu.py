@@ -4,7 +4,7 @@
     glu_backward    dg, du, partials of sum_t dh * act(g) * u   lines (9), (10): reads dh, g and u, writes dg and du
     glu_ddelta      the partials alone                          line (10): reads dh, g and u
 
-Without u, g alone. dg and du are the halves of one tensor [T, 2n]: what a packed projection's GEMM reads as it lies.
+Without u, they read g alone. dg and du are the halves of one tensor [T, 2n], which a packed projection's GEMM reads directly.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ def glu_backward(dh: Tensor, gate: Tensor, up: Tensor | None, delta: Tensor, act
 
 
 def glu_ddelta(dh: Tensor, gate: Tensor, up: Tensor | None, activation: str) -> Tensor:
-    """sum_t dh * act(gate) * up [n], nothing else written."""
+    """sum_t dh * act(gate) * up [n]; nothing else is written."""
     return launch_backward(dh, gate, up, None, None, activation)
 
 
@@ -203,7 +203,7 @@ def launch_backward(
             ACTIVATION=activation,
             BLOCK_T=config.block_t,
             BLOCK_N=config.block_n,
-            # narrower rows cannot be copied ahead in the background, and trying takes registers
+            # narrower rows cannot be copied asynchronously, and trying costs registers
             STAGES=config.num_stages if unit > 1 else 1,
             **options(config.num_warps),
         )

@@ -1,12 +1,12 @@
-"""A GEMM whose epilogue makes an activation gradient and the partial sums of ddelta: the two backwards that keep x.
+"""A GEMM whose epilogue makes an activation gradient and the partial sums of ddelta: the two backward passes from a saved x.
 
     recompute    acc = x @ W.T     C = dy    writes gain * C      partials of sum_t acc * C    lines (1), (3), (4)
     input side   acc = dy @ W      C = x     writes gain * acc    partials of sum_t acc * C    lines (6), (7)
     ddelta only  either            either    writes nothing       partials of sum_t acc * C    line (4) or (7)
 
-z, or dy @ W, exists in registers alone. Bytes: the GEMM's, C once more, one row of fp32 partials a tile row. A tile's sum
-has a fixed order and partials.py adds the rows in theirs: the same bits on every run. Operands that operands.fuses refuses
-are served by the vendor's GEMM and the pass of rows.py.
+z, or dy @ W, exists in registers alone. Bytes: the GEMM's, C once more, and one row of fp32 partials for each tile row. The
+sums of a tile have a fixed order, and partials.py adds the rows in a fixed order: the same bits on every run. The vendor's GEMM
+and the pass of rows.py serve operands that operands.fuses refuses.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def backward_input(dy: Tensor, x: Tensor, weight: Tensor, delta: Tensor) -> tupl
 
 
 def ddelta_recompute(dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """sum_t dy * (x @ W.T) [out], no activation written."""
+    """sum_t dy * (x @ W.T) [out]; no activation is written."""
     if not fuses(x, weight, dy):
         return rows.ddelta(dy, F.linear(x, weight))
     return launch(x, weight, dy, None, None, "nothing")

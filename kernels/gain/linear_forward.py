@@ -1,8 +1,8 @@
 """y = gain * (x @ W.T) + b in a GEMM's epilogue, with an optional store of z: lines (1), (2) of reference.py.
 
-Bytes: x, W and y once, and z where it is kept. Flops: 2 T in out. The scale costs one multiply an element in registers and
-rounds once, where a separate pass would read and write [T, out] again. Operands that operands.fuses refuses are served by
-the vendor's GEMM and that pass.
+Bytes: x, W and y once, and z where it is stored. Flops: 2 T in out. The scale costs one multiply an element in registers, and
+the result is rounded once; a separate pass would read and write [T, out] again. The vendor's GEMM and that pass serve operands
+that operands.fuses refuses.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def linear_kernel(
     USE_TMA: tl.constexpr,
     B_IS_KN: tl.constexpr,
 ):
-    """Persistent over tiles: a program takes every num_programs-th tile, so a full grid and a short one are one code."""
+    """Persistent over tiles: a program takes every num_programs-th tile, so one code serves a full grid and a short one."""
     N = multiple(N, GEMM_UNIT)
     HAS_BIAS: tl.constexpr = bias is not None
     STORE_Z: tl.constexpr = z is not None
@@ -129,7 +129,7 @@ def launch(
     z: Tensor | None,
     config: GemmConfig | None = None,
 ) -> None:
-    """Run the kernel with a configuration, or with the one that the tuned table or the heuristic gives."""
+    """Run the kernel with a configuration; by default that of the tuned table or the heuristic."""
     if config is None:
         config = tables.gemm_config("linear", x, weight)
     with on_device_of(x):

@@ -1,6 +1,7 @@
-"""The second stage of every ddelta: fp32 partials [chunks, n] summed down their rows, in one fixed order.
+"""The second stage of every ddelta: fp32 partial sums [chunks, n], added down the rows in one fixed order.
 
-Bytes: the partials once and n sums. No atomics, so the same bits on every run and on any number of multiprocessors.
+Bytes: the partial sums once, and n sums. There are no atomics, so every run gives the same bits, on any number of
+multiprocessors.
 """
 
 from __future__ import annotations

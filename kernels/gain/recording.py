@@ -1,10 +1,10 @@
-"""A Triton driver that only records: what each call of a kernel launches on a GPU that is not there.
+"""A Triton driver that only records: the launches of each kernel call, without a GPU.
 
     with recording("sm_90") as launches:
-        gain_ops.kernels.backend.linear(x, weight, delta, None)    # of meta tensors, or of a CPU's: nothing runs
+        gain_ops.kernels.backend.linear(x, weight, delta, None)    # on meta or CPU tensors: nothing runs
 
-Triton binds the arguments, specialises on them, compiles and checks shared memory and threads as for that GPU; the launcher
-alone is another. So what is recorded is what would be launched.
+Triton binds the arguments, specialises on them, compiles, and checks shared memory and threads as for that GPU; only the
+launcher differs. So the recorded launches are those of the GPU.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from triton.runtime import JITFunction, driver
 
 @dataclass(frozen=True)
 class Device:
-    """What Triton and the heuristics ask of a GPU."""
+    """What Triton and the heuristics need to know of a GPU."""
 
     target: GPUTarget
     multiprocessors: int
@@ -47,7 +47,7 @@ class Launch:
     kernel: str
     """The file and the name of the kernel, such as rows.scale_kernel."""
     key: str
-    """Types, hints, constants and options: launches of a kernel that share it share its machine code."""
+    """Types, hints, constants and options: launches of a kernel with one key share one machine code."""
     source: ASTSource
     """The kernel with its ``signature``, ``constants`` and ``attrs``."""
     compiled: CompiledKernel | None = None
@@ -61,8 +61,8 @@ def recording(architecture: str, multiprocessors: int | None = None, *, compile:
 
     Args:
         architecture: one of DEVICES.
-        multiprocessors: of the GPU; by default DEVICES'.
-        compile: False notes what would be compiled, without its grid and arguments, and compiles nothing.
+        multiprocessors: of the GPU; by default those in DEVICES.
+        compile: False records what would be compiled, without grid and arguments, and compiles nothing.
 
     """
     if triton.knobs.runtime.interpret:
@@ -94,12 +94,12 @@ def recording(architecture: str, multiprocessors: int | None = None, *, compile:
 
 
 def _name(kernel: JITFunction[Any]) -> str:
-    # with its file's: rms_norm.py's kernels and rms_norm_wide.py's have the same names
+    # with the file's name, since rms_norm.py and rms_norm_wide.py have kernels of the same names
     return f"{kernel.module.rpartition('.')[2]}.{kernel.__name__}"
 
 
 class _Driver:
-    """What Triton's runtime asks of a driver. It is its own ``utils``."""
+    """What Triton's runtime needs of a driver. It is its own ``utils``."""
 
     def __init__(self, device: Device, multiprocessors: int | None, launches: list[Launch]) -> None:
         self.device = device
@@ -108,7 +108,7 @@ class _Driver:
         self.utils = self
 
     def get_current_device(self) -> str:
-        # the key of a kernel's cache: no real device's
+        # the key of a kernel's cache; no real device has it
         return f"recording of {self.device.target}"
 
     def get_current_stream(self, device: str) -> int:
@@ -125,7 +125,7 @@ class _Driver:
         }
 
     def load_binary(self, *_: Any) -> tuple[None, None, int, int, int]:
-        # no module, so nothing to unload: (module, function, registers, spills, threads that a block can have)
+        # no module, so nothing to unload: (module, function, registers, spills, the most threads of a block)
         return None, None, 0, 0, 1024
 
     def launcher_cls(self, source: ASTSource, metadata: Any) -> Any:

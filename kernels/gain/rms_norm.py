@@ -1,5 +1,5 @@
-"""The gain in an RMSNorm: one pass forward, one pass backward over [T, n], a row in registers at a time. Rows too wide for
-that are rms_norm_wide.py's.
+"""The gain in an RMSNorm: one pass forward, one pass backward over [T, n], a row in registers at a time. rms_norm_wide.py
+serves rows that are too wide for this.
 
 rms_norm             y = r * x * w * gain, r                 line (11): reads x, writes y
 rms_norm_backward    dx, partials of sum_t dy * n * w        lines (12), (13): reads dy and x, writes dx

@@ -1,7 +1,7 @@
-"""The two kernels of rms_norm.py for rows too wide for registers: column blocks in turn, twice, the second time from a cache.
+"""The kernels of rms_norm.py for rows too wide for registers: column blocks in turn, twice, the second time from a cache.
 
 rms_norm             reads x, and once more from the cache; writes y
-rms_norm_backward    reads dy and x twice, a chunk of rows being more than a cache holds; writes dx
+rms_norm_backward    reads dy and x twice, since a cache does not hold a chunk of rows; writes dx
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def rms_norm_backward_kernel(
     UNIT: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """A program takes a chunk of rows at once: their means first, then dx and the column sums, which no register outlives."""
+    """A program takes a chunk of rows at once: first their means, then dx and the column sums, block by block."""
     N = multiple(N, UNIT)
     stride_dt = multiple(stride_dt, UNIT)
     stride_xt = multiple(stride_xt, UNIT)

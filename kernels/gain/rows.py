@@ -1,12 +1,12 @@
-"""One pass over [T, n]: the backward from a kept z (or x), and the scaling of an operand.
+"""One pass over [T, n]: the backward from a saved z (or x), and the scaling of an operand.
 
     backward        dz = gain * dy,  partials of sum_t dy * z     lines (3), (4): reads dy and z, writes dz
     ddelta          partials of sum_t dy * z                      line (4): reads dy and z
     scale           y = gain * x, + b                             reads x, writes y
 
-All are bound by bandwidth: nothing is read or written twice. The input side's forward scales on the way in (line (5)):
-a pass over the smaller of x [T, in] and W [out, in] costs 527 / max(T, out) of the GEMM, less than scaling in its main loop
-for all but small layers, and the GEMM stays the vendor's (the count is in benchmarks/NOTES.md).
+All are bound by bandwidth, and read and write nothing twice. The input side's forward scales before the GEMM (line (5)): a
+pass over the smaller of x [T, in] and W [out, in] costs 527 / max(T, out) of the GEMM. This is less than scaling in the main
+loop for all but small layers, and the GEMM stays the vendor's (the count is in benchmarks/NOTES.md).
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def backward(dy: Tensor, z: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def ddelta(dy: Tensor, z: Tensor) -> Tensor:
-    """sum_t dy * z [out], nothing else written."""
+    """sum_t dy * z [out]; nothing else is written."""
     return launch_backward(dy, z, None, None)
 
 
@@ -129,7 +129,7 @@ def launch_backward(
             UNIT=unit,
             BLOCK_T=config.block_t,
             BLOCK_N=config.block_n,
-            # narrower rows cannot be copied ahead in the background, and trying takes registers
+            # narrower rows cannot be copied asynchronously, and trying costs registers
             STAGES=config.num_stages if unit > 1 else 1,
             **options(config.num_warps),
         )

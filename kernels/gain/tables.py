@@ -1,9 +1,9 @@
-"""The configuration of a GEMM's launch: the tuned table's entry, else the heuristic's pick.
+"""The configuration of a GEMM's launch: the tuned table's entry, or otherwise the heuristic's pick.
 
-The table is GAIN_OPS_TUNED, or gain_ops/<device>.json in the user's cache folder; what that lacks is looked up in
-``tuned/<device>.json`` of this package, where there is one. A device is its architecture and its number of multiprocessors, so
-that an H100 and an H200 share a table. An entry is keyed by kernel, dtype, n, k and the power of two that m falls under, and a
-table by device and Triton's minor version: one of others is not read. tuning.py writes it.
+The table is GAIN_OPS_TUNED, or gain_ops/<device>.json in the user's cache folder. Entries that it lacks are looked up in
+``tuned/<device>.json`` of this package, if there is one. A device is its architecture and its number of multiprocessors, so an
+H100 and an H200 share a table. The key of an entry is kernel, dtype, n, k and the next power of two of m. A table is of one
+device and one minor version of Triton, and is not read on others. tuning.py writes it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _log = logging.getLogger("gain_ops")
 
 
 def gemm_config(kernel: str, a: Tensor, weight: Tensor) -> GemmConfig:
-    """The configuration for a [M, K] and weight [N, K]: the tuned table's entry, else the heuristic's pick."""
+    """The configuration for a [M, K] and weight [N, K]: the tuned table's entry, or otherwise the heuristic's pick."""
     device = Device.of(a)
     return _pick(kernel, device, a.dtype, a.shape[0], *weight.shape)
 
@@ -71,7 +71,7 @@ def heuristic(device: Device, m: int, n: int) -> GemmConfig:
 
 
 def table_path(device: Device) -> Path:
-    """Where the user's tuned table of a device lies."""
+    """The path of the user's tuned table of a device."""
     named = os.environ.get("GAIN_OPS_TUNED")
     if named:
         return Path(named)
@@ -80,12 +80,12 @@ def table_path(device: Device) -> Path:
 
 
 def shipped_path(device: Device) -> Path:
-    """Where this package would have a table of a device."""
+    """The path of this package's table of a device, which need not exist."""
     return SHIPPED / device.file_name
 
 
 def entry_key(kernel: str, dtype: torch.dtype, m: int, n: int, k: int) -> str:
-    """What a table has an entry under."""
+    """The key of an entry of a table."""
     m_bin = 1 << max(m - 1, 0).bit_length()
     return f"{kernel} {str(dtype).removeprefix('torch.')} m<={m_bin} n={n} k={k}"
 
@@ -96,7 +96,7 @@ def _header(device: Device) -> dict[str, Any]:
 
 @functools.cache
 def read_table(path: Path, device: Device, level: int) -> dict[str, GemmConfig]:
-    """The entries of a table; none where it is absent, and a line in the log where it is broken or another device's."""
+    """The entries of a table; none if it is absent, and a line in the log if it is broken or another device's."""
     try:
         stored = json.loads(path.read_text())
         header = {key: stored.get(key) for key in _header(device)}

@@ -1,7 +1,7 @@
-"""Opt-in tuning of the GEMM kernels: time candidates once, keep the winner in a JSON table that later runs read.
+"""Opt-in tuning of the GEMM kernels: time candidates once, and write the winner to a JSON table that later runs read.
 
 Nothing is timed unless ``tune`` is called (or ``python -m gain_ops.kernels.tuning --tokens 8192 --out-features 4096
---in-features 4096``). Where the table lies and what it is read for: tables.py.
+--in-features 4096``). tables.py has the path of the table and its use.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from gain_ops.kernels.tables import Device, entry_key, heuristic, read_table, ta
 _log = logging.getLogger("gain_ops")
 
 LEADERS = 3  # how many of the fastest are tried in other orders of tiles
-SHARED_MEMORY = 232_448  # bytes a block can have where there is TMA
+SHARED_MEMORY = 232_448  # the most bytes of a block on chips with TMA
 
 
 def tune(
@@ -41,18 +41,18 @@ def tune(
     timer: Callable[[Callable[[], Any]], float] | None = None,
     path: Path | None = None,
 ) -> GemmConfig:
-    """Time the candidates for one problem, the fastest also in other orders of tiles, and keep the winner in the table.
+    """Time the candidates for one problem, the fastest also in other orders of tiles, and write the winner to the table.
 
     Args:
-        kernel: "linear", or "linear_backward" with what it writes: "linear_backward c", "linear_backward acc".
+        kernel: "linear", or "linear_backward" with its output: "linear_backward c", "linear_backward acc".
         run: launches the kernel with a configuration and returns its result.
         a, weight: [M, K] and [N, K], the problem.
         timer: seconds (or any unit) of one call; by default ``triton.testing.do_bench``.
         path: the table; by default the one that ``gemm_config`` reads.
 
     Returns:
-        The winner. A candidate that does not compile, does not fit the device, or does not agree with the heuristic's pick
-        to the dtype's rounding is left out.
+        The winner. A candidate is left out if it does not compile, does not fit the device, or differs from the heuristic's
+        pick by more than the dtype's rounding.
 
     """
     timer = timer or functools.partial(triton.testing.do_bench, warmup=5, rep=25, return_mode="median")
@@ -85,7 +85,7 @@ def tune(
 
 
 def candidates(first: GemmConfig) -> list[GemmConfig]:
-    """What tuning tries: the heuristic's pick and its neighbours in tile, stages and subtiles, as far as they can run.
+    """The candidates: the heuristic's pick and its neighbours in tile, stages and subtiles, if they can run.
 
     A tile of 128 x 256 elements in one piece spills, or does not fit (benchmarks/NOTES.md).
     """
@@ -101,20 +101,20 @@ def candidates(first: GemmConfig) -> list[GemmConfig]:
 
 
 def _shared_memory(config: GemmConfig) -> int:
-    """Bytes that the stages and the staged store take in 16 bits; the kernels add less than a KiB of barriers."""
+    """Bytes of the stages and of the staged store in 16 bits; the kernels add less than a KiB of barriers."""
     stages = config.num_stages * (config.block_m + config.block_n) * config.block_k
     return 2 * (stages + config.block_m * config.block_n // config.subtiles) + 1024
 
 
 def _compile_at_once(run: Callable[[GemmConfig], object], configs: Sequence[GemmConfig]) -> None:
-    """Compile all of them side by side: one by one they would take longer than their timing. Nothing is launched."""
+    """Compile all of them in parallel: one by one they would take longer than their timing. Nothing is launched."""
     with (
         ThreadPoolExecutor(os.cpu_count()) as pool,
         triton.AsyncCompileMode(pool, ignore_errors=True),
         _launching_nothing(),
     ):
         for config in configs:
-            with contextlib.suppress(Exception):  # the race says why
+            with contextlib.suppress(Exception):  # the timing reports why
                 run(config)
 
 
@@ -137,9 +137,9 @@ def _relative_error(result: Tensor, truth: Tensor) -> float:
 def tune_layer(
     tokens: int, out_features: int, in_features: int, dtype: torch.dtype, path: Path | None = None
 ) -> Iterator[tuple[str, GemmConfig]]:
-    """Tune every GEMM kernel at the sizes of one layer on the current GPU: -> its name and the winner, as they are found.
+    """Tune every GEMM kernel at the sizes of one layer on the current GPU: yields its name and the winner.
 
-    The forward is tuned as training runs it, with z stored.
+    The forward is tuned as in training, with z stored.
     """
     from gain_ops.kernels import linear_backward, linear_forward
 

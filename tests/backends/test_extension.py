@@ -40,7 +40,7 @@ def _raise(error: Exception) -> Callable[..., Any]:
 
 def test_not_built_and_buildable(absent: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "parameters", lambda: None)
-    assert UNCACHED() == "the CUDA kernels are not built (python -m gain_ops.build builds them, in some minutes)"
+    assert UNCACHED() == "the CUDA kernels are not built (python -m gain_ops.build builds them, in a few minutes)"
 
 
 def test_not_built_and_not_buildable_gives_the_cause(absent: None, monkeypatch: pytest.MonkeyPatch) -> None:

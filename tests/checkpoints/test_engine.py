@@ -251,7 +251,7 @@ def test_a_base_of_links_is_copied_and_not_written_through(small: tuple[Path, Pa
     absorb(plan(links, gain), tmp_path / "out")
     assert contents(base) == before
     assert not any(file.is_symlink() for file in (tmp_path / "out").iterdir())
-    with pytest.raises(CheckpointError, match="which is to be read"):
+    with pytest.raises(CheckpointError, match="which has to be read"):
         absorb(plan(links, gain), base, force=True)
     straight = contents(tmp_path / "straight")
     assert contents(tmp_path / "out") == {name: straight[name] for name in straight if "/" not in name}
@@ -572,7 +572,7 @@ def _not_empty(base: Path, gain: Path) -> Path:
         (lambda base, gain: base, "lies in the base", "lies in the base"),
         (lambda base, gain: base / "deep" / "out", "lies in the base", "lies in the base"),
         (lambda base, gain: base / ".." / base.name / "out", "lies in the base", "lies in the base"),
-        (lambda base, gain: base.parent, "is not empty", "holds .*base, which is to be read"),
+        (lambda base, gain: base.parent, "is not empty", "holds .*base, which has to be read"),
         (_is_a_file, "is a file", "is a file"),
         (lambda base, gain: Path(base.anchor), "is where a disk is mounted", "is where a disk is mounted"),
         (_not_empty, "is not empty: .*--force", "is not a model folder"),
@@ -592,7 +592,7 @@ def test_force_replaces_a_model_folder_whole_and_not_one_that_holds_the_gains(sm
     base, gain = small
     out = save_folder(tmp_path / "out", [{"old.weight": torch.ones(2, 2)}])
     inside = Path(shutil.copy(gain, out / "gains.safetensors"))
-    with pytest.raises(CheckpointError, match=r"holds .*gains\.safetensors, which is to be read"):
+    with pytest.raises(CheckpointError, match=r"holds .*gains\.safetensors, which has to be read"):
         absorb(plan(base, inside), out, force=True)
     absorb(plan(base, gain), out, force=True)
     assert contents(out).keys() == contents(base).keys()
@@ -622,7 +622,7 @@ def test_a_full_disk_is_said_before_anything_is_copied(
     usage = shutil.disk_usage(tmp_path)
     before = sorted(tmp_path.iterdir())
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=work.size - 1))
-    with pytest.raises(OSError, match=rf"is to take {work.size:,} bytes more, and its disk has {work.size - 1:,}"):
+    with pytest.raises(OSError, match=rf"needs {work.size:,} bytes more, and its disk has {work.size - 1:,}"):
         absorb(work, tmp_path / "out")
     assert sorted(tmp_path.iterdir()) == before
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=work.size))

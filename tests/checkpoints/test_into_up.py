@@ -310,7 +310,7 @@ def test_without_transformers_there_is_no_telling(tmp_path, monkeypatch):
     base = quantised_folder(tmp_path, "llama")
     path = save_gain_file(tmp_path / "gains.safetensors", {DOWN: torch.randn(128)}, side="input")
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(CheckpointError, match=r'transformers is needed to tell: pip install "gain-ops\[cli\]"'):
+    with pytest.raises(CheckpointError, match=r'this needs the package transformers: pip install "gain-ops\[cli\]"'):
         plan(base, path)
     assert not any(change.into_up for change in plan(base, path, requantize=True).changes)
 
@@ -423,7 +423,7 @@ def test_a_bias_takes_the_gain_too(tmp_path):
             "ffn_up takes 256 gains on the output side.*512",
         ),
         ("llama", FFN | {"blk.0.ffn_up.weight": ("MXFP4", 256, 256)}, "ffn_up cannot take its gain on the output side"),
-        ("llama", FFN | {"blk.0.ffn_up.bias": ("Q8_0", 1, 256)}, "ffn_up is stored in a way that is not known: bias"),
+        ("llama", FFN | {"blk.0.ffn_up.bias": ("Q8_0", 1, 256)}, "ffn_up is stored in an unknown way: bias"),
         ("llama", FFN | {"blk.0.ffn_up.lora_a": ("F32", 4, 256)}, "ffn_up has further terms"),
     ],
 )

@@ -337,7 +337,7 @@ def test_plain_weights_that_the_forward_quantises_are_refused(
     if not anew:
         assert len(_edits(folder, {layer: torch.zeros(4)}, side=side, requantize=requantize)) == 1
         return
-    why = rf"{layer} is quantised anew by its forward \({quantization['quant_method']}\).*keep the gain file"
+    why = rf"{layer} is quantised again by its forward \({quantization['quant_method']}\).*keep the gain file"
     with pytest.raises(CheckpointError, match=why):
         _edits(folder, {layer: torch.zeros(4)}, side=side, requantize=requantize)
 

@@ -59,7 +59,7 @@ def test_int8_is_requantised_for_gains_on_inputs(data, tmp_path):
     outputs, inputs = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 40))
     tensors = int8(torch.randn(outputs, inputs))
     gain = gains_of(data, inputs)
-    with pytest.raises(CheckpointError, match=r"go with outputs, and the gain with inputs.*--requantize"):
+    with pytest.raises(CheckpointError, match=r"belong to outputs, and the gain to inputs.*--requantize"):
         absorb(tmp_path, tensors, CONFIG, gain, "input")
     absorbed = absorb(tmp_path, tensors, CONFIG, gain, "input", requantize=True)
     exact = read_int8(tensors) * gain.double()
@@ -101,7 +101,7 @@ def test_refusals(tmp_path):
     for requantize in (False, True):
         with pytest.raises(CheckpointError, match="double quantisation"):
             absorb(tmp_path, nested, CONFIG, torch.rand(8), requantize=requantize)
-        with pytest.raises(CheckpointError, match="go with runs of a row, and the gain with inputs"):
+        with pytest.raises(CheckpointError, match="belong to runs of a row, and the gain to inputs"):
             absorb(tmp_path, four_bits(weight, "nf4"), CONFIG, torch.rand(64), "input", requantize=requantize)
     with pytest.raises(CheckpointError, match="its blocks of 64 do not end with rows of 96"):
         absorb(tmp_path, four_bits(torch.randn(8, 96), "nf4", size=64), CONFIG, torch.rand(8))
@@ -111,15 +111,15 @@ def test_refusals(tmp_path):
         absorb(tmp_path, int8(weight), CONFIG, torch.rand(9))
     with pytest.raises(CheckpointError, match="SCB overflows with its gain in float32"):
         absorb(tmp_path, int8(weight), CONFIG, torch.full((8,), 3e38))
-    with pytest.raises(CheckpointError, match="not known"):
+    with pytest.raises(CheckpointError, match="an unknown way"):
         absorb(tmp_path, {"weight": int8(weight)["weight"]}, CONFIG, torch.rand(8))
-    with pytest.raises(CheckpointError, match="not known"):
+    with pytest.raises(CheckpointError, match="an unknown way"):
         absorb(tmp_path, int8(weight) | {"SCB": torch.rand(7)}, CONFIG, torch.rand(8))
     short = four_bits(weight, "nf4") | {"weight.absmax": torch.rand(3)}
-    with pytest.raises(CheckpointError, match="not known"):
+    with pytest.raises(CheckpointError, match="an unknown way"):
         absorb(tmp_path, short, CONFIG, torch.rand(8))
     stateless = {name: tensor for name, tensor in four_bits(weight, "nf4").items() if "quant_state" not in name}
-    with pytest.raises(CheckpointError, match="not known"):
+    with pytest.raises(CheckpointError, match="an unknown way"):
         absorb(tmp_path, stateless, CONFIG, torch.rand(8))
 
 

@@ -171,7 +171,7 @@ def test_what_no_scale_can_take_is_refused(name, tmp_path):
 @pytest.mark.parametrize("name", [*BY_ROWS, *COARSE])
 def test_gains_on_inputs_are_refused(name, tmp_path):
     quantised = Quantised(name, weight_of(8, 64))
-    with pytest.raises(CheckpointError, match=r"go with outputs, and the gain with inputs.*--requantize"):
+    with pytest.raises(CheckpointError, match=r"belong to outputs, and the gain to inputs.*--requantize"):
         absorb(tmp_path, quantised.tensors, quantised.config, torch.rand(64), "input")
 
 
@@ -290,19 +290,19 @@ def test_other_refusals(tmp_path):
         absorb(tmp_path, quantised.tensors, quantised.config, torch.rand(5))
     with pytest.raises(CheckpointError, match="takes 16 gains on the input side, the file has 4"):
         absorb(tmp_path, quantised.tensors, quantised.config, gain, "input")
-    with pytest.raises(CheckpointError, match=r"not known: .*compressed uint8 \[4\]"):
+    with pytest.raises(CheckpointError, match=r"an unknown way: .*compressed uint8 \[4\]"):
         absorb(tmp_path, {"compressed": torch.zeros(4, dtype=torch.uint8)}, quantised.config, gain)
-    with pytest.raises(CheckpointError, match="not known"):
+    with pytest.raises(CheckpointError, match="an unknown way"):
         absorb(tmp_path, quantised.tensors | {"weight": torch.rand(4, 16)}, quantised.config, gain)
     grouped = Quantised("int4, groups", weight_of(4, 16))
     ordered = grouped.tensors | {"weight_g_idx": torch.zeros(16, dtype=torch.int32)}
     with pytest.raises(CheckpointError, match="an order of their own"):
         absorb(tmp_path, ordered, grouped.config, torch.rand(16), "input", requantize=True)
     eighth = quantised.tensors | {"weight_scale": torch.ones(4, 1).to(torch.float8_e4m3fn)}
-    with pytest.raises(CheckpointError, match="weight_scale is float8_e4m3fn, no kind of scale"):
+    with pytest.raises(CheckpointError, match="weight_scale is float8_e4m3fn, which is no known kind of scale"):
         absorb(tmp_path, eighth, quantised.config, gain, requantize=True)
     three = Quantised("int3, groups", weight_of(4, 16))
-    with pytest.raises(CheckpointError, match=r"codes of \[3\] bits are not unpacked"):
+    with pytest.raises(CheckpointError, match=r"codes of \[3\] bits cannot be unpacked"):
         absorb(tmp_path, three.tensors, three.config, torch.rand(16), "input", requantize=True)
     broken = quantised.tensors | {"weight_scale": torch.full((4, 1), float("nan"))}
     with pytest.raises(CheckpointError, match="not finite to begin with"):

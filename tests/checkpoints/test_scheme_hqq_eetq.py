@@ -50,7 +50,7 @@ def test_hqqs_scales_take_row_gains(data, tmp_path):
     [
         (hqq(8, 16, 8, axis=0), "output", "serve several rows"),
         (hqq(8, 16, 64), "output", "serve several rows"),  # a group of four rows
-        (hqq(8, 16, 8), "input", "the gain with inputs"),
+        (hqq(8, 16, 8), "input", "the gain to inputs"),
     ],
 )
 def test_what_hqqs_scales_cannot_take_is_refused(tensors, side, reason, tmp_path):
@@ -62,7 +62,7 @@ def test_what_hqqs_scales_cannot_take_is_refused(tensors, side, reason, tmp_path
 def test_hqq_as_it_is_not_known(tmp_path):
     tensors = hqq(8, 16, 8)
     quantised_scale = {name: tensor for name, tensor in tensors.items() if name != "scale"} | {"scale_q": torch.ones(2)}
-    with pytest.raises(CheckpointError, match="not known"):
+    with pytest.raises(CheckpointError, match="an unknown way"):
         absorb(tmp_path, quantised_scale, HQQ, torch.rand(8))
     with pytest.raises(CheckpointError, match="takes 8 gains on the output side, the file has 4"):
         absorb(tmp_path, tensors, HQQ, torch.rand(4))
@@ -84,13 +84,13 @@ def test_eetqs_scales_take_row_gains(data, tmp_path):
 
 def test_eetqs_refusals(tmp_path):
     tensors = {"weight": torch.zeros(16, 8, dtype=torch.int8), "weight_scales": torch.rand(8).half()}
-    with pytest.raises(CheckpointError, match="the gain with inputs"):
+    with pytest.raises(CheckpointError, match="the gain to inputs"):
         absorb(tmp_path, tensors, EETQ, torch.rand(16), "input", requantize=True)
     with pytest.raises(CheckpointError, match="takes 8 gains on the output side, the file has 16"):
         absorb(tmp_path, tensors, EETQ, torch.rand(16))
     with pytest.raises(CheckpointError, match="weight_scales overflows with its gain in float16"):
         absorb(tmp_path, tensors, EETQ, torch.full((8,), 1e9))
-    with pytest.raises(CheckpointError, match="not known"):
+    with pytest.raises(CheckpointError, match="an unknown way"):
         absorb(tmp_path, tensors | {"weight_scales": torch.rand(7).half()}, EETQ, torch.rand(8))
-    with pytest.raises(CheckpointError, match="not known"):
+    with pytest.raises(CheckpointError, match="an unknown way"):
         absorb(tmp_path, tensors | {"weight": torch.zeros(8, dtype=torch.int8)}, EETQ, torch.rand(8))

@@ -329,7 +329,7 @@ def test_what_apply_refuses_is_said_before_anything_is_measured(
 def test_too_little_text_says_how_many_tokens_came_and_are_needed(tiny_model: Path, tmp_path: Path):
     (tmp_path / "short.txt").write_text("one line\nand another\n")
     line = _one_line(_adapt(tiny_model, tmp_path / "short.txt", tmp_path / "out"))
-    assert "tokens came to train on" in line
+    assert "tokens to train on" in line
     assert "at least 128 and 32 are needed" in line
 
 
@@ -377,7 +377,7 @@ def test_absorb_writes_a_plain_model_with_the_bits_of_absorbing_in_memory(adapte
     gain, out = adapted[1] / "gains.safetensors", tmp_path / "plain"
     result = _run("absorb", "--base", tiny_model, "--gain", gain, "--out", out)
     assert result.exit_code == 0, result.output
-    assert "absorbed 4 layers; largest rounding error of what" in result.output
+    assert "absorbed 4 layers; largest rounding error of a rewritten value" in result.output
     assert "verified: read again" in result.output
     assert f"wrote {out} (5 files" in result.output
 
@@ -506,7 +506,7 @@ def test_absorb_stopped_by_ctrl_c_says_what_is_kept_and_goes_on(
 
     for step, kept in (
         ("copy_file", "Nothing was written."),
-        ("verify", f"What is finished is in {stage_of(out)}: the same"),
+        ("verify", f"The finished files are in {stage_of(out)}: the same"),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(absorbing, step, stop)

@@ -63,7 +63,7 @@ class TestInspect:
         (tmp_path / "x.safetensors").write_bytes(content)
         done = call("inspect", tmp_path / "x.safetensors", "--plot", tmp_path / "x.png")
         assert done.exit_code == 2
-        assert "not a whole safetensors file" in done.output
+        assert "not a complete safetensors file" in done.output
         assert not (tmp_path / "x.png").exists()
 
     @pytest.mark.parametrize("strange", [False, True])

@@ -78,10 +78,10 @@ def test_what_does_not_fit_is_said(config: Path) -> None:
         (("--model", "llama-3-8b", "--targets", "all"), "targets 'all' is unknown"),
         (("--model", "llama-3-8b", "--dtype", "int8"), "dtype 'int8' is unknown"),
         (("--model", "llama-3-8b", "--tokens", 10000), "10000 tokens are no whole number of windows of 8192"),
-        (("--model", "llama-3-8b", "--memory", 1), "--reserve is 2: GiB from 0 to below --memory, 1, are needed"),
-        (("--model", "llama-3-8b", "--reserve", -1), "--reserve is -1: GiB from 0"),
-        (("--model", "llama-3-8b", "--memory", -5), "--memory is -5: GiB above 0 are needed"),
-        (("--model", "llama-3-8b", "--memory", "nan"), "--memory is nan: GiB above 0 are needed"),
+        (("--model", "llama-3-8b", "--memory", 1), "--reserve is 2: give GiB from 0 to below --memory, 1"),
+        (("--model", "llama-3-8b", "--reserve", -1), "--reserve is -1: give GiB from 0"),
+        (("--model", "llama-3-8b", "--memory", -5), "--memory is -5: give GiB above 0"),
+        (("--model", "llama-3-8b", "--memory", "nan"), "--memory is nan: give GiB above 0"),
     ],
 )
 def test_what_does_not_fit_together_is_refused(arguments: tuple[object, ...], message: str, tmp_path: Path) -> None:

@@ -126,7 +126,7 @@ def refused(op: str) -> tuple[int, int]:
             try:
                 call(op, sharded)
             except ValueError as error:
-                rejected += "Nothing is gathered" in str(error)
+                rejected += "No operand is gathered" in str(error)
             else:
                 taken += 1
         assert communication.get_total_counts() == 0
@@ -334,7 +334,7 @@ def errors() -> list[str]:
 
 def test_errors_say_what_came_and_what_to_do(two):
     mixed, plain_x, meshes, placements, packed, tokens, trained, strided = two(errors)[0]
-    assert "x, weight came as DTensor and delta as a plain tensor" in mixed
+    assert "got x, weight as DTensor and delta as a plain tensor" in mixed
     assert "place_gains" in mixed
     assert "DTensor.from_local" in plain_x
     assert "different meshes" in meshes

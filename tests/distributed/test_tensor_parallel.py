@@ -318,7 +318,7 @@ def refusals() -> None:
     wrapper = gain_ops.layers.make.gain_layer(Odd(6, 10, dtype=torch.float64))
     both = nn.ModuleDict({"plain": Pair("input", "auto", bias=False), "odd": wrapper})
     parallelize_module(both, mesh, {"plain.up": ColwiseParallel(), "odd.base": ColwiseParallel()})
-    with pytest.raises(ValueError, match="a gain round Odd"):
+    with pytest.raises(ValueError, match="a gain around Odd"):
         place_gains(both)
     assert both["plain"].up.delta.placements == (Shard(0),)  # as the style left it
 
@@ -336,7 +336,7 @@ def test_refusals(two):
 
 
 def wrapped(bias: bool, letter: str) -> None:
-    """A gain round a base that works on DTensors."""
+    """A gain around a base that works on DTensors."""
     mesh = init_device_mesh("cpu", (2,))
     torch.manual_seed(0)
     linear = nn.Linear(4, 6, bias, dtype=torch.float64)
@@ -379,7 +379,7 @@ def open_sum() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return DTensor.from_local(super().forward(x), mesh, [Partial()], run_check=False)
 
-    with pytest.raises(ValueError, match="Base gives a sum over ranks"):
+    with pytest.raises(ValueError, match="Base returns a Partial sum over ranks"):
         gain_ops.layers.make.gain_layer(Base(4, 6))(torch.randn(3, 4))
 
 

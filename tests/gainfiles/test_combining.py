@@ -64,7 +64,7 @@ def test_powers_of_gains_that_are_not_positive():
     assert combine_gains(files, (0, 0)).deltas["a"].tolist() == [0.0] * 4, "0 ** 0 is 1"
     assert combine_gains(files[:1], (0.0,)).deltas["a"].shape == (4,)
     with pytest.raises(
-        GainFileError, match=r"^a has a gain below zero in file 1, which has no power 0.5: give it a whole"
+        GainFileError, match=r"^a has a gain below zero in file 1, which has no power 0.5: give it an integer"
     ):
         combine_gains(files, (0.5, 1))
     with pytest.raises(GainFileError, match="a has a gain below zero in file 2"):
@@ -153,7 +153,7 @@ def test_files_that_do_not_fit_together(tmp_path, how):
 )
 def test_what_float32_cannot_hold(how, weights):
     files = [gains({"a": [0.0, 9.0]}), gains({"a": [0.0, 9.0]})]
-    with pytest.raises(GainFileError, match="the combined gain of a does not fit into float32: take smaller weights"):
+    with pytest.raises(GainFileError, match="the combined gain of a does not fit into float32: use smaller weights"):
         combine_gains(files, weights, how)
 
 
@@ -170,5 +170,5 @@ def test_bad_arguments(tmp_path):
     with pytest.raises(FileNotFoundError):
         combine_gains([tmp_path / "none"], [1])
     (tmp_path / "text").write_text("text")
-    with pytest.raises(GainFileError, match="text is not a whole safetensors file"):
+    with pytest.raises(GainFileError, match="text is not a complete safetensors file"):
         combine_gains([tmp_path / "text"], [1])

@@ -300,7 +300,7 @@ def test_fingerprints_come_from_the_model(path, folder):
 def test_a_bias_on_the_output_side(path, folder):
     make_gains(path, gpt2(), "gain-ffn", "output")
     with pytest.raises(
-        ValueError, match=r"leaves the bias alone, and 4 of 4 layers have one: transformer.h.0.attn.c_proj"
+        ValueError, match=r"does not scale the bias, and 4 of 4 layers have one: transformer.h.0.attn.c_proj"
     ):
         to_peft(path, folder, gpt2())
     assert not folder.exists()
@@ -331,7 +331,7 @@ def test_a_layer_in_two_places(path, folder):
     model = block("a.up", "b.down")
     model.b.up = model.a.up
     write(path, {"a.up": "output"})
-    with pytest.raises(ValueError, match=r"a\.up stand in several places of the model"):
+    with pytest.raises(ValueError, match=r"a\.up are in several places of the model"):
         to_peft(path, folder, model)
 
 
@@ -393,13 +393,17 @@ def _with(name, content):
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (_peft(peft.LoraConfig(target_modules=["q_proj"])), ValueError, "is a LORA adapter; of PEFT's only IA3"),
+        (
+            _peft(peft.LoraConfig(target_modules=["q_proj"])),
+            ValueError,
+            "is a LORA adapter; of PEFT's methods only IA3",
+        ),
         (
             _peft(peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[], modules_to_save=["lm_head"])),
             ValueError,
-            r"trained whole modules besides \(lm_head: its modules_to_save\)",
+            r"also trained other modules \(lm_head: its modules_to_save\)",
         ),
-        (lambda folder: None, FileNotFoundError, "is not a folder: an adapter on the Hub has to be downloaded first"),
+        (lambda folder: None, FileNotFoundError, "is not a folder: download an adapter on the Hub first"),
         (_without("adapter_config.json"), FileNotFoundError, "is not a PEFT adapter: it has no adapter_config.json"),
         (
             _without("adapter_model.safetensors"),
@@ -410,7 +414,7 @@ def _with(name, content):
         (_with("adapter_config.json", b"[]"), ValueError, "adapter_config.json is damaged: TypeError"),
         (_with("adapter_config.json", b"{}"), ValueError, "adapter_config.json is damaged: KeyError"),
         (_with("adapter_config.json", b"\xff"), ValueError, "adapter_config.json is damaged: UnicodeDecodeError"),
-        (_with("adapter_model.safetensors", b"\x00" * 64), ValueError, "is not a whole safetensors file"),
+        (_with("adapter_model.safetensors", b"\x00" * 64), ValueError, "is not a complete safetensors file"),
         (lambda folder: adapter(folder, {}), ValueError, "holds nothing, where vectors"),
         (
             lambda folder: adapter(folder, {**VECTOR, "lm_head.weight": torch.ones(2)}),

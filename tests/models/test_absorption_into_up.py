@@ -265,7 +265,7 @@ def gained(model: nn.Module, targets: str = r"down_proj") -> nn.Module:
 @pytest.mark.parametrize("kind", [Plain, type("Other", (Gated,), {"forward": lambda self, x: self.down_proj(x)})])
 def test_an_ffn_without_a_gate_or_unknown(kind):
     message = (
-        r"cannot absorb 0.down_proj: .* would have to be quantised anew.* Nor can the rows of an up projection take "
+        r"cannot absorb 0.down_proj: .* would have to be quantised again.* Nor can the rows of an up projection take "
     )
     refused(gained(nn.Sequential(kind())), message + f"it: .*called by a {kind.__name__}")
 

@@ -655,7 +655,7 @@ def test_adapters_are_frozen_aloud_and_can_be_trained_beside_gains():
     model = lora(build(), ["q_proj", "v_proj"])
     before = snapshot(model)
     adapters = [name for name, p in model.named_parameters() if p.requires_grad]
-    with pytest.warns(UserWarning, match=r"no longer what PEFT trained: \S*q_proj.lora_A\S* .* and 4 more") as caught:
+    with pytest.warns(UserWarning, match=r"no longer PEFT's parameters: \S*q_proj.lora_A\S* .* and 4 more") as caught:
         gain_ops.apply(model, "gain")
     assert [warning.filename for warning in caught] == [__file__]
     for name in adapters:

@@ -378,7 +378,7 @@ def test_other_base_weights(two):
             "output side in law .* and on the input side in other",
         ),
         (lambda files: {"none": files["law"].with_name("none")}, FileNotFoundError, "none"),
-        (lambda files: {"mine": None}, ValueError, "mine is to be the gains that the model has, and it has none"),
+        (lambda files: {"mine": None}, ValueError, "the set mine should be the model's gains, and the model has none"),
     ],
 )
 def test_refusals_on_a_plain_model_change_nothing(files, more, error, message):

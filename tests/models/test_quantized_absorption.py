@@ -186,7 +186,7 @@ def test_blocks_that_cross_rows():
 def test_a_repacked_base_is_not_absorbed():
     model = nn.Sequential(repacked("nf4"))
     gain_ops.apply(model, ["0"])
-    refused(model, "cannot absorb 0: bitsandbytes has repacked its weight.*load the model anew")
+    refused(model, "cannot absorb 0: bitsandbytes has repacked its weight.*load the model again")
 
 
 def test_what_is_not_quantised_yet():
@@ -221,7 +221,7 @@ def test_scales_in_the_layout_of_another_kernel():
 
 
 def test_packed_gguf_blocks():
-    refused(gained_pair(square(TRAINABLE["gguf-q8_0"])), "it wraps a GgufLinear .* quantised anew")
+    refused(gained_pair(square(TRAINABLE["gguf-q8_0"])), "it wraps a GgufLinear .* quantised again")
 
 
 @pytest.mark.parametrize("name", ["nf4-doubly", "llm-int8", "int8-row"])

@@ -317,7 +317,7 @@ def test_compressed_tensors_unpacks_in_the_first_forward(folder, tmp_path, bits)
         results.append(gradients(each))
     assert_no_worse_than_torch("gradient of the gains", *results)
     assert fresh == {layer: fingerprint(model.get_submodule(layer)) for layer in applied.names}
-    with pytest.raises(ValueError, match=r"cannot absorb model.layers.0.self_attn.o_proj: it wraps a Linear .* anew"):
+    with pytest.raises(ValueError, match=r"cannot absorb model.layers.0.self_attn.o_proj: it wraps a Linear .* again"):
         gain_ops.absorb(model)
 
 

@@ -58,7 +58,7 @@ def test_batches_follow_the_seed():
 
 
 def test_too_few_windows_for_a_batch_are_refused():
-    with pytest.raises(ValueError, match="2 training windows came, but one batch takes 3"):
+    with pytest.raises(ValueError, match="got 2 training windows, but one batch takes 3"):
         draw_batches(torch.zeros(2, 4, dtype=torch.int64), batch_size=3, steps=1, seed=0)
 
 

@@ -50,7 +50,7 @@ def test_the_markdown_holds_every_figure():
         "| readmes (held out) | 20.00 | 21.00 | +5.0 % |",
         "| trained parameters | 1,000 of 4,000,000 (0.025 %) |",
         "| gain file | 4.4 KiB |",
-        "| kept for backward by a step of 1024 tokens | 1.0 MiB |",
+        "| saved for backward by a step of 1024 tokens | 1.0 MiB |",
         "| the same with LoRA r=16 on the same 2 layers | 1.5 MiB (512.0 KiB more) |",
         "| largest logit difference after absorbing | 2.0e-05 (logits up to 31) |",
         "| time | 2 min 05 s, training 1 min 30 s |",

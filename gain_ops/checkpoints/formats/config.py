@@ -1,4 +1,4 @@
-"""What a model's config.json says that its tensors do not."""
+"""What only a model's config.json knows, and not its tensors."""
 
 import json
 import re
@@ -12,7 +12,7 @@ from gain_ops.checkpoints.edits import CheckpointError
 _CONV1D_TYPES = frozenset(["clvp", "clvp_decoder", "decision_transformer", "gpt2", "imagegpt", "jais", "openai-gpt"])
 _CONV1D_LEAVES = frozenset(("c_attn", "c_fc", "c_proj", "q_attn"))
 
-# Methods of transformers that may keep the weights as they were, to quantise them anew in every forward; and what says so.
+# Methods of transformers that may store plain weights and quantise them again in every forward; and the entry that shows it.
 _IN_THE_FORWARD: Mapping[str, tuple[str, object]] = {
     "bitnet": ("quantization_mode", "online"),
     "fouroversix": ("keep_master_weights", True),
@@ -53,21 +53,21 @@ class Config:
         """Whether the layer of this name is a Conv1D, which the shape of a square weight would not say.
 
         Raises:
-            CheckpointError: it may be one, and nothing tells: no config, or a square weight of a model with its own code.
+            CheckpointError: it cannot be decided: no config, or a square weight of a model with its own code.
 
         """
         if name.rpartition(".")[2] not in _CONV1D_LEAVES:
             return False
         if not self._parts:
             raise CheckpointError(
-                f"{name} may be stored as [in, out] (Conv1D) or as [out, in], and there is no {self._path} to tell: "
-                "put the model's config.json there"
+                f"{name} may be stored as [in, out] (Conv1D) or as [out, in], and only {self._path} could decide: put the "
+                "model's config.json there"
             )
         if any(part.get("model_type") in _CONV1D_TYPES for part in self._parts):
             return True
         if square and any("auto_map" in part for part in self._parts):
             raise CheckpointError(
-                f"{name} is square, and the model has code of its own (auto_map in {self._path}), so nothing tells whether "
+                f"{name} is square, and the model has code of its own (auto_map in {self._path}), so nothing shows whether "
                 "it is stored as [in, out] (Conv1D) or as [out, in]: absorb in memory with gain_ops.absorb(), where the "
                 "layer's class is known"
             )
@@ -99,7 +99,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def _is_among(name: str, patterns: Iterable[str]) -> bool:
-    """Whether a module is one of those named, as transformers takes them: by their start, by their end or as a regex."""
+    """Whether a module is one of the named ones, as transformers matches them: by start, by end or as a regex."""
     return any(name.endswith(key) or re.match(rf"(?:{key})(?:(?<=\.)|(?=\.|$))", name) for key in patterns)
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints in GGUF: output gains go into the scales of a row's blocks, and nothing is quantised anew.
+"""Checkpoints in GGUF: output gains go into the scales of a row's blocks, and nothing is quantised again.
 
 ::
 
@@ -356,7 +356,7 @@ def read_gguf(file: Path) -> "tuple[Mapping[str, ReaderField], dict[str, _Tensor
             "again, or upgrade gguf (pip install -U gguf)"
         ) from error
     if reader.byte_order != "I":
-        raise CheckpointError(f"{file} has its numbers in the other byte order than this machine: convert it anew")
+        raise CheckpointError(f"{file} has its numbers in the other byte order than this machine: convert it again")
     tensors = {}
     for tensor in reader.tensors:
         kind, shape = tensor.tensor_type.name, tuple(int(size) for size in reversed(tensor.shape))

@@ -1,10 +1,10 @@
-"""The block types of GGUF files: where the scales of a block lie, and what a gain makes of them.
+"""The block types of GGUF files: where the scales of a block lie, and how a gain changes them.
 
 ::
 
     F(c * scales, quants) = c * F(scales, quants)        for every type in BLOCKS, of either sign, and zero
 
-so a row takes a gain by its scales alone: each is multiplied and rounded once, to float16, and no quant changes. Sources:
+so the scales of a row alone take its gain: each is multiplied and rounded once, to float16, and no quant changes. Sources:
 the structures of ggml/src/ggml-common.h in https://github.com/ggml-org/llama.cpp, and the decoders of the package gguf.
 """
 
@@ -20,7 +20,7 @@ from gain_ops.checkpoints.schemes.plain import rounding
 
 @dataclass(frozen=True)
 class BlockType:
-    """A block: so many values in so many bytes, with its float16 scales (and minima) at these offsets."""
+    """A block: the number of its values and of its bytes, and the offsets of its float16 scales (and minima)."""
 
     values: int
     size: int
@@ -110,7 +110,7 @@ def scale_rows(kind: str, rows: Tensor, gain: Tensor) -> tuple[Tensor, Rounding]
 
 
 def requantize_rows(kind: str, rows: Tensor, gain: Tensor) -> tuple[Tensor, Rounding]:
-    """Decode rows, multiply them by a gain that broadcasts to them, and quantise the product anew to the same type.
+    """Decode rows, multiply them by a gain that broadcasts to them, and quantise the product again to the same type.
 
     Returns:
         The new rows, and the largest error of a value against the exact product: absolute, and relative to the largest

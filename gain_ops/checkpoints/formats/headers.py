@@ -62,7 +62,7 @@ class Entry:
 
         """
         if self.dtype not in _DTYPES:
-            raise CheckpointError(f"{self.name} has dtype {self.dtype}, of which gain_ops knows nothing")
+            raise CheckpointError(f"{self.name} has dtype {self.dtype}, which gain_ops does not know")
         rows = self.shape[0] if len(self.shape) > 1 else 1
         region = Region(self.file, self.offset, rows, self.size // rows if rows else 0)
         return Stored(self.name, _DTYPES[self.dtype], self.shape, region)
@@ -73,7 +73,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Header:
-    """What a safetensors file says of itself."""
+    """The header of a safetensors file."""
 
     metadata: Mapping[str, str]
     entries: Mapping[str, Entry]
@@ -83,7 +83,7 @@ def read_header(file: Path) -> Header:
     """Read and check the header of a safetensors file; the data must be there to the last byte.
 
     Raises:
-        CheckpointError: not a safetensors file, a Git LFS pointer, a damaged header, or a file that is cut.
+        CheckpointError: not a safetensors file, a Git LFS pointer, a damaged header, or a truncated file.
         OSError: it cannot be read.
 
     """
@@ -116,7 +116,7 @@ def _entry(name: str, value: Mapping[str, Any], file: Path, data: int) -> Entry:
 
 
 def _check_extents(file: Path, total: int, data: int, entries: Mapping[str, Entry]) -> None:
-    """That the tensors lie one after the other, without overlap, and end where the file ends."""
+    """Check that the tensors lie one after the other, without overlap, and end where the file ends."""
     end = data
     for entry in sorted(entries.values(), key=lambda entry: (entry.offset, entry.size)):
         if entry.offset < end:

@@ -128,7 +128,7 @@ class SafetensorsCheckpoint:
         if plain.is_plain(layer) or quantization is None:
             if method := self._config.quantised_by_forward(name):
                 raise CheckpointError(
-                    f"{layer.name} is quantised anew by its forward ({method}), which would undo a gain in its weight: keep "
+                    f"{layer.name} is quantised again by its forward ({method}), which would undo a gain in its weight: keep "
                     "the gain file, and load it with gain_ops.load_gains()"
                 )
             square = "weight" in layer.tensors and len(set(layer.tensors["weight"].shape)) == 1

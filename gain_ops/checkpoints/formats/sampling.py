@@ -8,11 +8,11 @@ from torch import Tensor
 from gain_ops.checkpoints.edits import CheckpointError, Stored
 from gain_ops.gainfiles.fingerprints import digest, step
 
-_NEAR = 4096  # values closer than a page, in bytes, come with all that lies between
+_NEAR = 4096  # bytes: values closer than a page are read with everything between them
 
 
 def fingerprint(tensors: Mapping[str, Stored]) -> str:
-    """What gain_ops.models.files.fingerprint() gives for a module with these tensors, in this order."""
+    """The result of gain_ops.models.files.fingerprint() for a module with these tensors, in this order."""
     return digest((name, tensor.shape, _sample(tensor)) for name, tensor in tensors.items())
 
 

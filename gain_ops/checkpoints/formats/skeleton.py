@@ -1,4 +1,4 @@
-"""The modules of a checkpoint's model, without its weights: for what only the forward of a module says."""
+"""The modules of a checkpoint's model, without its weights, for questions that only a module's forward answers."""
 
 from pathlib import Path
 from typing import cast
@@ -22,7 +22,7 @@ def skeleton(folder: Path) -> nn.Module:
     try:
         import transformers
     except ImportError as error:
-        raise CheckpointError('the package transformers is needed to tell: pip install "gain-ops[cli]"') from error
+        raise CheckpointError('this needs the package transformers: pip install "gain-ops[cli]"') from error
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError) as error:

@@ -1,8 +1,8 @@
-"""What becomes of a quantised layer that takes a gain: one file a format, and here which of them it is.
+"""How a quantised layer takes a gain: one file for each format, and here the choice of the format.
 
-A row gain goes into a row's scales: exact to their own rounding, where an adapter that adds has to requantise. Where no
-scale can take a gain, on inputs or under a scale for many rows, it is refused, or codes and scales are chosen anew if
-that was asked for.
+A row gain goes into the row's scales, exactly up to their own rounding; an adapter that adds has to requantise. Where no
+scale can take a gain (on inputs, or under a scale for many rows), it is refused, or with ``requantize`` new codes and scales
+are chosen.
 """
 
 from collections.abc import Callable, Mapping
@@ -28,20 +28,20 @@ _SCHEMES: Mapping[str, Callable[[Layer, Request], list[Edit]]] = {
 
 
 def edits(config: Mapping[str, Any], metadata: Mapping[str, str], layer: Layer, *, requantize: bool) -> list[Edit]:
-    """The edits that fold a gain into a quantised layer; plain layers are plain.py's.
+    """The edits that fold a gain into a quantised layer; plain.py has plain layers.
 
     ::
 
         side="output":  W <- diag(gain) @ W            side="input":  W <- W @ diag(gain)            b unchanged
 
     Where a scale takes the gain, the product runs in float32 and is rounded once to the scale's dtype, and the edit's
-    rounding is the scale's. Where codes are chosen anew, the rounding is that of the weights.
+    rounding is the scale's. Where new codes are chosen, the rounding is that of the weights.
 
     Args:
         config: "quantization_config" in config.json.
-        metadata: what the header of the layer's file says beside its tensors.
+        metadata: the entries in the header of the layer's file beside its tensors.
         layer: the layer, with the gain.
-        requantize: whether codes may be rounded anew where no scale can take the gain.
+        requantize: whether codes may be rounded again where no scale can take the gain.
 
     Raises:
         InexactError: a gain that its scales cannot take, without ``requantize`` or where the format is not unpacked here.
@@ -52,7 +52,7 @@ def edits(config: Mapping[str, Any], metadata: Mapping[str, str], layer: Layer, 
     method = str(config.get("quant_method") or unnamed)
     if method not in _SCHEMES:
         raise CheckpointError(
-            f"{layer.name} is quantised by {method}, which is not among the methods known here ({', '.join(_SCHEMES)}). "
+            f"{layer.name} is quantised by {method}, which is not among the known methods ({', '.join(_SCHEMES)}). "
             f"{REMEDY}"
         )
     return _SCHEMES[method](layer, Request(config, metadata, requantize))

@@ -6,9 +6,9 @@
 
 qweight [inputs, outputs / 8] and qzeros [groups, outputs / 8] hold 8 outputs in an int32 word, from the lowest bits
 outputs 0, 2, 4, 6, 1, 3, 5, 7 of it. The scales, float16 [groups, outputs], are in the outputs' own order and take row
-gains of either sign. Gains on inputs round q anew, with zero points as they are.
+gains of either sign. Gains on inputs round q again, with the same zero points.
 
-The other versions (gemv, gemv_fast, llm-awq, marlin, ...) lay the scales out otherwise, or scale the zero points too:
+The other versions (gemv, gemv_fast, llm-awq, marlin, ...) have another layout of the scales, or scale the zero points too;
 they are refused.
 
 Source: casper-hansen/AutoAWQ, awq/modules/linear/gemm.py.

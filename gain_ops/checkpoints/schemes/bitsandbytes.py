@@ -5,9 +5,9 @@
     int8:           W[o, i] = weight[o, i] * SCB[o] / 127
     nf4, fp4:       W.flatten()[k] = quant_map[code[k]] * absmax[k // blocksize]
 
-SCB takes row gains of either sign. absmax does where blocks end with rows, in_features being a multiple of blocksize,
-and where it is stored as float32: one that is quantised itself ("double quantisation") is refused, as are gains on the
-inputs of 4-bit weights. Gains on the inputs of int8 round it again.
+SCB takes row gains of either sign. absmax takes them if blocks end with rows (in_features is a multiple of blocksize) and if
+it is stored as float32: an absmax that is quantised itself ("double quantisation") is refused, as are gains on the inputs of
+4-bit weights. Gains on the inputs of int8 weights round the weights again.
 
 Source: bitsandbytes/functional.py (QuantState, int8_vectorwise_dequant), nn/modules.py.
 """
@@ -54,9 +54,9 @@ def _four_bits(layer: Layer) -> list[Edit]:
     (outputs, inputs), size = state["shape"], state["blocksize"]
     check_gain(layer, outputs, inputs)
     if layer.side == "input":
-        raise refused(layer, "its scales go with runs of a row, and the gain with inputs")
+        raise refused(layer, "its scales belong to runs of a row, and the gain to inputs")
     if "weight.nested_absmax" in layer.tensors:
         raise refused(layer, "its scales are quantised themselves (double quantisation)")
     if inputs % size:
-        raise refused(layer, f"its blocks of {size} do not end with rows of {inputs}, so that a scale serves two")
+        raise refused(layer, f"its blocks of {size} do not end with rows of {inputs}, so that a scale serves two rows")
     return [scaled(layer, absmax, layer.gain.repeat_interleave(inputs // size))]

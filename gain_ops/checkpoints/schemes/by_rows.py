@@ -1,4 +1,4 @@
-"""What the formats have in common that store a matrix of codes [outputs, inputs], a number each, and scales beside it."""
+"""The common part of formats that store a matrix of codes [outputs, inputs], one number each, and scales beside it."""
 
 import torch
 
@@ -20,19 +20,19 @@ def edits(
     block: tuple[int | None, int | None] = (None, None),
     requantize: bool,
 ) -> list[Edit]:
-    """The scale's edit where it can take the gain, else those of codes and scale.
+    """The scale's edit if it can take the gain, otherwise the edits of codes and scale.
 
     ::
 
         W[o, i] = (codes[o, i] - zeros[a, b]) * scale[a, b]
 
     Args:
-        layer: of which these are.
+        layer: the layer of these tensors.
         codes: int8 or float8 [outputs, inputs].
         scale: [outputs, groups], or of any coarser blocks, or one number; floating, or E8M0 (float8_e8m0fnu, uint8).
         zeros: as ``scale``, or None.
-        block: the height and the width of a block, None for what divides evenly.
-        requantize: whether codes may be rounded anew.
+        block: the height and the width of a block, None where they divide evenly.
+        requantize: whether codes may be rounded again.
 
     Raises:
         CheckpointError: the scale cannot take the gain, and ``requantize`` is off; or other tensors than these.

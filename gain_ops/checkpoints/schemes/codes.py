@@ -27,7 +27,7 @@ class Coding(Protocol):
         ...
 
     def bounds(self, lowest: float, highest: float) -> tuple[float, float]:
-        """The least and the greatest value that a code may have, where a tensor has these now."""
+        """The smallest and the largest value that a code may have, where a tensor has these now."""
         ...
 
 
@@ -49,7 +49,7 @@ class Whole:
         return values.to(torch.float32).to(self._dtype).view(torch.uint8)
 
     def bounds(self, lowest: float, highest: float) -> tuple[float, float]:
-        """As in Coding; an int8 may hold fewer bits, and keeps to as few as it needs now."""
+        """As in Coding; an int8 may hold fewer bits, and stays within the bits that it uses now."""
         if self._dtype.is_floating_point:
             return torch.finfo(self._dtype).min, torch.finfo(self._dtype).max
         half = 1
@@ -59,14 +59,14 @@ class Whole:
 
 
 class Fields:
-    """Fields of as many bits in each word, the lowest bits first, as numbers of a table.
+    """Fields of the same number of bits in each word, the lowest bits first, as numbers of a table.
 
     Args:
-        table: what each of the 2^bits codes stands for.
-        columns: how many values a row has; what is left of its last word is zeros.
+        table: the value of each of the 2^bits codes.
+        columns: how many values a row has; the rest of its last word is zeros.
         word: torch.uint8 or torch.int32.
         downwards: the fields of a word are below each other, not beside each other.
-        order: which of its values each field of a word is, from the lowest bits; None for their own order.
+        order: the index of the value in each field of a word, from the lowest bits; None for their own order.
 
     """
 

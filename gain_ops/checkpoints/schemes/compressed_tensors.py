@@ -1,4 +1,4 @@
-"""compressed-tensors (llm-compressor, vLLM): every format of integers and floats but the sparse ones and mxfp6.
+"""compressed-tensors (llm-compressor, vLLM): every format of integers and floats, except the sparse ones and mxfp6.
 
 ::
 
@@ -7,14 +7,14 @@
     nvfp4-pack-quantized:                   W = e2m1(weight_packed) * weight_scale / weight_global_scale
     mxfp4-pack-quantized:                   W = e2m1(weight_packed) * 2^(weight_scale - 127)
 
-Where every row has scales of its own (strategies "channel" and "group") in 16 bits or more, they take row gains of
-either sign, and zero points stay. One scale for the whole weight or for blocks, float8 and E8M0 ones do not, and none
-takes gains on inputs: there the codes are rounded anew (in 2, 4 or 8 bits), or the gain is refused. New scales are never
-negative. In nvfp4 that means that a scale is rounded to float8, a weight by at most 6.25 %.
+Where every row has scales of its own (strategies "channel" and "group") in 16 bits or more, these take row gains of either
+sign, and zero points stay. Scales for a full weight or for blocks, float8 scales and E8M0 scales take no row gains, and no
+scale takes gains on inputs: there the codes are rounded again (in 2, 4 or 8 bits), or the gain is refused. New scales are
+never negative. In nvfp4 a new scale is rounded to float8, which changes a weight by at most 6.25 %.
 
-Quantised activations stay as they are, as inputs do not change with this layer's gains; a fixed input_scale of a later
-layer was chosen without them. A layer whose own outputs are quantised by a fixed scale (output_scale) is refused for
-that, and so is a rotated one.
+Quantised activations stay as they are: this layer's gains do not change its inputs. A fixed input_scale of a later layer was
+chosen without the gains. A layer whose own outputs are quantised by a fixed scale (output_scale) is refused for this reason,
+and so is a rotated layer.
 
 Source: compressed_tensors/compressors/, quantization/lifecycle/forward_helpers.py.
 """
@@ -39,9 +39,9 @@ _FP4_TOP = 7.0  # a group's largest value may round down to 6, as compressed-ten
 def edits(layer: Layer, request: Request) -> list[Edit]:
     """See schemes.edits."""
     if request.config.get("transform_config"):
-        raise refused(layer, "the model's weights are rotated, and the gain goes with those that are not")
+        raise refused(layer, "the model's weights are rotated, and the gain belongs to the unrotated ones")
     if "output_scale" in layer.tensors:
-        raise refused(layer, "its outputs are quantised with a scale that was chosen for them without the gain")
+        raise refused(layer, "its outputs are quantised with a scale that was chosen without the gain")
     scale = tensor_of(layer, "weight_scale")
     if "weight_packed" in layer.tensors:
         return _packed(layer, request, layer.tensors["weight_packed"], scale)
@@ -89,7 +89,7 @@ def _fp4(layer: Layer, packed: Stored, scale: Stored, inputs: int) -> Grid:
 def _integers(layer: Layer, config: Mapping[str, Any], packed: Stored, scale: Stored, inputs: int) -> Grid:
     widths = {args["num_bits"] for args in _weights(config) if packed.shape[1] == -(-inputs * args["num_bits"] // 32)}
     if len(widths) != 1 or not widths <= {2, 4, 8}:
-        raise refused(layer, f"codes of {sorted(widths) or 'unknown'} bits are not unpacked here")
+        raise refused(layer, f"codes of {sorted(widths) or 'unknown'} bits cannot be unpacked")
     bits = widths.pop()
     codes = torch.arange(2**bits) - 2 ** (bits - 1)
     scales = FloatScales(scale)

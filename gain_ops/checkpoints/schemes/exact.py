@@ -1,4 +1,4 @@
-"""A stored tensor that takes the gain by itself, rounded once; and what is said of a layer where none does."""
+"""A stored tensor that takes the gain by itself, rounded once; and the errors of a layer where none does."""
 
 import torch
 from torch import Tensor
@@ -7,8 +7,8 @@ from gain_ops.checkpoints.edits import CheckpointError, Edit, InexactError, Laye
 from gain_ops.checkpoints.schemes.plain import DTYPES, rounding
 from gain_ops.gainfiles.rounding import lost_gains
 
-OTHER_SIDE = "its scales go with outputs, and the gain with inputs"
-REMEDY = "Absorb into the unquantised checkpoint and quantise that"
+OTHER_SIDE = "its scales belong to outputs, and the gain to inputs"
+REMEDY = "Absorb into the unquantised checkpoint and quantise the result"
 
 
 def tensor_of(layer: Layer, name: str) -> Stored:
@@ -26,22 +26,20 @@ def tensor_of(layer: Layer, name: str) -> Stored:
 def unknown(layer: Layer) -> CheckpointError:
     """The error for a layer whose tensors are not those of its format."""
     found = ", ".join(f"{name} {tensor.dtype} {list(tensor.shape)}" for name, tensor in layer.tensors.items())
-    return CheckpointError(
-        f"{layer.name} is stored in a way that is not known: {found.replace('torch.', '')}. {REMEDY}"
-    )
+    return CheckpointError(f"{layer.name} is stored in an unknown way: {found.replace('torch.', '')}. {REMEDY}")
 
 
 def refused(layer: Layer, reason: str, *, requantizable: bool = False) -> InexactError:
-    """The error for a gain that nothing stored can take exactly, because of ``reason``."""
-    way_out = ", or have it requantised, which rounds every weight (--requantize)" if requantizable else ""
+    """The error for a gain that no stored tensor can take exactly, because of ``reason``."""
+    way_out = ", or requantise it, which rounds every weight (--requantize)" if requantizable else ""
     return InexactError(f"{layer.name} cannot take its gain exactly: {reason}. {REMEDY}{way_out}")
 
 
 def check_gain(layer: Layer, outputs: int, inputs: int) -> None:
-    """That there are as many gains as features on their side.
+    """Check that the layer has one gain for each feature of the side.
 
     Raises:
-        CheckpointError: there are not.
+        CheckpointError: another number of gains.
 
     """
     features = outputs if layer.side == "output" else inputs
@@ -52,7 +50,7 @@ def check_gain(layer: Layer, outputs: int, inputs: int) -> None:
 
 
 def obstacle(layer: Layer, scale: Stored, outputs: int) -> str | None:
-    """Why scales that go with rows, [outputs, groups], cannot take the gain; None where they can."""
+    """Why the scales of rows, [outputs, groups], cannot take the gain; None where they can."""
     if layer.side == "input":
         return OTHER_SIDE
     if scale.dtype not in DTYPES:

@@ -5,9 +5,9 @@
     fp8, mxfp8:     W[o, i] = weight[o, i] * weight_scale_inv[o // height, i // width]        or one scale for all
     fbgemm_fp8:     W[o, i] = weight[o, i] * weight_scale[o, 0]
 
-fbgemm's scales take row gains, of either sign: the kernels multiply by them. A block's scale serves many rows, and an
-E8M0 one is a power of two: there the float8 weights are rounded anew, or the gain is refused. Activations are quantised
-as they come, or by a scale of their own that gains of this layer do not touch.
+fbgemm's scales take row gains, of either sign: the kernels multiply by them. A block's scale serves many rows, and an E8M0
+scale is a power of two: there the float8 weights are rounded again, or the gain is refused. Activations are quantised
+dynamically, or by a scale of their own that does not depend on this layer's gains.
 
 Source: transformers/integrations/finegrained_fp8.py, fbgemm_fp8.py.
 """
@@ -23,7 +23,7 @@ from gain_ops.checkpoints.schemes.request import Request
 def edits(layer: Layer, request: Request) -> list[Edit]:
     """See schemes.edits."""
     weight = tensor_of(layer, "weight")
-    if weight.dtype == torch.int8:  # two e2m1 in a byte, which experts may be stored in
+    if weight.dtype == torch.int8:  # two e2m1 in a byte, as experts may be stored
         raise unknown(layer)
     name = "weight_scale" if "weight_scale" in layer.tensors else "weight_scale_inv"
     scale = tensor_of(layer, name)

@@ -6,8 +6,8 @@
 
 qweight [inputs * bits / 32, outputs] holds q, the fields of an int32 word being inputs below each other; qzeros
 [groups, outputs * bits / 32] holds beside each other. The scales, float16 [groups, outputs], take row gains of either
-sign: every kernel multiplies by them, in order or permuted. Gains on inputs round q anew, with zero points as they are,
-for 2, 4 and 8 bits.
+sign: every kernel multiplies by them, in order or permuted. Gains on inputs round q again, with the same zero points, for
+2, 4 and 8 bits.
 
 The repacked formats (marlin, bitblas, ...) have other orders and are refused.
 
@@ -37,7 +37,7 @@ def edits(layer: Layer, request: Request) -> list[Edit]:
     if version not in ("gptq", "gptq_v2"):
         raise refused(layer, f"GPTQ's checkpoint_format {version!r} is laid out for one kernel")
     if request.config.get("rotation"):
-        raise refused(layer, "its outputs are rotated, and the gain goes with those that are not")
+        raise refused(layer, "its outputs are rotated, and the gain belongs to the unrotated ones")
     qweight, scales = tensor_of(layer, "qweight"), tensor_of(layer, "scales")
     if (qweight.dtype, len(qweight.shape)) != (torch.int32, 2) or scales.shape[1:] != qweight.shape[1:]:
         raise unknown(layer)
@@ -48,7 +48,7 @@ def edits(layer: Layer, request: Request) -> list[Edit]:
         return [scaled(layer, scales, layer.gain)]
     bits = qweight.shape[0] * 32 // max(1, inputs)
     if bits not in _BITS:
-        raise refused(layer, f"{OTHER_SIDE}, and codes of {bits} bits are not unpacked here")
+        raise refused(layer, f"{OTHER_SIDE}, and codes of {bits} bits cannot be unpacked")
     if not request.requantize:
         raise refused(layer, OTHER_SIDE, requantizable=True)
     codes = torch.arange(2**bits)

@@ -25,15 +25,14 @@ def edits(layer: Layer, *, transposed: bool = False) -> list[Edit]:
 
         side="output":  W <- diag(gain) @ W            side="input":  W <- W @ diag(gain)            b unchanged
 
-    The product runs in float32 (float64 for float64) and is rounded once, as gain_ops.absorb() does in memory: the bits
-    are the same.
+    The product runs in float32 (float64 for float64) and is rounded once. gain_ops.absorb() in memory gives the same bits.
 
     Args:
         layer: with "weight" [out, in] in float64, float32, bfloat16 or float16.
         transposed: the weight is stored as [in, out], which transformers' Conv1D does.
 
     Raises:
-        CheckpointError: no such weight, something else in the layer beside a bias, or a gain of another length.
+        CheckpointError: no such weight, more in the layer than weight and bias, or a gain of another length.
 
     """
     if not is_plain(layer):

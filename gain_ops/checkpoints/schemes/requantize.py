@@ -1,11 +1,11 @@
-"""Codes and scales chosen anew, where no scale can take the gain: decode, multiply, encode, and count what it costs.
+"""New codes and scales, where no scale can take the gain: decode, multiply, encode, and measure the error.
 
 ::
 
     W[i, j] = (code[i, j] - zero[a, b]) * scale[a, b]          a = rows[i], b = columns[j]
 
-A scale grows by as much as the largest code beside its zero point would: the largest code stays what it is, and nothing
-is clipped. Zero points stay. Where every gain under a scale is 1, so do the weights.
+A scale grows by as much as its largest code, counted from the zero point, would: the largest code stays the same, and
+nothing is clipped. Zero points stay. Where every gain under a scale is 1, the weights stay too.
 """
 
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ from gain_ops.checkpoints.schemes.codes import Coding
 from gain_ops.checkpoints.schemes.plain import rounding
 from gain_ops.checkpoints.schemes.scales import Scales
 
-_CHUNK = 1 << 20  # codes worked on at a time: bounds the scratch at some 50 MB
+_CHUNK = 1 << 20  # codes worked on at a time: bounds the scratch memory at about 50 MB
 
 
 @dataclass(frozen=True)
@@ -28,13 +28,13 @@ class Grid:
 
     Attributes:
         codes: the tensor that holds them.
-        coding: how it holds them.
+        coding: the layout of the codes in it.
         scales: [a, b].
         rows: int64, the row of ``scales`` that goes with each row of codes.
         columns: int64, the column of ``scales`` that goes with each column of codes.
         zeros: float64 [a, b], or None for zeros.
-        outputs_first: rows are outputs and columns are inputs; else the other way round.
-        top: the largest code that scales are chosen for, None for the largest that was used under each.
+        outputs_first: whether rows are outputs and columns inputs, or the other way around.
+        top: the largest code that scales are chosen for, None for the largest code used under each scale.
 
     """
 
@@ -49,15 +49,15 @@ class Grid:
 
 
 def blocks(features: int, groups: int, size: int | None = None) -> Tensor:
-    """The group of each feature, int64 [features], in groups of ``size``, or else of equal size.
+    """The group of each feature, int64 [features], in groups of ``size``, or otherwise of equal size.
 
-    Where they do not make that many groups, requantized() says so.
+    If they do not make that many groups, requantized() raises.
     """
     return torch.arange(features) // (size or max(1, features // max(1, groups)))
 
 
 def requantized(layer: Layer, grid: Grid) -> list[Edit]:
-    """The edits of the codes and of the scales. The rounding is that of the weights, and with the codes.
+    """The edits of the codes and of the scales. The codes' edit has the rounding, which is that of the weights.
 
     Reads the codes once, a few rows at a time.
 
@@ -114,19 +114,17 @@ def _growth(layer: Layer, grid: Grid, gains: Tensor) -> tuple[Tensor, tuple[floa
         room = torch.maximum(_ratio(high, bounds[1] - zeros), _ratio(low, bounds[0] - zeros))
         growth = torch.maximum(_ratio(largest, peak), room)
     if growth.isinf().any():
-        raise CheckpointError(
-            f"{layer.name} would need other zero points: a gain that is negative leaves codes no room"
-        )
+        raise CheckpointError(f"{layer.name} would need other zero points: a negative gain leaves the codes no room")
     return torch.where(largest == 0, 1.0, growth), bounds
 
 
 def _ratio(part: Tensor, whole: Tensor) -> Tensor:
-    """How many times ``part`` is ``whole``; infinitely many where that has another sign."""
+    """``part / whole``, infinite where they have different signs."""
     return torch.where(part == 0, 0.0, torch.where(part * whole > 0, part / whole, float("inf")))
 
 
 def _values(grid: Grid, block: Tensor, start: int) -> tuple[Tensor, Tensor, slice]:
-    """Codes beside their zero points, the zero points, and which rows of codes they are."""
+    """Codes with their zero points, and which rows of codes they are."""
     first = start * grid.coding.rows_per_row
     rows = slice(first, first + len(block) * grid.coding.rows_per_row)
     zero = torch.zeros(()).double() if grid.zeros is None else grid.zeros[grid.rows[rows]][:, grid.columns]
@@ -134,7 +132,7 @@ def _values(grid: Grid, block: Tensor, start: int) -> tuple[Tensor, Tensor, slic
 
 
 def _chunks(grid: Grid) -> Iterator[tuple[Tensor, int]]:
-    """The rows of the codes, a few at a time, and where they start."""
+    """The rows of the codes, a few at a time, with the index of the first."""
     region = grid.codes.region
     count = max(1, _CHUNK // max(1, grid.columns.numel() * grid.coding.rows_per_row))
     for start in range(0, region.rows, count):

@@ -1,4 +1,4 @@
-"""What a format is told beside the layer."""
+"""What a format gets beside the layer."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,12 +7,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Request:
-    """What the checkpoint says of its quantisation, and what was asked for.
+    """The checkpoint's entries on its quantisation, and the caller's options.
 
     Attributes:
         config: "quantization_config" in config.json.
-        metadata: what the header of the layer's file says beside its tensors.
-        requantize: whether codes may be rounded anew where no scale can take the gain.
+        metadata: the entries in the header of the layer's file beside its tensors.
+        requantize: whether codes may be rounded again where no scale can take the gain.
 
     """
 

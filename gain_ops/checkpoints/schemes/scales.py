@@ -1,4 +1,4 @@
-"""How quantisation scales are stored, where they have to be chosen anew: their values, and the bytes of new ones."""
+"""How quantisation scales are stored, for choosing new ones: their values, and the bytes of the new scales."""
 
 import math
 from typing import Protocol
@@ -23,17 +23,17 @@ class Scales(Protocol):
     values: Tensor
 
     def store(self, wanted: Tensor) -> tuple[Tensor, list[tuple[Stored, Tensor]]]:
-        """What can be stored for ``wanted``, float64 [a, b]: its values, and the tensors that hold them.
+        """The nearest storable scales to ``wanted``, float64 [a, b]: their values, and the tensors that hold them.
 
         Raises:
-            CheckpointError: they overflow what holds them.
+            CheckpointError: they overflow the stored dtype.
 
         """
         ...
 
 
 class FloatScales:
-    """Floating numbers of 16 bits or more, each standing for ``unit`` times as much.
+    """Floating numbers of 16 bits or more, each multiplied by ``unit``.
 
     Raises:
         CheckpointError: numbers of another kind.
@@ -43,7 +43,7 @@ class FloatScales:
     def __init__(self, stored: Stored, *, unit: float = 1.0) -> None:
         if stored.dtype not in DTYPES:
             raise CheckpointError(
-                f"{stored.name} is {stored.dtype}, no kind of scale that is known".replace("torch.", "")
+                f"{stored.name} is {stored.dtype}, which is no known kind of scale".replace("torch.", "")
             )
         self._stored, self._unit = stored, unit
         self.values = matrix(stored.read()).double() * unit
@@ -77,10 +77,10 @@ class PowerScales:
 
 
 class TwoLevelScales:
-    """float8_e4m3fn over one float32 for the whole weight: ``scale / overall``.
+    """float8_e4m3fn over one float32 for the full weight: ``scale / overall``.
 
-    The overall one is divided by a power of two where the largest scale would overflow. None is ever negative, as
-    kernels take them for unsigned.
+    The overall scale is divided by a power of two where the largest scale would overflow. No scale is ever negative, since
+    kernels read them as unsigned.
     """
 
     def __init__(self, stored: Stored, overall: Stored) -> None:

@@ -1,4 +1,4 @@
-"""torchao's tensors, as transformers writes them into safetensors: the parts of each, with what they are in the header.
+"""torchao's tensors, as transformers writes them into safetensors: the parts of each, described in the header.
 
 ::
 
@@ -7,9 +7,9 @@
     Int4TilePackedTo4dTensor:                               W = (q - 8) * scale + zero              [groups, outputs, 2]
     Int4PlainInt32Tensor:                                   W = (q - zero_point) * scale            [groups, outputs]
 
-Scales of rows and groups take row gains of either sign; a zero point that is a weight, not a code, is multiplied with
-them. Of the first three, weights are rounded anew for gains on inputs and for scales of the whole weight. Where there is
-an ``act_pre_scale`` [inputs], by which inputs are multiplied before anything else, it takes gains on inputs.
+Scales of rows and groups take row gains of either sign; a zero point that is a weight, not a code, is multiplied too. In the
+first three formats, weights are rounded again for gains on inputs and for a scale of the full weight. An ``act_pre_scale``
+[inputs], by which inputs are multiplied first, takes gains on inputs.
 
 MXTensor and NVFP4Tensor, whose scales are in 8 bits and mostly laid out for one kernel, are refused.
 
@@ -37,13 +37,13 @@ def edits(layer: Layer, request: Request) -> list[Edit]:
     codes = tensor_of(layer, "_weight_qdata")
     key = codes.name.removesuffix("_weight_qdata") + "weight"
     if key not in request.metadata:
-        raise CheckpointError(f"{layer.name}: no header says what torchao made of {key}; write the checkpoint again")
+        raise CheckpointError(f"{layer.name}: no header describes torchao's {key}; write the checkpoint again")
     described = json.loads(request.metadata[key])
     kind, attributes = described["_type"], described["_data"]
     before = layer.tensors.get("_weight_act_pre_scale")
     if layer.side == "input" and before is not None:
         if "_weight_act_quant_scale" in layer.tensors:
-            raise refused(layer, "its inputs are quantised with a scale that was chosen for them without the gain")
+            raise refused(layer, "its inputs are quantised with a scale that was chosen without the gain")
         check_gain(layer, 0, before.shape[-1])
         return [scaled(layer, before, layer.gain)]
     if kind in _BY_ROWS:
@@ -57,7 +57,7 @@ def edits(layer: Layer, request: Request) -> list[Edit]:
             requantize=request.requantize,
         )
     if kind not in ("Int4Tensor", "Int4PlainInt32Tensor", "Int4TilePackedTo4dTensor"):
-        raise refused(layer, f"torchao's {kind} is not taken apart here")
+        raise refused(layer, f"torchao's {kind} is not supported")
     return _int4(layer, kind, attributes)
 
 
