@@ -36,6 +36,7 @@ from gain_ops.checkpoints.schemes.exact import scaled
 from gain_ops.gainfiles.file import GainFile
 from gain_ops.gainfiles.fingerprints import digest, step
 from gain_ops.gainfiles.rounding import lost_gains
+from gain_ops.models.carriers import CannotFold, fold_gain, has_own_gain
 from gain_ops.utils.errors import MissingPackageError
 from gain_ops.utils.wording import some_of
 
@@ -151,18 +152,14 @@ class GGUFCheckpoint:
         return [f"it has no layer {some_of(missing)} (architecture {self.architecture}){why}"]
 
     def _edits(self, gained: _Gained, name: str, names: Collection[str], *, requantize: bool) -> list[Edit]:
-        """Into the layer; on the input side exactly, or else into the up projection beside it, or else as asked."""
-        if gained.side == "output":
-            return [_edit(gained, requantize=requantize)]
-        try:
-            return [_edit(gained, requantize=False)]
-        except InexactError as inexact:
-            try:
-                return self._into_up(gained, name, names)
-            except CheckpointError as error:
-                if requantize:
-                    return [_edit(gained, requantize=True)]
-                raise InexactError(f"{inexact}. Nor can the rows of an up projection take it: {error}") from None
+        """Into the layer exactly, or on the input side into the up projection beside it, or else as asked."""
+        return fold_gain(
+            gained.side,
+            lambda: [_edit(gained, requantize=False)],
+            lambda: self._into_up(gained, name, names),
+            (lambda: [_edit(gained, requantize=True)]) if requantize else None,
+            refusals=(CheckpointError, CannotFold),
+        )
 
     def _into_up(self, gained: _Gained, name: str, names: Collection[str]) -> list[Edit]:
         """The edits of the up projection's rows, and of its bias, for a gain on the input of a down projection."""
@@ -177,7 +174,7 @@ class GGUFCheckpoint:
         ):
             raise CheckpointError(f"{name} is not known to be that of a gated FFN (architecture {self.architecture})")
         if up in names:
-            raise CheckpointError(f"{up} has a gain of its own, which does the same: leave one of the two without")
+            raise has_own_gain(up)
         gain = torch.cat([torch.ones_like(gained.gain), gained.gain]) if packed else gained.gain
         edits = [_edit(self._gained(up, up, "output", gain), requantize=False)]
         bias = self.tensors.get(f"{up}.bias")
