@@ -31,6 +31,7 @@ from gain_ops.checkpoints.formats.gguf_blocks import (
     requantize_rows,
     scale_rows,
 )
+from gain_ops.checkpoints.formats.names import without_shells
 from gain_ops.checkpoints.schemes import plain
 from gain_ops.checkpoints.schemes.exact import scaled
 from gain_ops.gainfiles.file import GainFile
@@ -60,7 +61,6 @@ _PAIRED = {"attn_q": "attention.head_count", "attn_k": "attention.head_count_kv"
 
 _FACTORS = frozenset(("weight", "bias", "scale", "input_scale"))  # tensors of one layer; LoRA's would be terms
 
-_SHELLS = re.compile(r"^((base_model|language_model|llm|model|text_model|transformer)\.)*")
 _SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})\.gguf")
 
 
@@ -138,7 +138,7 @@ class GGUFCheckpoint:
 
     def _tensor_name(self, layer: str) -> str | None:
         """What the file calls a module, without ".weight"; None for a module that its architecture does not have."""
-        inner = _SHELLS.sub("", layer, count=1)
+        inner = without_shells(layer)
         names = (self.names.get_name(name) for name in (layer, inner, f"model.{inner}", f"transformer.{inner}"))
         return next((name for name in names if name is not None), None)
 
