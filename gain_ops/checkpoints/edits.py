@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gain_ops.models.carriers import CannotFold
 from gain_ops.utils.errors import GainOpsError
 
 
@@ -20,7 +21,7 @@ class CheckpointError(GainOpsError, ValueError):
     """A checkpoint that cannot be read, or that cannot take these gains; nothing was changed."""
 
 
-class InexactError(CheckpointError):
+class InexactError(CheckpointError, CannotFold):
     """A gain that no stored tensor of its layer can take exactly."""
 
 

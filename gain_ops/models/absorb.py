@@ -12,9 +12,9 @@ from gain_ops.layers.gained import Gained
 from gain_ops.layers.linears import computes_from_weight, own_tensors, refuse_fsdp, sizes, weight_dim
 from gain_ops.layers.wrapper import GainWrapper
 from gain_ops.models.apply import remove
-from gain_ops.models.carriers import Carrier, Foldable
+from gain_ops.models.carriers import CannotFold, Carrier, Foldable, fold_gain, has_own_gain
 from gain_ops.models.record import gained_modules, refuse_base_active, refuse_outside, refuse_part
-from gain_ops.models.up_rows import NotGated, up_rows
+from gain_ops.models.up_rows import up_rows
 from gain_ops.utils.dtensors import is_sharded
 from gain_ops.utils.errors import UsageError
 
@@ -178,30 +178,25 @@ def _weight(module: nn.Module, side: str) -> Carrier:
 
 def _into_scales(model: nn.Module, name: str, layer: GainWrapper) -> _Fold:
     """Into the scales of a wrapped layer's rows, or if it has to go into columns into the up projection's rows."""
-    from gain_ops.models.carriers import CannotFold
     from gain_ops.models.quantized import foldable
 
-    try:
+    def own() -> _Fold:
         found = foldable(layer.base, layer.side)
+        return _Fold(name, layer, name, layer.base, layer.delta.detach(), found.carriers, found.prepare)
+
+    try:
+        return fold_gain(layer.side, own, lambda: _into_up(model, name, layer))  # in memory nothing is requantised
     except CannotFold as error:
-        reason = str(error)
-        if layer.side == "input":
-            try:
-                return _into_up(model, name, layer)
-            except (CannotFold, NotGated) as no_up:
-                reason = f"{reason} Nor can the rows of an up projection take it: {no_up}"
-        raise UsageError(f"cannot absorb {name}: {reason}") from None
-    return _Fold(name, layer, name, layer.base, layer.delta.detach(), found.carriers, found.prepare)
+        raise UsageError(f"cannot absorb {name}: {error}") from None
 
 
 def _into_up(model: nn.Module, name: str, layer: Gained) -> _Fold:
-    from gain_ops.models.carriers import CannotFold
     from gain_ops.models.quantized import foldable
 
     rows = up_rows(model, layer)
     up, into = rows.module, f"{name.rpartition('.')[0]}.{rows.leaf}".lstrip(".")
     if isinstance(up, Gained):
-        raise CannotFold(f"{into} has a gain of its own, which does the same: leave one of the two without")
+        raise has_own_gain(into)
     found = Foldable((_weight(up, "output"),)) if computes_from_weight(up) else foldable(up, "output")
     bias = () if up.bias is None else (Carrier(cast(Tensor, up.bias), 0),)
     delta = rows.padded(layer.delta.detach(), 0.0)

@@ -1,11 +1,14 @@
-"""The tensors of a layer that take its gain when it is absorbed."""
+"""The tensors that take a layer's gain when it is absorbed, and the rule of which they are."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 from torch import Tensor
 
 from gain_ops.utils.errors import GainOpsError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -29,3 +32,47 @@ class Foldable:
 
 class CannotFold(GainOpsError, ValueError):
     """Why a gain cannot be folded into the scales of a layer exactly, and what to do about it."""
+
+
+def fold_gain(
+    side: str,
+    own: Callable[[], T],
+    up: Callable[[], T],
+    requantized: Callable[[], T] | None = None,
+    *,
+    refusals: tuple[type[GainOpsError], ...] = (CannotFold,),
+) -> T:
+    """Fold a gain into its layer's own weight exactly, or into the rows of an up projection, or as the third is asked.
+
+    Args:
+        side: the gain's. An up projection is tried on the input side alone.
+        own: folds it into the layer's own weight, and raises CannotFold where that is not exact.
+        up: folds it into the rows of the up projection before the layer (up_rows.py).
+        requantized: folds it into the layer's own weight and quantises that anew; None where nobody asked for it.
+        refusals: what ``up`` raises where it cannot.
+
+    Returns:
+        What the one that can returns.
+
+    Raises:
+        CannotFold: none can; of the kind that ``own`` raised.
+
+    """
+    try:
+        return own()
+    except CannotFold as error:
+        reason = error
+    if side == "input":
+        try:
+            return up()
+        except refusals as no_up:
+            own_reason = str(reason).removesuffix(".")
+            reason = type(reason)(f"{own_reason}. Nor can the rows of an up projection take it: {no_up}")
+    if requantized is not None:
+        return requantized()
+    raise reason
+
+
+def has_own_gain(up: str) -> CannotFold:
+    """The error for an up projection that cannot take the gain of another layer."""
+    return CannotFold(f"{up} has a gain of its own, which does the same: leave one of the two without")

@@ -14,12 +14,12 @@ from typing import cast
 from torch import Tensor, nn
 
 from gain_ops.layers.linears import has_own_forward
+from gain_ops.models.carriers import CannotFold
 from gain_ops.models.ffn_layout import Layout, layout_of
 from gain_ops.models.fused_mlp import FusedMlp
-from gain_ops.utils.errors import GainOpsError
 
 
-class NotGated(GainOpsError, ValueError):
+class NotGated(CannotFold):
     """Why there is no up projection whose rows could take the gain."""
 
 

@@ -53,11 +53,10 @@ def count(
     length: int,
     dtype: torch.dtype,
     *,
-    checkpointed: bool,
     alike: bool,
     eager: bool = False,
-) -> Counts:
-    """Count one method on the model of a config.
+) -> tuple[Counts, Counts]:
+    """Count one method on the model of a config, without and with activation checkpointing.
 
     ::
 
@@ -72,9 +71,11 @@ def count(
         tokens: of a pass.
         length: of a window, at most.
         dtype: of the frozen weights.
-        checkpointed: whether every block saves its input alone and is recomputed.
         alike: blocks_alike() of the model; a model whose blocks differ is counted in full.
         eager: as in peak_bytes.
+
+    Returns:
+        The counts where every block runs once, and where every block saves its input alone and is recomputed.
 
     Raises:
         ValueError: gain_ops cannot serve the model with this method, or tokens are no whole number of windows.
@@ -83,34 +84,48 @@ def count(
     """
     ids = meta_models.random_ids(tokens, length, config.vocab_size)
 
-    def of(layers: int) -> Counts:
+    def of(layers: int) -> tuple[Counts, Counts]:
         model = meta_models.build(with_layers(config, layers), dtype=dtype)
         before = _weights(model)
         method.put(model)
-        if checkpointed:
-            meta_models.checkpoint(model)
-        return replace(count_pass(model, ids, eager=eager), added=_weights(model) - before)
+        added = _weights(model) - before
+        once = count_pass(model, ids, eager=eager)
+        meta_models.checkpoint(model)
+        again = count_pass(model, ids, eager=eager)
+        return replace(once, added=added), replace(again, added=added)
 
     layers = config.num_hidden_layers
     if not alike or layers <= _FEW + 1:
         return of(layers)
-    few, more = astuple(of(_FEW)), astuple(of(_FEW + 1))
-    return Counts(*(a + (layers - _FEW) * (b - a) for a, b in zip(few, more, strict=True)))
+    (once, again), (once_more, again_more) = of(_FEW), of(_FEW + 1)
+    return _extended(once, once_more, layers), _extended(again, again_more, layers)
 
 
 def count_pass(model: nn.Module, ids: Tensor, *, eager: bool = False) -> Counts:
     """Count a model as it is, on its next-token loss over ids int64 [windows, tokens]; no gradient stays on it, added is 0."""
+    saved = 0
+
+    def step() -> None:
+        nonlocal saved
+        losses: list[Tensor] = []  # saved_bytes() lets go of what its forward returns
+        saved = saved_bytes(lambda: losses.append(next_token_loss(model, ids)), exclude=model, inputs=[ids]).new
+        losses.pop().backward()
+
     parameters = list(model.parameters())
     drops = [p.register_post_accumulate_grad_hook(_drop) for p in parameters if p.requires_grad]
     try:
         apart = [*parameters, *model.buffers(), ids]
-        peak = peak_bytes(lambda: next_token_loss(model, ids).backward(), exclude=apart, eager=eager)
+        peak = peak_bytes(step, exclude=apart, eager=eager)
     finally:
         for drop in drops:
             drop.remove()
-    saved = saved_bytes(lambda: next_token_loss(model, ids), exclude=model, inputs=[ids]).new
     trained = sum(parameter.nbytes for parameter in parameters if parameter.requires_grad)
     return Counts(_weights(model) - trained, trained, 0, saved, peak)
+
+
+def _extended(few: Counts, more: Counts, layers: int) -> Counts:
+    """The counts of so many layers, from those of _FEW and of one more."""
+    return Counts(*(a + (layers - _FEW) * (b - a) for a, b in zip(astuple(few), astuple(more), strict=True)))
 
 
 def _weights(model: nn.Module) -> int:

@@ -1,20 +1,20 @@
 """The ways to adapt a model: gains, PEFT's adapters, full fine-tuning, or none; each is put on a model in place.
 
-Plans, studies and benchmarks select from METHODS by name, and add their own options.
+Plans, studies and benchmarks select from METHODS by name, and add their own options. The options of commands name methods, so
+torch is imported when a method is put on a model, and not before.
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from torch import nn
-
-from gain_ops.measure import meta_models
 from gain_ops.measure.step_bytes import LORA_RANK
-from gain_ops.models.apply import apply
-from gain_ops.models.sites import preset_sites
+
+if TYPE_CHECKING:
+    from torch import nn
+
 
 __all__ = ["DORA", "FROZEN", "FULL", "IA3", "IN_MODEL_DTYPE", "LORA", "METHODS", "ON_PEFTS_LAYERS", "Method", "by_peft"]
 
@@ -71,6 +71,9 @@ def by_peft(name: str, config: str, *, own_layers: bool = False, fp32: bool = Tr
     def put(model: nn.Module, layers: list[str] | None = None, backend: str = "auto") -> Any:
         import peft
 
+        from gain_ops.measure import meta_models
+        from gain_ops.models.sites import preset_sites
+
         if layers is None and not own_layers:
             layers = [site.name for site in preset_sites(model, ffn=True)]
         made = getattr(peft, config)(target_modules=layers, **options)
@@ -85,6 +88,8 @@ def by_peft(name: str, config: str, *, own_layers: bool = False, fp32: bool = Tr
 
 def _gain(name: str, targets: str, **options: Any) -> Method:
     def put(model: nn.Module, layers: list[str] | None = None, backend: str = "auto") -> Any:
+        from gain_ops.models.apply import apply
+
         return apply(model, targets if layers is None else list(map(re.escape, layers)), backend=backend, **options)
 
     arguments = "".join(f", {key}={value!r}" for key, value in options.items())

@@ -198,21 +198,24 @@ def rows(job: Job, methods: Sequence[Method] = tuple(PLANNED.values())) -> Itera
         tensor: split_config(job.config, model, tensor) if tensor > 1 else job.config
         for tensor in dict.fromkeys(share.tensor for share in shares if share.obstacle is None)
     }
-    counted: dict[tuple[int, str, bool], Counts | str] = {}
+    sizes = {tensor: sizes_of(model, tensor) for tensor in parts}
+    counted: dict[tuple[int, str], tuple[Counts, Counts] | str] = {}
     for share, method, checkpointed in itertools.product(shares, methods, (False, True)):
         row = Row(share.name, method.name, checkpointed, share.tensor, share.sharded, obstacle=share.obstacle)
         if share.obstacle is None:
-            key = share.tensor, method.name, checkpointed
+            key = share.tensor, method.name
             if key not in counted:
-                counted[key] = _counts(job, parts[share.tensor], method, checkpointed, alike)
-            counts = counted[key]
-            if isinstance(counts, str):
-                row = replace(row, obstacle=counts)
+                counted[key] = _counts(job, parts[share.tensor], method, alike)
+            found = counted[key]
+            if isinstance(found, str):
+                row = replace(row, obstacle=found)
             else:
                 # the first strategy splits no layer; a model that cannot be counted in full cannot be counted in parts
-                whole = counted[1, method.name, checkpointed]
-                assert isinstance(whole, Counts)
-                row = _filled(row, job, model, counts, _summed(model, share.tensor, counts, whole))
+                whole = counted[1, method.name]
+                assert not isinstance(whole, str)
+                counts = found[checkpointed]
+                summed = _summed(model, share.tensor, counts, whole[checkpointed])
+                row = _filled(row, job, sizes[share.tensor], counts, summed)
         yield row
 
 
@@ -267,12 +270,12 @@ def _obstacle(config: Any, model: nn.Module, ranks: int) -> str | None:
     return None
 
 
-def _counts(job: Job, config: Any, method: Method, checkpointed: bool, alike: bool) -> Counts | str:
-    """The counts, or why this method is impossible."""
+def _counts(job: Job, config: Any, method: Method, alike: bool) -> tuple[Counts, Counts] | str:
+    """The counts without and with activation checkpointing, or why this method is impossible."""
     if method.package is not None and importlib.util.find_spec(method.package) is None:
         return f"{method.package} is not installed"
     try:
-        return count(config, method, job.tokens, job.length, job.dtype, checkpointed=checkpointed, alike=alike)
+        return count(config, method, job.tokens, job.length, job.dtype, alike=alike)
     except UsageError as error:
         return str(error)
 
@@ -289,8 +292,7 @@ def _summed(model: nn.Module, ranks: int, part: Counts, whole: Counts) -> int:
     return (ranks * part.trained - whole.trained) // (ranks - 1)
 
 
-def _filled(row: Row, job: Job, model: nn.Module, counts: Counts, summed: int) -> Row:
-    base = sizes_of(model, row.tensor)
+def _filled(row: Row, job: Job, base: Sizes, counts: Counts, summed: int) -> Row:
     whole = counts.frozen == 0
     trained = base.weights if whole else counts.trained
     # what a method adds to a model, adapters or gains, is in its blocks

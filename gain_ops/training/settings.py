@@ -8,7 +8,7 @@ from pathlib import Path
 
 from gain_ops.utils.errors import UsageError
 
-__all__ = ["Settings"]
+__all__ = ["Settings", "check_windows"]
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,7 @@ class Settings:
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise UsageError(f"steps is {self.steps}: at least 1 is needed")
-        if self.sequence_length < 2:
-            raise UsageError(f"sequence length is {self.sequence_length}: at least 2 tokens are needed to predict one")
-        if self.batch_tokens < self.sequence_length or self.batch_tokens % self.sequence_length:
-            raise UsageError(
-                f"batch tokens is {self.batch_tokens}: it must be a multiple of the sequence length, {self.sequence_length}"
-            )
+        check_windows(self.batch_tokens, self.sequence_length)
         if not 0 < self.lr < math.inf:
             raise UsageError(f"lr is {self.lr}: a finite learning rate above 0 is needed")
 
@@ -53,3 +48,13 @@ class Settings:
     def batch_size(self) -> int:
         """Windows in one step."""
         return self.batch_tokens // self.sequence_length
+
+
+def check_windows(batch_tokens: int, sequence_length: int) -> None:
+    """Raise UsageError unless a step is a whole number of windows that are long enough to predict from."""
+    if sequence_length < 2:
+        raise UsageError(f"sequence length is {sequence_length}: at least 2 tokens are needed to predict one")
+    if batch_tokens < sequence_length or batch_tokens % sequence_length:
+        raise UsageError(
+            f"batch tokens is {batch_tokens}: it must be a multiple of the sequence length, {sequence_length}"
+        )

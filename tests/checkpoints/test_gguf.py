@@ -263,6 +263,7 @@ def test_a_split_file(tmp_path):
 NAMES = [
     ("llama", "model.layers.1.self_attn.o_proj", "model.layers.1.mlp.down_proj"),
     ("llama", "layers.1.self_attn.o_proj", "layers.1.mlp.down_proj"),
+    ("llama", "module.model.layers.1.self_attn.o_proj", "module.model.layers.1.mlp.down_proj"),  # DDP's
     ("gemma3", "model.language_model.layers.1.self_attn.o_proj", "model.language_model.layers.1.mlp.down_proj"),
     ("qwen2vl", "language_model.model.layers.1.self_attn.o_proj", "language_model.model.layers.1.mlp.down_proj"),
     *(

@@ -3,7 +3,7 @@
 import pytest
 
 from gain_ops.checkpoints.edits import CheckpointError
-from gain_ops.checkpoints.formats.names import find_layers
+from gain_ops.checkpoints.formats.names import find_layers, without_shells
 
 O_PROJ = "layers.0.self_attn.o_proj"
 
@@ -20,6 +20,7 @@ O_PROJ = "layers.0.self_attn.o_proj"
         ("model.visual.blocks.3.attn.proj", ["visual.blocks.3.attn.proj"], "visual.blocks.3.attn.proj"),
         ("transformer.h.0.mlp.c_proj", ["h.0.mlp.c_proj", "h.1.mlp.c_proj"], "h.0.mlp.c_proj"),
         ("model.decoder.layers.0.fc2", ["decoder.layers.0.fc2", "encoder.layers.0.fc2"], "decoder.layers.0.fc2"),
+        (f"module.model.{O_PROJ}", [f"model.{O_PROJ}"], f"model.{O_PROJ}"),
         ("lm_head", ["language_model.lm_head"], "language_model.lm_head"),
         ("0.2", ["0.2", "2"], "0.2"),
         # not these
@@ -45,3 +46,10 @@ def test_two_layers_cannot_be_one():
     layers = [f"model.{O_PROJ}", f"model.language_model.{O_PROJ}"]
     with pytest.raises(CheckpointError, match=rf"would all be model\.{O_PROJ}"):
         find_layers(layers, {f"model.{O_PROJ}"})
+
+
+def test_shells_are_what_stands_in_front():
+    assert without_shells(f"module.base_model.model.{O_PROJ}") == O_PROJ
+    assert without_shells("model.visual.model.proj") == "visual.model.proj"
+    assert without_shells("model.module") == "module"
+    assert without_shells("lm_head") == "lm_head"

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from gain_ops.checkpoints.edits import CheckpointError, Edit, Layer
+from gain_ops.checkpoints.edits import CheckpointError, Edit, InexactError, Layer
 from gain_ops.checkpoints.formats import sampling
 from gain_ops.checkpoints.formats.headers import read_header
 from gain_ops.checkpoints.formats.safetensors_folder import SafetensorsCheckpoint
@@ -276,14 +276,16 @@ def test_what_is_not_plain_and_has_no_quantization_config_is_refused(tmp_path: P
 
 
 @pytest.mark.parametrize("where", [(), ("text_config",)])
-@pytest.mark.parametrize("requantize", [False, True])
+@pytest.mark.parametrize(("exact", "asked"), [(True, False), (True, True), (False, True)])
 def test_quantised_layers_go_to_their_scheme_and_others_stay_plain(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: tuple[str, ...], requantize: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: tuple[str, ...], exact: bool, asked: bool
 ):
     calls = []
 
     def edits(config: object, metadata: object, layer: Layer, *, requantize: bool) -> list[Edit]:
         calls.append((config, metadata, layer.name, layer.side, sorted(layer.tensors), layer.gain.tolist(), requantize))
+        if not (exact or requantize):
+            raise InexactError("its scales cannot")
         tensor = layer.tensors["weight_scale"]
         return [Edit(layer.name, tensor.name, tensor.region, lambda block, start: (block, None))]
 
@@ -297,11 +299,12 @@ def test_quantised_layers_go_to_their_scheme_and_others_stay_plain(
     packed = {"weight": torch.ones(4, 6).to(torch.float8_e4m3fn), "weight_scale": torch.ones(4, 1)}
     tensors = {f"{O_PROJ}.{name}": tensor for name, tensor in packed.items()} | {f"{DOWN}.weight": torch.ones(4, 6)}
     folder = save_folder(tmp_path / "m", [tensors], config)
-    found = _edits(folder, {O_PROJ: torch.ones(4), DOWN: torch.zeros(4)}, requantize=requantize)
+    found = _edits(folder, {O_PROJ: torch.ones(4), DOWN: torch.zeros(4)}, requantize=asked)
     assert [edit.tensor for edit in found] == [f"{O_PROJ}.weight_scale", f"{DOWN}.weight"]
     tensors_given = ["weight", "weight_scale"]
     fp8 = {"quant_method": "fp8"}
-    assert calls == [(fp8, {"format": "pt"}, O_PROJ, "output", tensors_given, [2.0] * 4, requantize)]
+    given = (fp8, {"format": "pt"}, O_PROJ, "output", tensors_given, [2.0] * 4)
+    assert calls == [(*given, False), *([] if exact else [(*given, True)])]
 
 
 BITNET = {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "online"}

@@ -20,8 +20,7 @@ import gain_ops
 from gain_ops.checkpoints import absorb as absorbing
 from gain_ops.checkpoints.edits import CheckpointError
 from gain_ops.checkpoints.formats.safetensors_folder import SafetensorsCheckpoint
-from gain_ops.commands import app as commands
-from gain_ops.commands import console
+from gain_ops.commands import adapt, console
 from gain_ops.commands.app import app
 from gain_ops.measure.perplexity import perplexity
 from gain_ops.training import domains
@@ -198,8 +197,8 @@ class _Interrupt:
             for _ in range(signals if done.number == at_step else 0):
                 os.kill(os.getpid(), signal.SIGINT)
 
-        patch.setattr(commands._ConsoleWatcher, "phase", phase)
-        patch.setattr(commands._ConsoleWatcher, "step", step)
+        patch.setattr(adapt._ConsoleWatcher, "phase", phase)
+        patch.setattr(adapt._ConsoleWatcher, "step", step)
 
 
 @pytest.mark.slow

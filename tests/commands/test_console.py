@@ -9,8 +9,7 @@ import torch
 from typer.testing import CliRunner, Result
 
 import gain_ops
-from gain_ops.commands import absorb, console, files, plan
-from gain_ops.commands import app as commands
+from gain_ops.commands import absorb, adapt, console, files, info, plan
 from gain_ops.commands.app import app
 from gain_ops.gainfiles.file import GainFile
 from gain_ops.utils.errors import FileError, GainOpsError, file_errors
@@ -100,7 +99,7 @@ class TestTables:
             cells.extend(part for pair in given for part in pair)
             console.print_pairs(title, given)
 
-        for module in (absorb, commands, files, plan):
+        for module in (absorb, adapt, files, info, plan):
             monkeypatch.setattr(module, "print_table", table, raising=False)
             monkeypatch.setattr(module, "print_pairs", pairs, raising=False)
         done = call(*calls(tiny_model, place, tmp_path)[name])

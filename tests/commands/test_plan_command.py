@@ -1,13 +1,17 @@
 """gain-ops plan, as a user calls it."""
 
+import gc
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner, Result
 
-from gain_ops.commands import console
+from gain_ops.commands import console, plan
 from gain_ops.commands.app import app
 from gain_ops.commands.plan import launch
 from gain_ops.planning.strategies import NODE, Row
@@ -138,3 +142,25 @@ def test_a_row_says_what_step_its_traffic_is_of(config: Path) -> None:
         "FSDP 2": "256",
         "TP 2": "128",
     }
+
+
+@pytest.mark.slow
+def test_a_process_that_plans_loads_no_compiler(config: Path) -> None:
+    """PEFT imports bitsandbytes, which asks for one."""
+    program = (
+        "import sys; from gain_ops.commands.cli import main\n"
+        "try:\n    main()\n"
+        "finally:\n    print([n for n in ('torch', 'torch._inductor.compile_fx') if n in sys.modules])"
+    )
+    program = f"import sys; sys.argv[0] = 'gain-ops'; {program}"
+    call = [sys.executable, "-c", program, "plan", "--model", str(config), "--tokens", "128"]
+    done = subprocess.run(call, capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("\n['torch']\n")
+
+
+def test_a_process_with_torch_keeps_its_compiler_and_its_garbage(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
+    frozen = gc.get_freeze_count()
+    plan._import_torch()
+    assert "TORCHDYNAMO_DISABLE" not in os.environ
+    assert gc.get_freeze_count() == frozen

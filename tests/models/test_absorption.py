@@ -1,6 +1,7 @@
 """absorb(): the same map in plain layers, one rounding, and nothing written where something is refused."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import gain_ops
 from gain_ops.layers.gained import Gained
 from gain_ops.layers.linear import GainLinear
 from gain_ops.layers.wrapper import GainWrapper
+from gain_ops.models.carriers import CannotFold, fold_gain
 from gain_ops.models.record import gained_modules
 from gain_ops.testing import PlainGain, assert_no_worse_than_torch
 
@@ -425,3 +427,36 @@ def test_an_interruption_leaves_the_same_map(monkeypatch):
     with torch.no_grad():
         third.weight.copy_(third.weight / third.gain[:, None])  # the one layer caught between its two writes
     torch.testing.assert_close(model(IDS).logits, expected)
+
+
+@pytest.mark.parametrize(
+    ("side", "exact", "asked", "taken"),
+    [
+        ("output", {"own", "up"}, True, "own"),
+        ("output", {"up"}, True, "requantised"),
+        ("output", {"up"}, False, "own cannot."),
+        ("input", {"own", "up"}, True, "own"),
+        ("input", {"up"}, True, "up"),
+        ("input", {"up"}, False, "up"),
+        ("input", set(), True, "requantised"),
+        ("input", set(), False, "own cannot. Nor can the rows of an up projection take it: up cannot."),
+    ],
+)
+def test_a_gain_goes_where_it_is_exact_and_elsewhere_only_as_asked(side, exact, asked, taken):
+    class OfAFormat(CannotFold):
+        pass
+
+    def into(which):
+        def fold():
+            if which not in exact:
+                raise OfAFormat(f"{which} cannot.")
+            return which
+
+        return fold
+
+    requantised = (lambda: "requantised") if asked else None
+    if taken.endswith("."):
+        with pytest.raises(OfAFormat, match=f"^{re.escape(taken)}$"):
+            fold_gain(side, into("own"), into("up"), requantised)
+    else:
+        assert fold_gain(side, into("own"), into("up"), requantised) == taken

@@ -11,6 +11,7 @@ from benchmarks.suites.memory import allocator_peak
 from gain_ops.measure import meta_models
 from gain_ops.measure.peak_bytes import peak_bytes
 from gain_ops.measure.perplexity import next_token_loss
+from gain_ops.measure.saved_bytes import saved_bytes
 from gain_ops.planning import configs
 from gain_ops.planning.configs import read_config, split_config, split_weights, with_layers
 from gain_ops.planning.counts import blocks_alike, count, count_pass
@@ -115,15 +116,23 @@ def test_a_step_peaks_at_what_is_planned_or_its_gradients_less(name: str) -> Non
     assert real <= row.total <= real + sum(parameter.nbytes for parameter in trained)
 
 
-@pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("name", NAMES)
-def test_two_layers_and_three_say_what_seven_take(name: str, checkpointed: bool) -> None:
+def test_two_layers_and_three_say_what_seven_take(name: str) -> None:
     for dtype in (torch.float32, torch.bfloat16):
-        few, whole = (
-            count(tiny(7), PLANNED[name], TOKENS, LENGTH, dtype, checkpointed=checkpointed, alike=alike)
-            for alike in (True, False)
-        )
+        few, whole = (count(tiny(7), PLANNED[name], TOKENS, LENGTH, dtype, alike=alike) for alike in (True, False))
         assert few == whole
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_passes_of_one_model_count_as_those_of_two(name: str) -> None:
+    """Nothing of the first pass, nor what is counted in it, is in the way of the second."""
+    ids = meta_models.random_ids(TOKENS, LENGTH, VOCABULARY)
+    counted = count(tiny(), PLANNED[name], TOKENS, LENGTH, torch.bfloat16, alike=True)
+    for checkpointed in (False, True):
+        model = adapted(tiny(), name, checkpointed, "meta", torch.bfloat16)
+        saved = saved_bytes(lambda m=model: next_token_loss(m, ids), exclude=model, inputs=[ids]).new
+        fresh = dataclasses.replace(count_pass(model, ids), saved=saved, added=counted[checkpointed].added)
+        assert counted[checkpointed] == fresh
 
 
 def test_blocks_that_differ_are_told() -> None:

@@ -31,11 +31,13 @@ from gain_ops.checkpoints.formats.gguf_blocks import (
     requantize_rows,
     scale_rows,
 )
+from gain_ops.checkpoints.formats.names import without_shells
 from gain_ops.checkpoints.schemes import plain
 from gain_ops.checkpoints.schemes.exact import scaled
 from gain_ops.gainfiles.file import GainFile
 from gain_ops.gainfiles.fingerprints import digest, step
 from gain_ops.gainfiles.rounding import lost_gains
+from gain_ops.models.carriers import CannotFold, fold_gain, has_own_gain
 from gain_ops.utils.errors import MissingPackageError
 from gain_ops.utils.wording import some_of
 
@@ -59,7 +61,6 @@ _PAIRED = {"attn_q": "attention.head_count", "attn_k": "attention.head_count_kv"
 
 _FACTORS = frozenset(("weight", "bias", "scale", "input_scale"))  # tensors of one layer; LoRA's would be terms
 
-_SHELLS = re.compile(r"^((base_model|language_model|llm|model|text_model|transformer)\.)*")
 _SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})\.gguf")
 
 
@@ -137,7 +138,7 @@ class GGUFCheckpoint:
 
     def _tensor_name(self, layer: str) -> str | None:
         """What the file calls a module, without ".weight"; None for a module that its architecture does not have."""
-        inner = _SHELLS.sub("", layer, count=1)
+        inner = without_shells(layer)
         names = (self.names.get_name(name) for name in (layer, inner, f"model.{inner}", f"transformer.{inner}"))
         return next((name for name in names if name is not None), None)
 
@@ -151,18 +152,14 @@ class GGUFCheckpoint:
         return [f"it has no layer {some_of(missing)} (architecture {self.architecture}){why}"]
 
     def _edits(self, gained: _Gained, name: str, names: Collection[str], *, requantize: bool) -> list[Edit]:
-        """Into the layer; on the input side exactly, or else into the up projection beside it, or else as asked."""
-        if gained.side == "output":
-            return [_edit(gained, requantize=requantize)]
-        try:
-            return [_edit(gained, requantize=False)]
-        except InexactError as inexact:
-            try:
-                return self._into_up(gained, name, names)
-            except CheckpointError as error:
-                if requantize:
-                    return [_edit(gained, requantize=True)]
-                raise InexactError(f"{inexact}. Nor can the rows of an up projection take it: {error}") from None
+        """Into the layer exactly, or on the input side into the up projection beside it, or else as asked."""
+        return fold_gain(
+            gained.side,
+            lambda: [_edit(gained, requantize=False)],
+            lambda: self._into_up(gained, name, names),
+            (lambda: [_edit(gained, requantize=True)]) if requantize else None,
+            refusals=(CheckpointError, CannotFold),
+        )
 
     def _into_up(self, gained: _Gained, name: str, names: Collection[str]) -> list[Edit]:
         """The edits of the up projection's rows, and of its bias, for a gain on the input of a down projection."""
@@ -177,7 +174,7 @@ class GGUFCheckpoint:
         ):
             raise CheckpointError(f"{name} is not known to be that of a gated FFN (architecture {self.architecture})")
         if up in names:
-            raise CheckpointError(f"{up} has a gain of its own, which does the same: leave one of the two without")
+            raise has_own_gain(up)
         gain = torch.cat([torch.ones_like(gained.gain), gained.gain]) if packed else gained.gain
         edits = [_edit(self._gained(up, up, "output", gain), requantize=False)]
         bias = self.tensors.get(f"{up}.bias")

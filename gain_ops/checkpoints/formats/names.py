@@ -7,7 +7,7 @@ from itertools import takewhile
 from gain_ops.checkpoints.edits import CheckpointError
 from gain_ops.utils.wording import some_of
 
-# Parts of a name that only say how deep inside another model the layers lie, as transformers and others call them.
+# Parts of a name that only say how deep inside another model the layers lie, as transformers, DDP and others call them.
 _SHELLS = frozenset(["base_model", "language_model", "llm", "model", "module", "text_model", "transformer"])
 
 
@@ -42,6 +42,13 @@ def find_layers(layers: Iterable[str], names: Collection[str]) -> dict[str, str]
         if count > 1:
             raise CheckpointError(f"{some_of(layer for layer in found if found[layer] == name)} would all be {name}")
     return found
+
+
+def without_shells(name: str) -> str:
+    """A module's name without the shells in front of it: "layers.0" for "module.model.layers.0"."""
+    parts = name.split(".")
+    shells = takewhile(_SHELLS.__contains__, parts[:-1])
+    return ".".join(parts[sum(1 for _ in shells) :])
 
 
 def _fitting(layer: list[str], names: Iterable[list[str]]) -> list[str]:

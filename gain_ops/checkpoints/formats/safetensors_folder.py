@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from gain_ops.checkpoints.container import refuse
-from gain_ops.checkpoints.edits import CheckpointError, Edit, InexactError, Layer, Stored
+from gain_ops.checkpoints.edits import CheckpointError, Edit, Layer, Stored
 from gain_ops.checkpoints.formats.config import Config, read_object
 from gain_ops.checkpoints.formats.headers import Entry, read_header
 from gain_ops.checkpoints.formats.names import find_layers
@@ -18,7 +18,8 @@ from gain_ops.checkpoints.formats.sampling import fingerprint
 from gain_ops.checkpoints.formats.skeleton import skeleton
 from gain_ops.checkpoints.schemes import plain
 from gain_ops.gainfiles.file import GainFile
-from gain_ops.models.up_rows import NotGated, up_rows
+from gain_ops.models.carriers import CannotFold, fold_gain, has_own_gain
+from gain_ops.models.up_rows import up_rows
 from gain_ops.utils.wording import some_of
 
 _SINGLE = "model.safetensors"
@@ -109,18 +110,14 @@ class SafetensorsCheckpoint:
         return layers, problems
 
     def _edits(self, layer: Layer, name: str, gained: Collection[str], *, requantize: bool) -> list[Edit]:
-        """Into the layer; on the input side exactly, or else into the up projection beside it, or else as asked."""
-        if layer.side == "output":
-            return self._own(layer, name, requantize=requantize)
-        try:
-            return self._own(layer, name, requantize=False)
-        except InexactError as inexact:
-            try:
-                return self._into_up(layer, name, gained)
-            except (CheckpointError, NotGated) as error:
-                if requantize:
-                    return self._own(layer, name, requantize=True)
-                raise InexactError(f"{inexact}. Nor can the rows of an up projection take it: {error}") from None
+        """Into the layer exactly, or on the input side into the up projection beside it, or else as asked."""
+        return fold_gain(
+            layer.side,
+            lambda: self._own(layer, name, requantize=False),
+            lambda: self._into_up(layer, name, gained),
+            (lambda: self._own(layer, name, requantize=True)) if requantize else None,
+            refusals=(CheckpointError, CannotFold),
+        )
 
     def _own(self, layer: Layer, name: str, *, requantize: bool) -> list[Edit]:
         """The edits of the layer's own weight."""
@@ -149,7 +146,7 @@ class SafetensorsCheckpoint:
         """The edits of the up projection's rows, and of its bias, for a gain on the input of a down projection.
 
         Raises:
-            CheckpointError, NotGated: why not.
+            CheckpointError, CannotFold: why not.
 
         """
         from gain_ops.checkpoints.schemes.exact import scaled
@@ -166,7 +163,7 @@ class SafetensorsCheckpoint:
         if not tensors:
             raise CheckpointError(f"there is no {up} in the checkpoint")
         if up in gained:
-            raise CheckpointError(f"{up} has a gain of its own, which does the same: leave one of the two without")
+            raise has_own_gain(up)
         gain = rows.padded(layer.gain, 1.0)
         target = Layer(up, "output", gain, tensors)
         edits = self._own(target, up, requantize=False)

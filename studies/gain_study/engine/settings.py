@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from gain_ops.training.settings import check_windows
 from gain_ops.utils.errors import UsageError
 from gain_study.engine.methods import METHODS
 
@@ -136,12 +137,7 @@ class Settings:
                 raise UsageError(f"{name.replace('_', ' ')} is {getattr(self, name)}: at least 1 is needed")
         if not 0 <= self.curve_points <= self.steps:
             raise UsageError(f"curve points is {self.curve_points}: 0 for none, at most one a step ({self.steps})")
-        if self.sequence_length < 2:
-            raise UsageError(f"sequence length is {self.sequence_length}: at least 2 tokens are needed to predict one")
-        if self.batch_tokens < self.sequence_length or self.batch_tokens % self.sequence_length:
-            raise UsageError(
-                f"batch tokens is {self.batch_tokens}: it must be a multiple of the sequence length, {self.sequence_length}"
-            )
+        check_windows(self.batch_tokens, self.sequence_length)
         if not 0 <= self.ewc_lambda < math.inf:
             raise UsageError(f"ewc lambda is {self.ewc_lambda}: a finite strength, 0 or more, is needed")
 

