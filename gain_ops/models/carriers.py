@@ -48,7 +48,7 @@ def fold_gain(
         side: the gain's. An up projection is tried on the input side alone.
         own: folds it into the layer's own weight, and raises CannotFold where that is not exact.
         up: folds it into the rows of the up projection before the layer (up_rows.py).
-        requantized: folds it into the layer's own weight and quantises that anew; None where nobody asked for it.
+        requantized: folds it into the layer's own weight and quantises it again; None where nobody asked for it.
         refusals: what ``up`` raises where it cannot.
 
     Returns:

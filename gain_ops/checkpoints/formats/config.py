@@ -46,8 +46,8 @@ class Config:
             return None
         key, value = _IN_THE_FORWARD[method]
         kept = config.get("modules_to_not_convert")
-        anew = config.get(key) == value and not _is_among(name, ["lm_head"] if kept is None else kept)
-        return method if anew else None
+        again = config.get(key) == value and not _is_among(name, ["lm_head"] if kept is None else kept)
+        return method if again else None
 
     def is_conv1d(self, name: str, *, square: bool) -> bool:
         """Whether the layer of this name is a Conv1D, which the shape of a square weight would not say.
