@@ -10,6 +10,7 @@ pytest.importorskip("pytest_benchmark")
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.slow
 def test_one_shape_runs() -> None:
     environment = {
         name: value for name, value in os.environ.items() if not name.startswith(("TRITON_INTERPRET", "PYTEST_"))

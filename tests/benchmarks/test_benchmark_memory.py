@@ -201,6 +201,7 @@ def test_the_gains_of_a_true_model_are_exact(name: str) -> None:
     assert kept["frozen"] - kept[f"{fused}, lean"] == 3 * hidden - a.layers * 8192 * a.hidden * 2
 
 
+@pytest.mark.slow
 @needs_peft
 def test_rows_are_exact_and_complete() -> None:
     rows = [

@@ -118,6 +118,7 @@ def test_a_backend_or_a_package_that_is_missing_is_the_reason(monkeypatch: pytes
     assert notes[blocks.IA3] == "peft is not installed"
 
 
+@pytest.mark.slow
 def test_the_compiled_scale_is_compiled_for_every_shape_of_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
     """More layers than torch would compile one forward for, before it silently stops."""
     graphs = []

@@ -124,6 +124,7 @@ def test_another_run_can_be_gone_on_with_in_an_empty_folder(said: dict[str, str]
         gpu.run(again, 1.0, resume=False, resume_from=tmp_path / "none.csv")
 
 
+@pytest.mark.slow
 def test_the_clock_cuts(said: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said["proof"] = "import time; time.sleep(60)"
     started = time.monotonic()

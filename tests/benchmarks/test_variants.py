@@ -52,6 +52,7 @@ def test_who_is_compared_and_what_is_predicted() -> None:
     assert {variants.SHIPPED, *variants.GRADIENTS} <= set(predict.WAYS)
 
 
+@pytest.mark.slow
 def test_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(variants, "varied", lambda: [*variants.contestants()[:1], VARIED[0]])
     rows = list(variants.rows([SITE], 40, torch.float32, DEVICE, 0.0))

@@ -308,6 +308,7 @@ print(status("VmHWM") - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_stays_below_twice_the_largest_tensor_whatever_the_checkpoint(tmp_path: Path):
     names = [f"model.layers.{number}.mlp.down_proj" for number in range(5)]

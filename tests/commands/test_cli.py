@@ -54,6 +54,7 @@ def test_importing_the_package_loads_none_of_the_extras():
     assert done.stdout == "[]\n", done.stderr
 
 
+@pytest.mark.slow
 def test_the_command_keeps_off_the_network_unless_told_otherwise():
     program = (
         "import sys; sys.argv = ['gain-ops', 'info']\n"

@@ -220,6 +220,7 @@ except RuntimeError as error:
 """
 
 
+@pytest.mark.slow
 def test_another_card_is_referred_to_triton() -> None:
     told = _in_a_new_process(_LINEAR_ON_THE_HOST, GAIN_OPS_TEST_CAPABILITY="80")
     assert re.search(
@@ -233,6 +234,7 @@ def test_a_margin_leaves_multiprocessors_to_others(margin: str, multiprocessors:
     assert _in_a_new_process(_LINEAR_ON_THE_HOST, GAIN_OPS_SM_MARGIN=margin) == f"128 {multiprocessors}\n"
 
 
+@pytest.mark.slow
 def test_a_margin_that_is_no_number_is_refused() -> None:
     told = _in_a_new_process(_LINEAR_ON_THE_HOST, GAIN_OPS_SM_MARGIN="-1")
     assert "GAIN_OPS_SM_MARGIN='-1', expected a number of multiprocessors to leave free, such as 16" in told

@@ -208,6 +208,7 @@ def test_the_configuration_of_70b_differs_from_the_toy_in_size_alone(script):
     assert [getattr(large, name) for name in same] == [getattr(toy, name) for name in same]
 
 
+@pytest.mark.slow
 def test_the_plan_confirms_the_configuration_of_70b(script):
     settings = settings_of(script, "llama-3-70b.toml")
     tokens = settings.windows // GPUS * settings.length

@@ -864,6 +864,7 @@ def test_merged_models_are_refused_both_ways() -> None:
     assert_identical(states(model), before)
 
 
+@pytest.mark.slow
 def test_without_peft_the_import_says_what_to_install() -> None:
     code = "import sys; sys.modules['peft'] = None; import gain_ops.integrations.peft"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -54,6 +54,7 @@ def found() -> dict[str, Any]:
     return json.loads(run.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_tokens_are_not_specialised_on(target: str, found: dict[str, Any]) -> None:
     # sm_80 composes backward_dx of a product and one pass

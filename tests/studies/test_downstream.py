@@ -150,6 +150,7 @@ def test_no_items_and_no_number_are_refused():
         accuracy(broken, ByWord(), _task(Item("a", (" b", " c"), 0)))
 
 
+@pytest.mark.slow
 def test_a_real_model_and_tokenizer_answer(tiny_model):
     loaded = load_model(tiny_model, dtype=None, device=torch.device("cpu"))
     items = (  # it has learned which letters English has

@@ -137,6 +137,7 @@ def test_a_study_killed_again_and_again_has_the_numbers_of_one_that_was_not(smal
     assert list((settings.out / "states").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_so_has_one_that_keeps_its_adapters(small, tmp_path: Path):
     call = {"methods": ("lora-replay",), "rates": RATES, "keep_adapters": True}
     whole = study(small(tmp_path / "whole", **call), Watcher())
@@ -156,6 +157,7 @@ def test_a_study_that_is_done_trains_nothing(small, tmp_path: Path):
     assert (settings.out / RESULTS).read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_stopped_study_has_what_was_done_and_goes_on_to_the_same_numbers(small, tmp_path: Path):
     call = {"methods": ("gain",), "rates": {"gain": (1e-2,)}}
     whole = study(small(tmp_path / "whole", **call), Watcher())

@@ -186,6 +186,7 @@ def test_seeds_change_what_is_trained_on_and_nothing_that_is_measured(small: Cal
     assert len(found.rates) == 1
 
 
+@pytest.mark.slow
 def test_kept_adapters_go_on_and_absorbed_ones_start_anew(done, small: Callable[..., Settings], tmp_path: Path):
     _, _, absorbed = done
     changes = {"methods": ("lora", "full"), "rates": ONE_RATE, "keep_adapters": True}
