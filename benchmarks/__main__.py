@@ -1,4 +1,4 @@
-"""python -m benchmarks run | gpu | report: measure what the machine can, measure everything on a GPU, or make tables."""
+"""python -m benchmarks run | gpu | warm | report: what a machine can, all on a GPU, the kernels for it, or tables."""
 
 import argparse
 import os
@@ -35,6 +35,12 @@ def main() -> None:
         "--resume-from", type=Path, metavar="PATH", help="continue with another run's folder or results file"
     )
     everything.add_argument("--commit", default="", help="the commit for the rows, in a copy without git")
+    everything.add_argument(
+        "--warm", type=Path, metavar="DIR", help="the folder that `warm` wrote; default: --out's, if it is there"
+    )
+    before = commands.add_parser("warm", help="compile here, with no GPU, the kernels that `gpu` will launch")
+    before.add_argument("--out", type=Path, required=True, help="the folder for triton-cache.zip, which is carried")
+    before.add_argument("--architecture", default="sm_90", help="of the GPU")
     report = commands.add_parser("report", help="tables and plots from results files")
     report.add_argument("files", type=Path, nargs="*", help="default: benchmarks/results/*.csv")
     report.add_argument("--plots", type=Path, default=None, help="a folder for the plots")
@@ -47,7 +53,11 @@ def main() -> None:
 
         if arguments.commit:
             os.environ[results.COMMIT] = arguments.commit
-        sys.exit(not gpu.run(arguments.out, arguments.minutes, arguments.resume, arguments.resume_from))
+        sys.exit(not gpu.run(arguments.out, arguments.minutes, arguments.resume, arguments.resume_from, arguments.warm))
+    elif arguments.command == "warm":
+        from benchmarks.gpu import rehearsal
+
+        print(rehearsal.compile_all(arguments.out, arguments.architecture))
     else:
         _report(arguments.files or sorted(RESULTS.glob("*.csv")), arguments.plots, arguments.publish)
 

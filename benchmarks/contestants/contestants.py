@@ -13,12 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.contestants.composed import PASSES, Composed, KeptWeight
 from benchmarks.contestants.scaled import Scaled
 from gain_ops import BackendUnavailable, GainLinear
 from gain_ops.ops import dispatch
 from gain_ops.planning.methods import DORA, IA3, LORA, METHODS, Method, by_peft
 
 FROZEN = "frozen linear"  # the floor: every other figure also has a ratio to it
+COMPOSED = "composed: x @ W.T, then the pass of scale"
+KEPT_WEIGHT = "F.linear(x, W'), W' kept"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +46,11 @@ def contestants() -> list[Contestant]:
             kept = "" if side == "input" else f", keeps {'z' if save == 'output' else 'x'}"
             build = partial(GainLinear.from_linear, side=side, save=save, backend=backend)
             found.append(Contestant(f"gain, {side} side{kept}", backend, build, partial(backend_obstacle, backend)))
+    passes = partial(backend_obstacle, PASSES)
     return [
         *found,
+        Contestant(COMPOSED, PASSES, Composed.from_linear, passes),
+        Contestant(KEPT_WEIGHT, PASSES, KeptWeight.from_linear, passes),
         Contestant("F.linear(x, W) * s", "-", Scaled),
         Contestant("torch.compile of F.linear(x, W) * s", "-", _compiled),
         Contestant("F.linear(x, s[:, None] * W)", "-", ScaledWeight),

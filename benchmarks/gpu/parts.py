@@ -1,7 +1,7 @@
 """The parts of a run on a GPU, in order: python -m benchmarks.gpu.parts NAME OUT SECONDS runs one, for gpu.py.
 
 The proof comes first, then the constants of the predictions, then the figures of the targets, then the rest. Every row is
-flushed to OUT/results.csv at once.
+flushed to OUT/results.csv at once. benchmarks/NOTES.md predicts what each part takes.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ import torch
 from benchmarks.contestants import sites
 from benchmarks.contestants.contestants import FROZEN
 from benchmarks.contestants.sites import ARCHITECTURES, Site
-from benchmarks.gpu import cublaslt, proof
+from benchmarks.gpu import cublaslt, proof, warm
 from benchmarks.harness import results, roofline
 from benchmarks.harness.results import Row
 from benchmarks.suites import blocks, ceilings, layers, memory, ops, steps, variants
@@ -114,8 +114,15 @@ def _products(budget_s: float, before: list[Row], out: Path) -> Iterator[Row]:
     yield from ops.rows(sites.SHAPES, sites.TOKENS, DTYPE, DEVICE, budget_s, ceilings=limits, names=())
 
 
-def _blocks(budget_s: float, before: list[Row], out: Path) -> Iterator[Row]:
-    yield from blocks.rows(blocks.PLACES, blocks.TOKENS, DTYPE, DEVICE, budget_s)
+def _block(place: blocks.Place) -> Measure:
+    return lambda budget_s, before, out: blocks.rows([place], blocks.TOKENS, DTYPE, DEVICE, budget_s)
+
+
+def _wall(budget_s: float, before: list[Row], out: Path) -> Iterator[Row]:
+    """Of a block of each architecture, with gains on every linear: what the host's launches cost."""
+    places = [place for place in reversed(blocks.PLACES) if place.everywhere]
+    methods = blocks.TIMED_BY_WALL
+    yield from blocks.rows(places, blocks.WALL_TOKENS, DTYPE, DEVICE, budget_s, methods=methods, wall=True)
 
 
 def _not_yet(before: Sequence[Row], *key: object) -> list[Site]:
@@ -124,15 +131,19 @@ def _not_yet(before: Sequence[Row], *key: object) -> list[Site]:
     return [site for site in ORDERED if site.name not in seen]
 
 
+BLOCKS = tuple(Part(place.site, 0.15, _block(place)) for place in blocks.PLACES)
 PARTS = (
     Part("environment", 0.02, environment),
-    Part("proof", 0.3, _proof(proof.PARITY, *proof.TOOLS)),
+    # memcheck alone beside the tests: all four tools and a worker a core take longer than one after the other
+    Part("proof", 0.35, _proof(proof.PARITY, "memcheck")),
     Part("ceilings", 0.03, lambda budget_s, before, out: ceilings.rows(DEVICE, budget_s)),
+    Part("wall time of blocks", 0.05, _wall),
+    Part("variants 8192", 0.15, _variants(8192)),
+    Part("ops 8192", 0.2, _ops(8192)),
+    BLOCKS[0],
     Part("cublaslt", 0.03, pointer_modes),
-    Part("variants 8192", 0.1, _variants(8192)),
-    Part("ops 8192", 0.15, _ops(8192)),
-    Part("products", 0.06, _products),
-    Part("blocks", 0.2, _blocks),
+    Part("products", 0.1, _products),
+    *BLOCKS[1:],
     Part("layers 8192", 0.5, _layers(8192)),
     Part("peaks of steps", 0.4, lambda budget_s, before, out: steps.peak_rows(DEVICE)),
     Part("layers 2048", 0.5, _layers(2048)),
@@ -161,8 +172,11 @@ def main(name: str, out: Path, seconds: float) -> None:
     file = out / "results.csv"
     (part,) = (part for part in PARTS if part.name == name)
     before = results.read([file]) if file.exists() else []
+    found = warm.Counter()
     for row in part.run(seconds, before, out):
         results.append(file, [row])
+    if found.warm + found.compiled:
+        results.append(file, [_note("triton", part.name, float(found.warm), str(found))])
 
 
 if __name__ == "__main__":

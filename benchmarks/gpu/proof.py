@@ -19,9 +19,8 @@ DRAWN = "parity tests of drawn shapes"  # a step of its own, since nearly each s
 _DRAWN = "test_any_shape_and_strides"
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 STEPS = (PARITY, DRAWN, *TOOLS)
-# the other tools may misread TMA and its barriers, so a person judges
-BLOCKING = (PARITY, DRAWN, "memcheck")
-SPARED_CORES = len(TOOLS)  # for the sanitizers
+# a run that continues makes these again; the other tools may misread TMA and its barriers, so a person judges
+REPEATED = (PARITY, DRAWN, "memcheck")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,12 +36,16 @@ class Outcome:
 def steps(limit_s: float, names: Sequence[str]) -> Iterator[Outcome]:
     """The steps of these names, all at once, each returned as it ends; a step that exceeds the limit is stopped."""
     with ThreadPoolExecutor(len(names)) as pool:
-        running = [pool.submit(sanitizer if name in TOOLS else tests, name, limit_s) for name in names]
+        spared = sum(name in TOOLS for name in names)
+        running = [
+            pool.submit(sanitizer, name, limit_s) if name in TOOLS else pool.submit(tests, name, limit_s, spared)
+            for name in names
+        ]
         for ended in as_completed(running):
             yield ended.result()
 
 
-def tests(step: str, limit_s: float) -> Outcome:
+def tests(step: str, limit_s: float, spared_cores: int) -> Outcome:
     """The tests of PARITY or DRAWN that this machine can run, on the remaining cores; the details name the failed ones."""
     if importlib.util.find_spec("pytest") is None:
         return Outcome(step, None, "pytest is not installed")
@@ -52,7 +55,7 @@ def tests(step: str, limit_s: float) -> Outcome:
     if importlib.util.find_spec("hypothesis") is None:
         command += ["-p", "benchmarks.gpu.without_hypothesis"]
     if importlib.util.find_spec("xdist") is not None:
-        command += ["-n", str(max(1, (os.cpu_count() or 1) - SPARED_CORES))]
+        command += ["-n", str(max(1, (os.cpu_count() or 1) - spared_cores))]
     code, lines = _run(command, limit_s)
     if code is None:
         return Outcome(step, None, f"not finished in {limit_s:.0f} s")

@@ -4,8 +4,9 @@ Clocks, temperature and other load drift, so cases that are compared are measure
 and the order is reversed from one round to the next. A ratio is taken within each round and has its own spread.
 
 On CUDA a case is captured into a CUDA graph and its replays are timed between two events: launches by the host leave no gaps
-in the figure. Where capturing fails the note says why, and the calls themselves are timed between events. Before each sample
-the L2 cache is swept, by writing and then reading twice its size: cold, and with nothing left in it to be written back.
+in the figure, and what an empty graph takes is subtracted. Where capturing fails the note says why, and the calls themselves
+are timed between events. Before each sample the L2 cache is swept, by writing and then reading twice its size: cold, and with
+nothing left in it to be written back.
 """
 
 import contextlib
@@ -13,6 +14,7 @@ import dataclasses
 import functools
 import math
 import time
+import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypedDict, TypeVar
 
@@ -22,6 +24,7 @@ import torch
 LEAST_ROUNDS = 5  # also where they take longer than the budget: two fewer would make q20 the least
 WARM_UP_CALLS = 2  # what compiles, tunes or allocates on its first call; also asked for before a capture
 MOST_SWEEPS = 20
+EMPTY_SAMPLES = 25
 
 Name = TypeVar("Name", bound=Hashable)
 Item = TypeVar("Item")
@@ -115,6 +118,7 @@ def measure_together(
     *,
     budget_s: float = 1.0,
     graph: bool = True,
+    wall: bool = False,
     clock: Callable[[], int] = time.perf_counter_ns,
 ) -> dict[Name, Quantiles]:
     """The times of several callables in microseconds, from one run in which they take turns.
@@ -125,12 +129,14 @@ def measure_together(
         budget_s: seconds for all cases together, compiling and capturing not counted; LEAST_ROUNDS are always made. A tenth
             more is spent before, on rounds that are not kept.
         graph: on CUDA, time the replays of a CUDA graph where one can be captured.
+        wall: on CUDA, time by the host's clock, from an idle device to an idle device: launches by the host are in it.
         clock: nanoseconds; what ends the budget, and what a CPU's samples are read from.
 
     """
     if not cases:
         return {}
-    watch: _Watch = _DeviceWatch(device, graph) if device.type == "cuda" else _HostWatch(clock)
+    on_device = device.type == "cuda" and not wall
+    watch: _Watch = _DeviceWatch(device, graph) if on_device else _HostWatch(clock, device)
     ready = {name: watch.ready(f if isinstance(f, Case) else Case(_ignoring_state(f))) for name, f in cases.items()}
     _take_turns(watch, ready, clock, budget_s / 10, 1)
     rounds = _take_turns(watch, ready, clock, budget_s, LEAST_ROUNDS)
@@ -159,6 +165,11 @@ def first_line(reason: BaseException) -> str:
     return f"{type(reason).__name__}: {(str(reason) or 'no message').splitlines()[0]}"
 
 
+def without(us: float, overhead_us: float) -> float:
+    """A sample less what an empty one takes; at most half of it, so that noise makes no figure 0 or negative."""
+    return us - min(overhead_us, us / 2)
+
+
 def cold_l2(device: torch.device) -> Callable[[], None]:
     """A function that leaves nothing of use in the L2 cache of a CUDA device; one that does nothing for a CPU."""
     if device.type != "cuda":
@@ -178,6 +189,7 @@ class _Ready:
     case: Case
     note: str = ""
     sweeps: int = 1
+    less_us: float = 0.0
 
 
 class _Watch(Protocol):
@@ -192,26 +204,29 @@ class _Watch(Protocol):
 
 
 class _HostWatch:
-    """Wall time."""
+    """Wall time; of a GPU's work until it is done."""
 
-    def __init__(self, clock: Callable[[], int]) -> None:
-        self.clock = clock
+    def __init__(self, clock: Callable[[], int], device: torch.device) -> None:
+        self.clock, self.device = clock, device
 
     def ready(self, case: Case) -> _Ready:
         for _ in range(WARM_UP_CALLS):
             case.run(case.state())
-        return _Ready(case)
+        return _Ready(case, "wall time" if self.device.type == "cuda" else "")
 
     def sample(self, ready: _Ready) -> Callable[[], float]:
         state = ready.case.state()
+        self.settle()
         start = self.clock()
         result = ready.case.run(state)
+        self.settle()
         elapsed = self.clock() - start
         del result
         return lambda: elapsed / 1e3
 
     def settle(self) -> None:
-        pass
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
 
 class _DeviceWatch:
@@ -230,6 +245,8 @@ class _DeviceWatch:
             self.sweep = cold_l2(device)
             self.sweep()
             self.sweep_us = self._between_events(self.sweep)
+            self.empty_us = self._empty_graph() if graph else 0.0
+            self.graph_note = "CUDA graph" if self.empty_us else "CUDA graph, its start included"
 
     def ready(self, case: Case) -> _Ready:
         with torch.cuda.stream(self.stream):
@@ -246,7 +263,7 @@ class _DeviceWatch:
             if not self.graph:
                 return _Ready(case, "CUDA events", sweeps)
             try:
-                return _Ready(self._captured(case), "CUDA graph")
+                return _Ready(self._captured(case), self.graph_note, less_us=self.empty_us)
             except Exception as reason:  # a capture fails in as many ways as there are libraries
                 self._abandon_capture()
                 # torch raises once more where it ends a broken capture: the first error is the one to read
@@ -284,7 +301,27 @@ class _DeviceWatch:
             start.record()
             ready.case.run(state)
             end.record()
-        return lambda: 1e3 * start.elapsed_time(end)
+        return lambda: without(1e3 * start.elapsed_time(end), ready.less_us)
+
+    def _empty_graph(self) -> float:
+        """What a replay costs beside its kernels: two events and a graph's start, some 5 us, much where a kernel takes 10.
+
+        It is subtracted rather than spread over repetitions: within one graph all but the first would find L2 warm.
+        """
+        empty = torch.cuda.CUDAGraph()
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that it is empty
+                # in a pool of its own: one that its last graph has left cannot be captured into again
+                with torch.cuda.graph(empty, stream=self.stream):
+                    pass
+            samples = []
+            for _ in range(EMPTY_SAMPLES):
+                self.sweep()
+                samples.append(self._between_events(empty.replay))
+            return quantiles(samples).median
+        except RuntimeError:  # a driver that takes no empty graph must not cost every figure: the notes say so
+            return 0.0
 
     def settle(self) -> None:
         torch.cuda.synchronize(self.device)

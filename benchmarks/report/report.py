@@ -12,7 +12,7 @@ from benchmarks.contestants.contestants import FROZEN
 from benchmarks.contestants.models import FROZEN_LIGER
 from benchmarks.harness.results import Row
 from benchmarks.report import predict, targets
-from benchmarks.suites.blocks import LINEARS, WHOLE
+from benchmarks.suites.blocks import LINEARS, WALL, WHOLE
 from benchmarks.suites.memory import ANY_DEVICE
 from benchmarks.suites.ops import OVER_PRODUCT
 from gain_ops.planning.methods import FROZEN as FROZEN_MODEL
@@ -20,7 +20,7 @@ from gain_ops.utils.wording import size_text
 
 FLOORS = (FROZEN, FROZEN_MODEL, FROZEN_LIGER)  # the others are compared with them, so they are never called the best
 RATIO = " / frozen"
-TIMES = {"forward", "backward", "forward+backward", LINEARS}
+TIMES = {"forward", "backward", "forward+backward", LINEARS, WALL}
 LESS_IS_BETTER = {*TIMES, "saved", "optimizer", "peak", "peak, counted"}
 MORE_IS_BETTER = {"throughput"}
 COMPARED = {*TIMES, "throughput"}  # the metrics that have a ratio
@@ -198,7 +198,7 @@ def layer_bytes(rows: Sequence[Row]) -> str:
 
 def blocks(rows: Sequence[Row]) -> str:
     """Methods by the time of a block, and by the bytes that it saves, trains and holds."""
-    return _by_site(rows, "block", (WHOLE, LINEARS, "saved", "saved inputs", "trained", "weights", "optimizer"))
+    return _by_site(rows, "block", (WHOLE, LINEARS, WALL, "saved", "saved inputs", "trained", "weights", "optimizer"))
 
 
 def kept_by_models(rows: Sequence[Row]) -> str:

@@ -14,7 +14,14 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from benchmarks.contestants.contestants import FROZEN, Contestant, backend_obstacle, contestants
+from benchmarks.contestants.contestants import (
+    COMPOSED,
+    FROZEN,
+    KEPT_WEIGHT,
+    Contestant,
+    backend_obstacle,
+    contestants,
+)
 from benchmarks.contestants.sites import Site
 from benchmarks.harness import gate, timing
 from benchmarks.harness.results import Row, environment, site_row
@@ -31,6 +38,7 @@ IN_REGISTERS = "dx and ddelta in one GEMM, dy scaled in registers"
 MADE = "dx and ddelta in one GEMM, W' made in the backward"
 KEPT = "dx and ddelta in one GEMM, W' kept"
 AFTER = "ddelta after the GEMM, W' kept"
+CHUNKS = (32, 64, 128)  # rows that make one row of partials
 BESIDE = "ddelta on a second stream, W' kept"
 
 Gradients = tuple[Tensor, Tensor]
@@ -120,8 +128,9 @@ GRADIENTS: dict[str, Callable[[Varied, Tensor, Tensor], Gradients]] = {
 
 
 def varied() -> list[Contestant]:
-    """The frozen linear, the layers that ship and keep z, and every other backward."""
-    known = [c for c in contestants() if c.name == FROZEN or (c.name == SHIPPED and c.backend != "eager")]
+    """The frozen linear, the layers that ship and keep z, what needs no GEMM of ours, and every other backward."""
+    rivals = (FROZEN, COMPOSED, KEPT_WEIGHT)
+    known = [c for c in contestants() if c.name in rivals or (c.name == SHIPPED and c.backend != "eager")]
     obstacle = partial(backend_obstacle, "triton")
     return [*known, *(Contestant(name, "triton", _with(way).from_linear, obstacle) for name, way in GRADIENTS.items())]
 
@@ -168,13 +177,13 @@ def kernel_rows(
         layers.free_memory(device)
 
 
-def _kernels(given: dict[str, Any]) -> Iterator[tuple[str, str, Any, list[Tensor | None], dict[str, Any]]]:
+def _kernels(given: dict[str, Any]) -> Iterator[tuple[str, str, Any, list[Any], dict[str, Any]]]:
     """What results are called, the product beside them, the equation, its arguments, and who computes it by name."""
     tensors: list[Tensor] = [given[name] for name in ("x", "weight", "dy", "z", "delta_out")]
     x, weight, dy, z, delta = tensors
     if backend_obstacle("triton", x) is not None:
         return
-    from benchmarks.experiments import fused_backward
+    from benchmarks.experiments import flattened, fused_backward
     from gain_ops.kernels import linear_forward
 
     def forward(config: GemmConfig) -> Tensor:
@@ -182,16 +191,48 @@ def _kernels(given: dict[str, Any]) -> Iterator[tuple[str, str, Any, list[Tensor
         linear_forward.launch(x, weight, delta, None, y, None, config)
         return y
 
+    def flat(stages: int, keep_z: bool) -> Tensor | tuple[Tensor, Tensor | None]:
+        results = flattened.linear(x, weight, delta, None, stages, keep_z)
+        return results if keep_z else results[0]
+
     def gradients(dy: Tensor, z: Tensor, weight: Tensor, delta: Tensor) -> Gradients:
         dz, ddelta = reference.backward(dy, z, delta)
         return dz @ weight, ddelta
 
-    configs = {name: partial(forward, config) for name, config in forward_configurations(x, weight).items()}
+    configs: dict[str, Any] = {
+        name: partial(forward, config) for name, config in forward_configurations(x, weight).items()
+    }
+    if flattened.serves(x, weight):
+        configs |= {
+            f"y by the loop flattened, {stages} stages": partial(flat, stages, False) for stages in flattened.STAGES
+        }
+        kept: dict[str, Any] = {
+            f"y and z by the loop flattened, {stages} stages": partial(flat, stages, True)
+            for stages in flattened.STAGES
+        }
+        kept["y and z, ships"] = partial(linear_forward.linear_z, x, weight, delta, None)
+        yield "y, z", "x @ W.T", reference.linear_z, [x, weight, delta, None], kept
     yield "y", "x @ W.T", reference.linear, [x, weight, delta, None], configs
     fused = partial(fused_backward.backward_dx, dy, z)
     scaled = reference.scale(weight.t(), delta).t().contiguous()
     both = {IN_REGISTERS: partial(fused, weight, delta), KEPT: partial(fused, scaled, None)}
     yield "dx, ddelta", "dy @ W", gradients, [dy, z, weight, delta], both
+    passes = {_chunk_label(chunk, dy): partial(_one_pass, dy, z, delta, chunk) for chunk in CHUNKS}
+    yield "dz, ddelta", "dy @ W", reference.backward, [dy, z, delta], passes
+
+
+def _one_pass(dy: Tensor, z: Tensor, delta: Tensor, chunk: int) -> Gradients:
+    from gain_ops.kernels import rows
+
+    dz = torch.empty_like(dy)
+    return dz, rows.launch_backward(dy, z, delta, dz, chunk=chunk)
+
+
+def _chunk_label(chunk: int, dy: Tensor) -> str:
+    from gain_ops.kernels.config import ROWS, rows_chunk
+
+    ships = ", ships" if chunk == rows_chunk(*dy.shape) else ""
+    return f"dz and ddelta in one pass, chunks of {chunk}, {ROWS.num_stages} stages{ships}"
 
 
 def forward_configurations(x: Tensor, weight: Tensor) -> dict[str, GemmConfig]:
@@ -207,7 +248,7 @@ def forward_configurations(x: Tensor, weight: Tensor) -> dict[str, GemmConfig]:
         GemmConfig(128, 128, 64, num_warps=8, num_stages=4),
         GemmConfig(128, 128, 64, num_warps=8, num_stages=5, subtiles=2),
     )
-    named = {_label(config): config for config in (shipped, *(others if x.is_cuda else ()))}
+    named = {_label(config): config for config in (shipped, *(others if x.device.type != "cpu" else ()))}
     return {(f"{name}, ships" if config == shipped else name): config for name, config in named.items()}
 
 

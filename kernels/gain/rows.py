@@ -104,13 +104,18 @@ def ddelta(dy: Tensor, z: Tensor) -> Tensor:
 
 
 def launch_backward(
-    dy: Tensor, z: Tensor, delta: Tensor | None, dz: Tensor | None, config: RowsConfig = ROWS
+    dy: Tensor,
+    z: Tensor,
+    delta: Tensor | None,
+    dz: Tensor | None,
+    config: RowsConfig = ROWS,
+    chunk: int | None = None,
 ) -> Tensor:
-    """Run the pass and its second stage: -> ddelta [n] fp32, and ``dz`` written."""
+    """Run the pass and its second stage: -> ddelta [n] fp32, and ``dz`` written; chunk: rows_chunk's, if not given."""
     t, n = dy.shape
     if t == 0 or n == 0:
         return torch.zeros(n, dtype=torch.float32, device=dy.device)
-    chunk = rows_chunk(t, n)
+    chunk = rows_chunk(t, n) if chunk is None else chunk
     unit = row_unit(dy, dy.stride(0), z.stride(0))
     chunks = triton.cdiv(t, chunk)
     partials = torch.empty((chunks, n), dtype=torch.float32, device=dy.device)

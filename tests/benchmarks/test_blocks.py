@@ -138,3 +138,27 @@ def test_rows_survive_the_file(tmp_path) -> None:
     rows = measure(FROZEN, EAGER)
     results.append(tmp_path / "rows.csv", rows)
     assert results.read([tmp_path / "rows.csv"]) == rows
+
+
+def test_wall_time_is_of_the_whole_block_and_a_row_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    through = blocks.Given.through
+    monkeypatch.setattr(blocks.Given, "through", lambda *of: calls.append(of[0].x.shape) or through(*of))
+    measured = []
+    together = blocks.timing.measure_together
+
+    def noted(cases, device, **options):
+        calls.clear()
+        found = together(cases, device, **options)
+        measured.append((len(calls), options["wall"], found))
+        return found
+
+    monkeypatch.setattr(blocks.timing, "measure_together", noted)
+    rows = list(blocks.rows(PLACES[:1], 16, torch.float32, CPU, 0.0, methods=(FROZEN, EAGER), wall=True))
+    assert {row.metric for row in rows} == {blocks.WALL, f"{blocks.WALL} / frozen"}
+    ((count, wall, found),) = measured
+    assert wall
+    assert count % blocks.IN_A_ROW == 0
+    (row,) = (row for row in rows if row.contestant == blocks.FROZEN)
+    ((_, time),) = (item for item in found.items() if item[0][0] is FROZEN)
+    assert row.median == pytest.approx(time.median / blocks.IN_A_ROW)

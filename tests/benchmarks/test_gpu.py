@@ -1,5 +1,6 @@
-"""The one command for a GPU: order, resuming, cutting, what hangs or breaks, and that nothing is timed on a red proof."""
+"""The one command for a GPU: order, resuming, cutting, what hangs or breaks, and what a red proof marks."""
 
+import contextlib
 import dataclasses
 import importlib.util
 import subprocess
@@ -13,6 +14,7 @@ import torch
 from benchmarks.gpu import gpu, odd_shapes, parts, proof
 from benchmarks.harness import results
 from benchmarks.harness.results import Row
+from benchmarks.suites import blocks
 from gain_ops.ops import dispatch, raw
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -44,7 +46,8 @@ def said(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFacto
         return [sys.executable, "-c", note + scripts.get(part.name, adding(row, tmp_path_factory.mktemp("row")))]
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(gpu, "prepare", lambda: None)
+    monkeypatch.setattr(gpu, "prepared", contextlib.nullcontext)
+    monkeypatch.setattr(gpu, "find_warm", lambda carried: f"looked in {carried}")
     monkeypatch.setattr(gpu, "command", command)
     monkeypatch.setattr(gpu, "PARTS", tuple(gpu.Part(name, 0.5, lambda *_: iter(())) for name in NAMES))
     return scripts
@@ -135,33 +138,77 @@ def test_the_clock_cuts(said: dict[str, str], tmp_path: Path, capsys: pytest.Cap
     assert [part.name for part in gpu.order(results.read([tmp_path / "results.csv"]))] == ["proof", "ops", "layers"]
 
 
-def test_nothing_is_timed_where_the_proof_is_red_and_it_is_made_again(
+@pytest.mark.parametrize("step", ["memcheck", "initcheck"])
+def test_a_red_proof_stops_nothing_and_marks_the_run(
     said: dict[str, str],
     tmp_path: Path,
     tmp_path_factory: pytest.TempPathFactory,
     capsys: pytest.CaptureFixture[str],
+    step: str,
 ) -> None:
-    red = dataclasses.replace(ROW, group="proof", site="memcheck", median=0.0, note="1 error | at 0x0")
-    said["proof"] = adding(red, tmp_path_factory.mktemp("red"))
-    assert not gpu.run(tmp_path, 1.0, resume=False)
-    assert ran(tmp_path) == ["environment", "proof"]
-    assert "nothing is timed: memcheck: 1 error | at 0x0" in capsys.readouterr().err
-    said["proof"] = adding(dataclasses.replace(red, median=1.0), tmp_path_factory.mktemp("green"))
-    assert gpu.run(tmp_path, 1.0, resume=True)
-    assert ran(tmp_path) == ["proof", "ops", "layers"]
-
-
-def test_what_another_sanitizer_says_is_printed_and_the_rest_is_timed(
-    said: dict[str, str],
-    tmp_path: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    red = dataclasses.replace(ROW, group="proof", site="initcheck", median=0.0, note="1 error")
+    red = dataclasses.replace(ROW, group="proof", site=step, median=0.0, note="1 error | at 0x0")
     said["proof"] = adding(red, tmp_path_factory.mktemp("red"))
     assert not gpu.run(tmp_path, 1.0, resume=False)
     assert ran(tmp_path) == [*NAMES]
-    assert "the proof said no: initcheck: 1 error" in capsys.readouterr().out
+    words = f"{gpu.RED}{step}: 1 error | at 0x0"
+    printed = capsys.readouterr()
+    assert words in printed.out
+    assert words in printed.err
+    assert (tmp_path / "report.md").read_text().startswith(f"**{words}**")
+    rows = results.read([tmp_path / "results.csv"])
+    (mark,) = (row for row in rows if row.group == "mark")
+    assert (mark.median, mark.note) == (0.0, f"{step}: 1 error | at 0x0")
+    assert rows.index(mark) < next(i for i, row in enumerate(rows) if row.group == "ops"), (
+        "before what was timed under it"
+    )
+
+
+def test_a_red_proof_is_made_again_and_the_mark_is_taken_back(
+    said: dict[str, str], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    red = dataclasses.replace(ROW, group="proof", site="memcheck", median=0.0, note="1 error")
+    said["proof"] = adding(red, tmp_path_factory.mktemp("red"))
+    assert not gpu.run(tmp_path, 1.0, resume=False)
+    ran(tmp_path)
+    said["proof"] = adding(dataclasses.replace(red, median=1.0), tmp_path_factory.mktemp("green"))
+    assert gpu.run(tmp_path, 1.0, resume=True)
+    assert ran(tmp_path) == ["proof"]
+    marks = [row.median for row in results.read([tmp_path / "results.csv"]) if row.group == "mark"]
+    assert marks == [0.0, 1.0]
+    assert gpu.RED not in (tmp_path / "report.md").read_text()
+
+
+def test_the_carried_kernels_are_looked_for_in_the_results_folder_or_where_it_is_said(
+    said: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said["environment"] = adding(dataclasses.replace(ROW, group="triton", site="environment", note="3 warm"), tmp_path)
+    gpu.run(tmp_path, 1.0, resume=False)
+    printed = capsys.readouterr().out
+    assert f"looked in {tmp_path}" in printed
+    assert "Triton, environment: 3 warm" in printed
+    gpu.run(tmp_path, 1.0, resume=True, carried=Path("elsewhere"))
+    assert "looked in elsewhere" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("installs", [True, False])
+def test_where_pip_cannot_install_a_link_makes_the_kernels_importable_for_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, installs: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "gain_ops").mkdir()
+    (tmp_path / "kernels" / "gain").mkdir(parents=True)
+    (tmp_path / "kernels" / "gain" / "__init__.py").touch()
+    link = tmp_path / "gain_ops" / "kernels"
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None if name == "gain_ops.kernels" else object())
+    ended = subprocess.CompletedProcess([], int(not installs), "", "error\ninvalid pyproject.toml config")
+    monkeypatch.setattr(gpu.subprocess, "run", lambda *of, **options: ended)
+    seen = []
+    with contextlib.suppress(ZeroDivisionError), gpu.prepared(tmp_path):
+        seen.append((link / "__init__.py").exists())
+        seen.append(1 // 0)
+    assert seen == [not installs]
+    assert not link.is_symlink()
+    assert ("invalid pyproject.toml config" in capsys.readouterr().out) is not installs
+    assert (tmp_path / "kernels" / "gain" / "__init__.py").exists()
 
 
 def test_without_a_gpu_it_says_what_to_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,11 +236,13 @@ def test_a_part_is_found_by_its_name_and_flushes_its_rows(tmp_path: Path, monkey
 def test_what_the_targets_ask_for_comes_first_and_every_part_once() -> None:
     names = [part.name for part in parts.PARTS]
     assert len(set(names)) == len(names)
-    asked = ["proof", "ceilings", "cublaslt", "variants 8192", "ops 8192", "blocks", "layers 8192", "peaks of steps"]
+    places = [place.site for place in blocks.PLACES]
+    asked = ["proof", "ceilings", "wall time of blocks", "variants 8192", "ops 8192", places[0], "products"]
+    asked += [*places[1:], "layers 8192", "peaks of steps"]
     assert [name for name in names if name in asked] == asked
     assert max(names.index(name) for name in asked) < names.index("tuning")
     left = 1.0
-    for part in parts.PARTS[: names.index("blocks") + 1]:
+    for part in parts.PARTS[: names.index("layers 8192")]:
         left -= part.share * left
     assert left > 0.1, "shares are of what is left: the later parts must have some"
     assert [site.name for site in parts.ORDERED[:4]] == [
@@ -249,9 +298,25 @@ def test_every_step_of_the_proof_is_made_by_some_part(monkeypatch: pytest.Monkey
     for part in parts.PARTS:
         if "proof" in part.name:
             list(part.run(1.0, [], Path()))
-    assert asked == {*proof.STEPS} >= {*proof.BLOCKING}
+    assert asked == {*proof.STEPS} >= {*proof.REPEATED}
     text = (ROOT / "tests" / "backends" / "test_parity.py").read_text()
     assert f"def {proof._DRAWN}(" in text
+
+
+def test_memcheck_alone_runs_beside_the_tests_of_the_first_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, spared = [], []
+    monkeypatch.setattr(proof, "steps", lambda limit, names: asked.append(names) or iter(()))
+    (first,) = (part for part in parts.PARTS if part.name == "proof")
+    list(first.run(1.0, [], Path()))
+    assert asked == [[proof.PARITY, "memcheck"]]
+    monkeypatch.undo()
+    monkeypatch.setattr(proof, "sanitizer", lambda tool, limit: proof.Outcome(tool, True, ""))
+    monkeypatch.setattr(
+        proof, "tests", lambda step, limit, cores: spared.append(cores) or proof.Outcome(step, True, "")
+    )
+    for names in asked[0], proof.STEPS:
+        list(proof.steps(1.0, names))
+    assert spared == [1, 4, 4]
 
 
 def test_a_tool_that_is_missing_is_neither_red_nor_green(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -288,11 +353,11 @@ def test_the_tests_of_the_proof(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(proof, "TESTS", (str(file),))
     find = importlib.util.find_spec  # workers would take longer to start than the test
     monkeypatch.setattr(proof.importlib.util, "find_spec", lambda name: None if name == "xdist" else find(name))
-    outcome = proof.tests(proof.PARITY, 120.0)
+    outcome = proof.tests(proof.PARITY, 120.0, 1)
     assert (outcome.step, outcome.green) == (proof.PARITY, green), outcome
     assert ("passed" in outcome.summary) is green
     assert len(outcome.details) == (not green)
-    assert proof.tests(proof.DRAWN, 120.0).green is False, "no test of drawn shapes is in this file: not a proof"
+    assert proof.tests(proof.DRAWN, 120.0, 0).green is False, "no test of drawn shapes is in this file: not a proof"
 
 
 def test_without_hypothesis_the_other_tests_of_a_file_run(tmp_path: Path) -> None:

@@ -90,6 +90,26 @@ def test_drift_that_hits_a_whole_round_is_not_in_a_ratio() -> None:
         timing.ratio(other, timing.quantiles([1.0]))
 
 
+def test_an_empty_graphs_time_is_subtracted_and_leaves_a_figure() -> None:
+    assert timing.without(10.0, 4.0) == 6.0
+    assert timing.without(5.0, 4.0) == 2.5
+    assert timing.without(5.0, 0.0) == 5.0
+
+
+def test_wall_time_of_a_gpu_is_taken_from_idle_to_idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: clock.passes(queued.pop() if queued else 0))
+    queued: list[float] = []
+
+    def run(state: None) -> None:
+        clock.passes(2)
+        queued.append(40)
+
+    case = timing.Case(run, lambda: queued.append(1000))  # what a setup queues is not in the figure
+    found = timing.measure_together({"": case}, torch.device("cuda"), budget_s=0, wall=True, clock=clock)[""]
+    assert (found.median, found.note) == (42, "wall time")
+
+
 def test_real_time_on_a_cpu() -> None:
     x = torch.randn(64, 64)
     found = timing.measure_together(
@@ -137,6 +157,11 @@ def test_measured_ceilings() -> None:
 def test_flops_of_a_layer(side: str, save: str, gemms: int) -> None:
     kernels = roofline.gained_layer(side, save, 512, 1280, 5120, 2)["forward+backward"]
     assert sum(k.flops for k in kernels if k.products) == gemms * 2 * 512 * 1280 * 5120
+
+
+@pytest.mark.gpu
+def test_an_empty_graph_takes_some_microseconds() -> None:
+    assert 0 < timing._DeviceWatch(torch.device("cuda"), graph=True).empty_us < 100
 
 
 @pytest.mark.gpu
