@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -232,15 +233,14 @@ class Gang:
         if ended.any():
             self.block.end_warps(self, self.warps[ended])
 
-    def barrier(self, code: Code, frame: Frame, guard: Mask, number: int, count: int | None, waits: bool) -> None:
-        """bar.sync and bar.arrive: warps wait for, or only count for, others of the block."""
+    def barrier(self, code: Code, frame: Frame, guard: Mask, meet: Callable[[Gang], None]) -> None:
+        """Warps come to a barrier, and go on behind it when it lets them."""
         mask = frame.mask if guard is None else guard if frame.mask is None else guard & frame.mask
         frame.at = code.following
         if mask is not None and not mask.any():
             return
         warps = self.whole_warps(mask, "a barrier")
-        gang = self if warps.all() else self.split(warps)
-        self.block.arrive(number, count, gang, waits)
+        meet(self if warps.all() else self.split(warps))
 
 
 def _part(mask: Mask, warps: Array) -> Mask:

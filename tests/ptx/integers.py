@@ -69,7 +69,9 @@ def extract_field(a: Array, position: Array, length: Array) -> Array:
         return value
     top = np.minimum(position.astype(np.int64) + length.astype(np.int64) - 1, width - 1)
     sign = (length > 0) & ((bits >> np.maximum(top, 0).astype(bits.dtype)) & bits.dtype.type(1)).astype(bool)
-    return np.where(sign, value | ~ones, value).view(a.dtype)
+    # of a field that goes past the highest bit, what is past it is the sign too
+    inside = ones & shift_right(~bits.dtype.type(0) | np.zeros_like(bits), position)
+    return np.where(sign, value | ~inside, value).view(a.dtype)
 
 
 def insert_field(a: Array, b: Array, position: Array, length: Array) -> Array:

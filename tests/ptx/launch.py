@@ -66,7 +66,7 @@ def simulated(
             made = make(*arguments, **options)
             # kept, so that no later tensor has its address
             outputs[made.untyped_storage().data_ptr()] = made
-            return made
+            return made.fill_(float("nan")) if made.is_floating_point() else made
 
         return empty
 

@@ -56,6 +56,48 @@ class NamedBarrier:
     waiting: list[Gang] = field(default_factory=list)
 
 
+class ClusterBarrier:
+    """The barrier of a cluster's blocks: all warps arrive before one that waits goes on."""
+
+    def __init__(self, warps: int) -> None:
+        self.warps, self.arrived, self.phase = warps, 0, 0
+        self.expected: dict[tuple[int, int], int] = {}
+        """The phase that each warp of a block arrived in."""
+        self.waiting: list[Gang] = []
+        self.clocks: dict[int, Clocks] = {}
+
+    def arrive(self, gang: Gang) -> None:
+        """Warps arrive, and go on."""
+        block = gang.block
+        for warp in gang.warps:
+            if self.expected.get((block.rank, int(warp)), -1) == self.phase:
+                raise Fault("a warp arrives twice at the cluster's barrier, and does not wait between")
+            self.expected[block.rank, int(warp)] = self.phase
+        if block.races:
+            # what blocks do in each other's shared memory is not watched
+            block.races.release(self.clocks.setdefault(block.rank, block.races.new_clocks()), gang.warps)
+        self.arrived += len(gang.warps)
+        block.machine.events += 1
+        if self.arrived == self.warps:
+            self.arrived, self.phase = 0, self.phase + 1
+            for waiting in self.waiting:
+                self._go_on(waiting)
+            self.waiting = []
+
+    def wait(self, gang: Gang) -> None:
+        """Warps wait for the phase that they arrived in."""
+        if any(self.expected.get((gang.block.rank, int(warp)), self.phase) == self.phase for warp in gang.warps):
+            gang.blocked = True
+            self.waiting.append(gang)
+        else:
+            self._go_on(gang)
+
+    def _go_on(self, gang: Gang) -> None:
+        gang.blocked = False
+        if gang.block.races:
+            gang.block.races.acquire(self.clocks[gang.block.rank], gang.warps)
+
+
 class Block:
     """A block of threads."""
 
@@ -74,6 +116,7 @@ class Block:
         self.bulk_stores: dict[int, BulkStores] = {}
         self.races = Races(len(self.shared.data), self.warps) if machine.settings.races else None
         self.cluster: list[Block] = [self]
+        self.cluster_barrier = ClusterBarrier(self.warps)
 
     def special(self, name: str, gang: Gang) -> Array:
         """A special register's value in each lane (PTX ISA, chapter 10)."""
@@ -209,7 +252,9 @@ class Machine:
         self.executed[number] += warps
         self._blocks_left -= 1
         if self._blocks_left < 0:
-            raise Fault(f"no end after {self.settings.limit} basic blocks")
+            raise Fault(
+                f"no end after {self.settings.limit} basic blocks, at {self.program.codes[number].instructions[0]}"
+            )
 
     def happens_at_once(self) -> bool:
         """Whether what is issued now is done now."""
@@ -228,9 +273,9 @@ class Machine:
                 for x in range(wide):
                     index = (origin[0] + x, origin[1] + y, origin[2] + z)
                     blocks.append(Block(self, index, len(blocks)))
-        everybody = np.arange(self.warps)
+        everybody, barrier = np.arange(self.warps), ClusterBarrier(self.warps * len(blocks))
         for block in blocks:
-            block.cluster = blocks
+            block.cluster, block.cluster_barrier = blocks, barrier
             parts = [everybody] if self.settings.together else list(everybody.reshape(-1, 1))
             self.gangs += [Gang(block, part) for part in parts]
         while self.gangs:
@@ -297,4 +342,5 @@ class Machine:
         return False
 
     def _at_barrier(self, gang: Gang) -> bool:
-        return any(gang is one for barrier in gang.block.barriers.values() for one in barrier.waiting)
+        barriers = [*gang.block.barriers.values(), gang.block.cluster_barrier]
+        return any(gang is one for barrier in barriers for one in barrier.waiting)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from ptx.control_flow import EXIT, BasicBlock, blocks_of, ends_block, is_barrier
 from ptx.faults import Fault
 from ptx.gang import Frame, Gang, Mask
-from ptx.operands import Operands
+from ptx.operands import Operands, Reader
 from ptx.parse import Entry, Instruction, Module, Variable, parse
 
 Step: TypeAlias = "Callable[[Gang, Mask], None]"
@@ -64,19 +64,34 @@ class Code:
         assert self.target is not None
         frame.at = self.target
 
-    def _barrier(self, operands: Operands, guard: Any) -> Callable[[Gang, Frame], None]:
-        kinds = [kind for kind in self.last.opcode[1:] if kind != "aligned"]
-        if kinds not in (["sync"], ["arrive"], ["cta", "sync"]):
+    def _barrier(self, operands: Operands, guard: Reader | None) -> Callable[[Gang, Frame], None]:
+        kinds = [kind for kind in self.last.opcode[1:] if kind not in ("aligned", "cta")]
+        if kinds[0] == "cluster":
+            return self._cluster_barrier(kinds[1], guard)
+        if kinds not in (["sync"], ["arrive"]):
             raise unknown(self.last)
         number = operands.agreed(self.last.operands[0], "u32")
         count = operands.agreed(self.last.operands[1], "u32") if len(self.last.operands) > 1 else None
 
         def finish(gang: Gang, frame: Frame) -> None:
-            threads = None if count is None else count(gang, frame.mask)
-            waits = "arrive" not in kinds
-            gang.barrier(self, frame, guard and guard(gang), number(gang, frame.mask), threads, waits)
+            which, threads = number(gang, frame.mask), None if count is None else count(gang, frame.mask)
+
+            def arrive(warps: Gang) -> None:
+                warps.block.arrive(which, threads, warps, waits=kinds == ["sync"])
+
+            gang.barrier(self, frame, guard and guard(gang), arrive)
 
         return finish
+
+    def _cluster_barrier(self, kind: str, guard: Reader | None) -> Callable[[Gang, Frame], None]:
+        if kind not in ("arrive", "wait"):
+            raise unknown(self.last)
+
+        def meet(warps: Gang) -> None:
+            cluster = warps.block.cluster_barrier
+            cluster.arrive(warps) if kind == "arrive" else cluster.wait(warps)
+
+        return lambda gang, frame: gang.barrier(self, frame, guard and guard(gang), meet)
 
 
 def translate(instruction: Instruction, operands: Operands) -> Step:
