@@ -37,6 +37,8 @@ class Run:
     grid: tuple[int, int, int]
     ptx: str
     counts: Counts
+    lines: frozenset[int]
+    """Of the PTX, those that were executed."""
 
 
 @contextlib.contextmanager
@@ -105,7 +107,14 @@ def _run(
         dynamic_shared=compiled.metadata.shared,
         settings=settings,
     )
-    return Run(launch.kernel, grid, ptx, machine.run())
+    counts = machine.run()
+    lines = (
+        instruction.line
+        for code, times in zip(program.codes, machine.executed, strict=True)
+        for instruction in code.instructions
+        if times
+    )
+    return Run(launch.kernel, grid, ptx, counts, frozenset(lines))
 
 
 def _values(launch: Launch) -> tuple[list[Any], list[tuple[str, Tensor]]]:
