@@ -53,6 +53,8 @@ class Counts(Counter[str]):
 
     def global_access(self, what: str, addresses: Array, nbytes: int, warps: Array) -> None:
         """Bytes that lanes ask for, and the sectors of each warp's request."""
+        if not len(addresses):
+            return
         self[f"global {what} bytes"] += nbytes * len(addresses)
         first, last = addresses // SECTOR, (addresses + np.uint64(nbytes - 1)) // SECTOR
         spans = np.concatenate([first, last]) if nbytes > 1 else first

@@ -284,7 +284,10 @@ def test_products_of_a_group_follow_each_other() -> None:
     a, b, memory, _, db = operands()
     out = outputs()
     registers = ", ".join(f"%f{i}" for i in range(N // 2))
-    again = f"wgmma.mma_async.sync.aligned.m64n{N}k16.f32.bf16.bf16 {{{registers}}}, {{%r10, %r11, %r12, %r13}}, %rd8, 1, 1, 1, 0; "
+    again = (
+        f"wgmma.mma_async.sync.aligned.m64n{N}k16.f32.bf16.bf16 {{{registers}}}, "
+        "{%r10, %r11, %r12, %r13}, %rd8, 1, 1, 1, 0; "
+    )
     wait = again + "wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0;"
     for timing in ("late", "early"):
         launch(product("", db, across="0", wait=wait), memory, aligned(registers_of(a)), out, timing=timing)
