@@ -13,7 +13,6 @@ from ptx.faults import Fault
 from ptx.formats import Array, poison
 
 if TYPE_CHECKING:
-    from ptx.instructions.wgmma import Pending
     from ptx.machine import Block, Machine
     from ptx.parse import Instruction
     from ptx.program import Code
@@ -42,7 +41,8 @@ class Gang:
         self.lanes = 32 * len(warps)
         self.lane = np.tile(np.arange(32, dtype=np.uint32), len(warps))
         self.warp_of_lane = np.repeat(warps, 32)
-        self.registers: list[Array | Pending] = registers or [
+        # arrays of a lane each, or Pending of a wgmma in flight
+        self.registers: list[Any] = registers or [
             poison(kind, self.lanes) for kind in self.machine.program.register_types
         ]
         self.frames = [Frame(0, _NEVER, None)]
@@ -68,13 +68,14 @@ class Gang:
         """[warps, 32] of a mask."""
         return np.ones((len(self.warps), 32), bool) if mask is None else mask.reshape(-1, 32)
 
+    def executing(self, mask: Mask) -> Array:
+        """Which warps execute."""
+        return np.asarray(self.by_warp(mask).any(1))
+
     def whole_warps(self, mask: Mask, what: str) -> Array:
         """Which warps execute, of an instruction that all living lanes of a warp must execute."""
-        if mask is None:
-            return np.ones(len(self.warps), bool)
-        executing = self.by_warp(mask)
-        some = executing.any(1)
-        if (self.by_warp(self.alive)[some] & ~executing[some]).any():
+        some = self.executing(mask)
+        if mask is not None and (self.by_warp(self.alive)[some] & ~self.by_warp(mask)[some]).any():
             raise Fault(f"divergent: {what} that part of a warp executes")
         return some
 
@@ -121,7 +122,7 @@ class Gang:
 
     def _execute(self, code: Code, frame: Frame) -> None:
         mask = frame.mask
-        executing = len(self.warps) if mask is None else int(self.by_warp(mask).any(1).sum())
+        executing = len(self.warps) if mask is None else int(self.executing(mask).sum())
         self.machine.count_block(code.number, executing)
         try:
             for self.instruction, step in code.steps:
@@ -165,7 +166,7 @@ class Gang:
 
     def _part_from(self, code: Code, going: Array, staying: Array) -> bool:
         """Let warps whose lanes all stay go alone, where others go: -> whether there were any."""
-        goes, stays = going.reshape(-1, 32).any(1), staying.reshape(-1, 32).any(1)
+        goes, stays = self.executing(going), self.executing(staying)
         alone = stays & ~goes
         target: int | None = code.following
         if not alone.any():
@@ -220,7 +221,7 @@ class Gang:
         self._exit(leaving if frame.mask is None else leaving & frame.mask)
 
     def _exit(self, mask: Mask) -> None:
-        before = self.by_warp(self.alive).any(1)
+        before = self.executing(self.alive)
         if mask is None:
             self.alive = np.zeros(self.lanes, bool)
         else:
@@ -228,7 +229,7 @@ class Gang:
         for frame in self.frames:
             frame.mask = self.alive.copy() if frame.mask is None else frame.mask & self.alive
         self.frames = [frame for frame in self.frames if frame.mask is not None and frame.mask.any()]
-        ended = before & ~self.by_warp(self.alive).any(1)
+        ended = before & ~self.executing(self.alive)
         self.machine.events += 1
         if ended.any():
             self.block.end_warps(self, self.warps[ended])

@@ -342,5 +342,7 @@ class Machine:
         return False
 
     def _at_barrier(self, gang: Gang) -> bool:
-        barriers = [*gang.block.barriers.values(), gang.block.cluster_barrier]
-        return any(gang is one for barrier in barriers for one in barrier.waiting)
+        waiting = [*gang.block.cluster_barrier.waiting]
+        for barrier in gang.block.barriers.values():
+            waiting += barrier.waiting
+        return any(gang is one for one in waiting)

@@ -138,7 +138,7 @@ def fate(case: Case, mutant: Mutant, expected: list[torch.Tensor]) -> str:
 
 def survey(per_kind: int = 2) -> dict[str, str]:
     """The fate of some mutants of every kernel."""
-    fates = {}
+    fates: dict[str, str] = {}
     for kernel, cases in KERNELS.items():
         for case in cases:
             ran = next(run for run in check(case, RUNS[0]) if run.kernel == kernel)

@@ -87,8 +87,7 @@ class Operands:
             return np.array(float(text), to)
         else:
             number = int(text.rstrip("U"), 0)
-        bits = RAW[to.itemsize]
-        return np.array(number & ((1 << 8 * to.itemsize) - 1), bits).view(to)
+        return np.array(number & ((1 << 8 * to.itemsize) - 1), RAW[to.itemsize]).view(to)
 
     def write(self, text: str, kind: str) -> Writer:
         """A register, for values of a type. In a wider one they are extended, by their sign if they have one."""

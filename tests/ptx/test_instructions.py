@@ -9,7 +9,12 @@ import pytest
 from ptx.faults import Fault
 from ptx.small import by_lane
 
-U32, S32, F32, U64 = np.uint32, np.int32, np.float32, np.uint64
+# as functions of lists, which numpy has no annotations of
+U32: Any = np.uint32
+S32: Any = np.int32
+F32: Any = np.float32
+U64: Any = np.uint64
+S64: Any = np.int64
 NAN, INF = float("nan"), float("inf")
 
 
@@ -28,10 +33,10 @@ INTEGER_ARITHMETIC = [
     ("mul.hi.u32 %r20, %r10, %r11;", [U32([1 << 31, 3]), U32([4, 5])], U32([2, 0])),
     ("mul.hi.s32 %r20, %r10, %r11;", [S32([-1, 1 << 30]), S32([1, 4])], S32([-1, 1])),
     ("mul.hi.u64 %rd20, %rd10, %rd11;", [U64([1 << 63, 2**64 - 1]), U64([4, 2**64 - 1])], U64([2, 2**64 - 2])),
-    ("mul.wide.s32 %rd20, %r10, %r11;", [S32([-3, 1 << 20]), S32([5, 1 << 12])], np.int64([-15, 1 << 32])),
+    ("mul.wide.s32 %rd20, %r10, %r11;", [S32([-3, 1 << 20]), S32([5, 1 << 12])], S64([-15, 1 << 32])),
     ("mul.wide.u32 %rd20, %r10, %r11;", [U32([0xFFFFFFFF, 2]), U32([2, 3])], U64([0x1FFFFFFFE, 6])),
     ("mad.lo.s32 %r20, %r10, %r11, -7;", [S32([-3, 2]), S32([5, 3])], S32([-22, -1])),
-    ("mad.wide.s32 %rd20, %r10, 4, %rd11;", [S32([-3, 5]), np.int64([100, 1 << 33])], np.int64([88, (1 << 33) + 20])),
+    ("mad.wide.s32 %rd20, %r10, 4, %rd11;", [S32([-3, 5]), S64([100, 1 << 33])], S64([88, (1 << 33) + 20])),
     # towards zero; a remainder has the sign of the dividend
     ("div.s32 %r20, %r10, %r11;", [S32([-7, 7, -8]), S32([2, -2, 8])], S32([-3, -3, -1])),
     ("rem.s32 %r20, %r10, %r11;", [S32([-7, 7, -8]), S32([2, -2, 8])], S32([-1, 1, 0])),
@@ -122,7 +127,7 @@ COMPARISON_AND_SELECTION = [
 MOVE_AND_CONVERT = [
     ("mov.b32 {%h0, %h1}, %r10; mov.b32 %r20, {%h1, %h0};", [U32([0x11112222])], U32([0x22221111])),
     ("mov.b64 %rd20, {%r10, %r11};", [U32([1]), U32([2])], U64([2 << 32 | 1])),
-    ("cvt.s64.s32 %rd20, %r10;", [S32([-5])], np.int64([-5])),
+    ("cvt.s64.s32 %rd20, %r10;", [S32([-5])], S64([-5])),
     ("cvt.u64.u32 %rd20, %r10;", [S32([-5])], U64([2**32 - 5])),
     ("cvt.u32.u64 %r20, %rd10;", [U64([(7 << 32) + 9])], U32([9])),
     # sign-extended to the register, of 32 bits

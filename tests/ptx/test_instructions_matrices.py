@@ -191,11 +191,12 @@ def product(
 def operands(span: int = 128, a_across: bool = False, b_across: bool = False, kind: str = "bf16") -> tuple[Any, ...]:
     generator = np.random.default_rng(1)
     a, b = (halves(generator.standard_normal((rows, K)), kind) for rows in (64, N))
-    place_a, *steps_a = canonical(a, span, a_across)
-    place_b, *steps_b = canonical(b, span if not (b_across and span == 128) else 32, b_across)
-    b_span = span if not (b_across and span == 128) else 32
+    # a row of B across the sum has N elements
+    b_span = min(span, 2 * N) if b_across else span
+    place_a, leading_a, stride_a = canonical(a, span, a_across)
+    place_b, leading_b, stride_b = canonical(b, b_span, b_across)
     memory = aligned(np.concatenate([place_a, place_b]))
-    return a, b, memory, descriptor(A_AT, *steps_a, span), descriptor(B_AT, *steps_b, b_span)
+    return a, b, memory, descriptor(A_AT, leading_a, stride_a, span), descriptor(B_AT, leading_b, stride_b, b_span)
 
 
 def gathered(out: Any) -> Any:
@@ -274,7 +275,7 @@ def test_wgmma_takes_a_from_registers(together: bool) -> None:
         ({"after": "setp.lt.u32 %p1, %r0, 32; @%p1 bra E; wgmma.fence.sync.aligned; E: mov.u32 %r1, 0;"}, "deadlock"),
     ],
 )
-def test_faults_of_wgmma(options: dict[str, str], what: str, timing: str) -> None:
+def test_faults_of_wgmma(options: dict[str, Any], what: str, timing: str) -> None:
     a, _, memory, _, db = operands()
     with pytest.raises(Fault, match=what):
         launch(product("", db, across="0", **options), memory, aligned(registers_of(a)), outputs(), timing=timing)

@@ -364,7 +364,14 @@ def test_faults_of_bulk_stores(fence: str, wait: str, after: str, what: str, tim
     ],
 )
 def test_maps_that_the_driver_refuses(changes: dict[str, Any], what: str) -> None:
-    fields = {"address": 0, "element": 2, "extents": [64, 16], "strides": [128], "box": [64, 8], "swizzle": 3} | changes
+    fields: dict[str, Any] = {
+        "address": 0,
+        "element": 2,
+        "extents": [64, 16],
+        "strides": [128],
+        "box": [64, 8],
+        "swizzle": 3,
+    } | changes
     with pytest.raises(Fault, match=what):
         TensorMap.unpack(TensorMap(**fields).pack())
 

@@ -31,7 +31,7 @@ def _form(instruction: Instruction) -> tuple[int, bool]:
 def _rows(gang: Gang, address: Array, mask: Mask, count: int, what: str) -> tuple[Block, Array]:
     """The block, and the addresses of rows [warps, count, 8]: lane 8 i + r has row r of matrix i."""
     gang.whole_warps(mask, what)
-    by_warp = np.broadcast_to(address, gang.lanes).reshape(-1, 32)[gang.by_warp(mask).any(1)]
+    by_warp = np.broadcast_to(address, gang.lanes).reshape(-1, 32)[gang.executing(mask)]
     block, rows = locate(gang, by_warp[:, : 8 * count])
     block.shared.check(what, rows, ROW_BYTES)
     if gang.machine.settings.count:
@@ -56,14 +56,14 @@ def _ldmatrix(instruction: Instruction, operands: Operands) -> Step:
         block, rows = _rows(gang, address(gang), mask, count, "ldmatrix")
         each = rows[..., None] + np.arange(ROW_BYTES)
         block.shared.check_written(each)
-        warps = gang.warps[gang.by_warp(mask).any(1)]
+        warps = gang.warps[gang.executing(mask)]
         if block.races and block is gang.block:
             block.races.read(warps, each.reshape(len(warps), -1))
         matrices = block.shared.views[2][each[..., ::2] // 2]
         registers = spread_8x8(matrices.swapaxes(2, 3) if transposed else matrices)
         for place, write in enumerate(writes):
             value = np.zeros((len(gang.warps), 32), np.uint32)
-            value[gang.by_warp(mask).any(1)] = registers[:, place]
+            value[gang.executing(mask)] = registers[:, place]
             write(gang, mask, value.ravel())
 
     return step
@@ -79,7 +79,7 @@ def _stmatrix(instruction: Instruction, operands: Operands) -> Step:
 
     def step(gang: Gang, mask: Mask) -> None:
         block, rows = _rows(gang, address(gang), mask, count, "stmatrix")
-        some = gang.by_warp(mask).any(1)
+        some = gang.executing(mask)
         registers = [np.broadcast_to(read(gang), gang.lanes).reshape(-1, 32)[some] for read in reads]
         matrices = gathered_8x8(np.stack(registers, axis=1))
         data = np.ascontiguousarray(matrices.swapaxes(2, 3) if transposed else matrices).view(np.uint8)

@@ -311,7 +311,7 @@ def _selp(instruction: Instruction, operands: Operands) -> Step:
     modifiers(instruction)
     a, b, chooser = instruction.operands[1:]
     sources = [operands.read(a, kind), operands.read(b, kind), operands.predicate(chooser)]
-    return assign(instruction, operands, kind, sources, lambda a, b, c: np.where(c, a, b))
+    return assign(instruction, operands, kind, sources, lambda a, b, c: np.asarray(np.where(c, a, b)))
 
 
 _COMPARISONS: dict[str, Callable[..., Array]] = {

@@ -66,7 +66,7 @@ def _ballot(bits: Array) -> Array:
     return (bits.astype(np.uint32) << np.arange(32, dtype=np.uint32)).sum(1, dtype=np.uint32)
 
 
-_VOTES: dict[str, Callable[[Array, Array], Array]] = {
+_VOTES: dict[str, Callable[[Array, Array], Any]] = {
     "ballot": lambda value, executing: _ballot(value & executing),
     "any": lambda value, executing: (value & executing).any(1),
     "all": lambda value, executing: (value | ~executing).all(1),
@@ -143,7 +143,7 @@ def _fence(instruction: Instruction, operands: Operands) -> Step:
 
     def step(gang: Gang, mask: Mask) -> None:
         if gang.block.races:
-            gang.block.races.fence(gang.warps[gang.by_warp(mask).any(1)])
+            gang.block.races.fence(gang.warps[gang.executing(mask)])
 
     return step
 

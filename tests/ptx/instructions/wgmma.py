@@ -168,10 +168,12 @@ def _mma_async(instruction: Instruction, operands: Operands, columns: int, kind:
     parts = [operands.read(name, "b32") for name in operands.vector(left)] if in_registers else []
     descriptors = {name: operands.read(name, "b64") for name in ((right,) if in_registers else (left, right))}
     adds = operands.predicate(instruction.operands[3])
-    scales, across = (int(text, 0) for text in instruction.operands[4:6]), instruction.operands[6:]
-    if set(scales) != {1} or len(across) != (1 if in_registers else 2):
+    scales, across = (
+        [int(text, 0) for text in texts] for texts in (instruction.operands[4:6], instruction.operands[6:])
+    )
+    if scales != [1, 1] or len(across) != (1 if in_registers else 2):
         raise Fault(f"negated operands, or {len(across)} transpositions")
-    left_across, right_across = (False, *across)[-2:] if in_registers else across
+    left_across, right_across = across[0] != 0 and not in_registers, across[-1] != 0
 
     def descriptor(gang: Gang, name: str) -> list[int]:
         groups = np.broadcast_to(descriptors[name](gang), gang.lanes).reshape(-1, 128)
@@ -184,12 +186,12 @@ def _mma_async(instruction: Instruction, operands: Operands, columns: int, kind:
         adding = adds(gang)
         if (adding != adding[0]).any():
             raise Fault("lanes disagree on scale-d")
-        rights = [Matrix.of(one, columns, int(right_across) != 0) for one in descriptor(gang, right)]
+        rights = [Matrix.of(one, columns, right_across) for one in descriptor(gang, right)]
         if in_registers:
             registers = [np.broadcast_to(part(gang), gang.lanes).reshape(-1, 32) for part in parts]
             lefts: list[Any] = list(matrix_a(registers, kind).reshape(-1, ROWS, DEPTH))
         else:
-            lefts = [Matrix.of(one, ROWS, int(left_across) != 0) for one in descriptor(gang, left)]
+            lefts = [Matrix.of(one, ROWS, left_across) for one in descriptor(gang, left)]
         products = []
         for group, (one, other) in enumerate(zip(lefts, rights, strict=True)):
             added = [_value(gang, place, group) for place in to] if adding[0] else None
