@@ -1,4 +1,4 @@
-"""How a warp holds a matrix: which element lies in which register of which lane (PTX ISA, 9.7.15.4, 9.7.16.5)."""
+"""How a warp holds a matrix: which element lies in which register of which lane (PTX ISA, figures of mma and wgmma)."""
 
 from __future__ import annotations
 

@@ -119,7 +119,7 @@ class Block:
         self.cluster_barrier = ClusterBarrier(self.warps)
 
     def special(self, name: str, gang: Gang) -> Array:
-        """A special register's value in each lane (PTX ISA, chapter 10)."""
+        """A special register's value in each lane (PTX ISA, Special Registers)."""
         machine, axis = self.machine, {"x": 0, "y": 1, "z": 2}.get(name[-1], 0)
         threads = gang.warp_of_lane * 32 + gang.lane
         width, height, _ = machine.threads

@@ -11,7 +11,7 @@ SIZES = {
     **{f"{kind}{bits}": bits // 8 for kind in "bus" for bits in (8, 16, 32, 64)},
     **{"f16": 2, "bf16": 2, "f16x2": 4, "bf16x2": 4, "tf32": 4, "f32": 4, "f64": 8, "b128": 16, "pred": 1},
 }
-"""Bytes of the fundamental types (PTX ISA, 5.2)."""
+"""Bytes of the fundamental types (PTX ISA, Fundamental Types)."""
 
 
 @dataclass(frozen=True)

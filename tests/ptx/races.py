@@ -3,7 +3,7 @@
 An agent is what accesses are ordered for: each warp; beside it the cp.async of each warp, the wgmma of each warpgroup, the
 bulk stores of each warp, and the TMA loads of each mbarrier, which run by themselves until a wait. A warp's clock has an
 entry for every agent: what of its past is known to the warp. A second clock holds what of it lies before a
-fence.proxy.async too, without which the asynchronous proxy (TMA, wgmma) may not see it (PTX ISA, 8.3 and 8.9, async proxy).
+fence.proxy.async too, without which the asynchronous proxy (TMA, wgmma) may not see it (PTX ISA, Memory Consistency Model).
 """
 
 from __future__ import annotations

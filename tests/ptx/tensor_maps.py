@@ -1,4 +1,4 @@
-"""Tensor maps: which bytes of global memory a box has, and where they lie in shared memory (PTX ISA, 5.5)."""
+"""Tensor maps: which bytes of global memory a box has, and where they lie in shared memory (PTX ISA, Tensors)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TMA: boxes of a tensor to shared memory, counted by an mbarrier, and back, in groups of a thread (PTX ISA, 9.7.9.27)."""
+"""TMA: boxes of a tensor to shared memory, counted by an mbarrier, and back, in groups of a thread (PTX ISA, Tensor copy)."""
 
 from __future__ import annotations
 

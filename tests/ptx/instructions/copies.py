@@ -1,4 +1,4 @@
-"""cp.async: bytes from global to shared memory, in groups that a warp waits for (PTX ISA, 9.7.9.25.3)."""
+"""cp.async: bytes from global to shared memory, in groups that a warp waits for (PTX ISA, Asynchronous copy)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""mbarriers: objects in shared memory that count arrivals and bytes (PTX ISA, 9.7.13.15)."""
+"""mbarriers: objects in shared memory that count arrivals and bytes (PTX ISA, Parallel Synchronization: mbarrier)."""
 
 from __future__ import annotations
 

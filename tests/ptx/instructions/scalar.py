@@ -1,4 +1,4 @@
-"""Arithmetic, comparisons, logic and moves: a lane by itself (PTX ISA, 9.7.1 to 9.7.9)."""
+"""Arithmetic, comparisons, logic and moves: a lane by itself (PTX ISA, Integer Arithmetic to Data Movement)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""wgmma: products of a warpgroup whose operands lie in shared memory, in flight until a wait (PTX ISA, 9.7.16)."""
+"""wgmma: products of a warpgroup, in flight until a wait (PTX ISA, Asynchronous Warpgroup Level Matrix Instructions)."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ class Matrix:
 
     @classmethod
     def of(cls, descriptor: int, rows: int, across: bool) -> Matrix:
-        """The fields of a descriptor (PTX ISA, 9.7.16.5.1)."""
+        """The fields of a descriptor (PTX ISA, Matrix Descriptor Format)."""
         start, leading, stride = (((descriptor >> shift) & 0x3FFF) * UNIT for shift in (0, 16, 32))
         if descriptor >> 49 & 7:
             raise Fault("a matrix descriptor with a base offset")
