@@ -96,7 +96,7 @@ def _run(
     memory.new_launch()
     values, tensors = _values(launch)
     for name, tensor in tensors:
-        _add(memory, name, tensor, outputs)
+        add_tensor(memory, name, tensor, writable=tensor.untyped_storage().data_ptr() in outputs)
     threads = compiled.metadata.num_warps * 32, 1, 1
     machine = Machine(
         program,
@@ -169,15 +169,14 @@ def _packed(parameters: list[Parameter], values: list[Any]) -> bytes:
     return bytes(packed)
 
 
-def _add(memory: GlobalMemory, name: str, tensor: Tensor, outputs: dict[int, Tensor]) -> None:
-    """Let a launch access the bytes of a tensor, and no others of its storage."""
+def add_tensor(memory: GlobalMemory, name: str, tensor: Tensor, *, writable: bool) -> None:
+    """Let a launch access the bytes of a tensor, and no others of its storage. What is writable has no value yet."""
     storage = tensor.untyped_storage()
     base = storage.data_ptr()
     allocation = next((one for one in memory.allocations if one.base == base), None)
     if allocation is None:
         data = torch.empty(0, dtype=torch.uint8).set_(storage, 0, (storage.nbytes(),), (1,)).numpy()
-        made_here = base in outputs
-        allocation = memory.add(name, base, data, writable=made_here, written=not made_here)
+        allocation = memory.add(name, base, data, writable=writable, written=not writable)
     allocation.belongs[_bytes_of(tensor)] = True
 
 
