@@ -278,13 +278,19 @@ class Machine:
             block.cluster, block.cluster_barrier = blocks, barrier
             parts = [everybody] if self.settings.together else list(everybody.reshape(-1, 1))
             self.gangs += [Gang(block, part) for part in parts]
-        while self.gangs:
-            self._round(blocks)
-        if self.in_flight:
-            raise Fault(f"{len(self.in_flight)} TMA loads are in flight when the block ends")
-        for block in blocks:
-            if block.barriers:
-                raise Fault(f"warps arrived at barriers that never completed: {sorted(block.barriers)}")
+        try:
+            while self.gangs:
+                self._round(blocks)
+            if self.in_flight:
+                raise Fault(f"{len(self.in_flight)} TMA loads are in flight when the block ends")
+            for block in blocks:
+                if block.barriers:
+                    raise Fault(f"warps arrived at barriers that never completed: {sorted(block.barriers)}")
+        finally:
+            # megabytes a block, which would wait for the collector of cycles
+            self.gangs, self.in_flight = [], []
+            for block in blocks:
+                block.cluster = []
 
     def _round(self, blocks: list[Block]) -> None:
         ready = [gang for gang in self.gangs if not gang.blocked]

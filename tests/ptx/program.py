@@ -147,7 +147,7 @@ def _shared_offsets(variables: list[Variable]) -> tuple[int, dict[str, int]]:
     return size, offsets
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=16)
 def program_of(text: str, entry: str | None = None) -> Program:
     """The program of a PTX text that has one entry, or of the one that is named."""
     module = parse(text)

@@ -23,8 +23,8 @@ class Clocks:
     """What some agents' past is known."""
 
     def __init__(self, rows: int, agents: int) -> None:
-        self.known = np.zeros((rows, agents), np.int64)
-        self.fenced = np.zeros((rows, agents), np.int64)
+        self.known = np.zeros((rows, agents), np.int32)
+        self.fenced = np.zeros((rows, agents), np.int32)
 
     def join(self, row: int, other: Clocks, other_row: int) -> None:
         """A row learns another."""
@@ -45,11 +45,11 @@ class Races:
         self.clocks.known[np.arange(warps), np.arange(warps)] = 1
         self.barrier_agents: dict[int, int] = {}
         self.writer = np.full(size, -1, np.int16)
-        self.write_clock = np.zeros(size, np.int64)
+        self.write_clock = np.zeros(size, np.int32)
         # cp.async and TMA loads read no shared memory
         self.readers = np.r_[0:warps, self.wgmma : self.wgmma + groups, self.bulk : self.bulk + warps]
         self.row_of_reader = {int(agent): row for row, agent in enumerate(self.readers)}
-        self.read_clock = np.zeros((len(self.readers), size), np.int64)
+        self.read_clock = np.zeros((len(self.readers), size), np.int32)
 
     def barrier_agent(self, offset: int) -> int:
         """The agent of the TMA loads that an mbarrier counts."""

@@ -20,7 +20,10 @@ class Worker:
     """A worker process, which starts while its owner goes on."""
 
     def __init__(self) -> None:
-        environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+        left_out = ("TRITON_INTERPRET", "GAIN_OPS_SM_MARGIN")
+        environment = {key: value for key, value in os.environ.items() if key not in left_out}
+        # tensors are the CPU's where there is a GPU too, and configurations the heuristics'
+        environment |= {"CUDA_VISIBLE_DEVICES": "", "GAIN_OPS_TUNED": str(TESTS / "ptx" / "no tuned table")}
         paths = [str(TESTS), str(TESTS.parent), environment.get("PYTHONPATH", "")]
         environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
         self.process = subprocess.Popen(

@@ -81,12 +81,12 @@ class _Device:
             add_tensor(self.memory, f"argument {number}", tensor, writable=False)
         machine = Machine(
             program,
-            tuple(launch.grid),  # type: ignore[arg-type]
-            tuple(launch.block),  # type: ignore[arg-type]
+            tuple(launch.grid),
+            tuple(launch.block),
             parameters,
             self.memory,
             dynamic_shared=launch.dynamic_shared,
-            cluster=tuple(launch.cluster),  # type: ignore[arg-type]
+            cluster=tuple(launch.cluster),
             settings=self.settings,
         )
         machine.run()
