@@ -53,6 +53,7 @@ class Gang:
         self.specials: dict[str, Array] = {}
         self.instruction: Instruction | None = None
         self._spun: tuple[int, int] | None = None
+        self._kept = np.ones(len(warps), bool)
 
     # ---- lanes
 
@@ -180,37 +181,28 @@ class Gang:
         return True
 
     def split(self, leaving: Array) -> Gang:
-        """Let some warps go alone: -> their gang."""
+        """Let some warps go alone: -> their gang. This one keeps the others."""
         for value in self.registers:
             if not isinstance(value, np.ndarray):
                 value.check_split(leaving)
-        other = Gang(self.block, self.warps[leaving], self._registers_of(leaving))
-        other.frames = [Frame(f.at, f.until, _part(f.mask, leaving)) for f in self.frames]
-        other.alive = _part(self.alive, leaving)
-        other._tidy()
-        kept = ~leaving
-        stay = Gang(self.block, self.warps[kept], self._registers_of(kept))
-        stay.frames = [Frame(f.at, f.until, _part(f.mask, kept)) for f in self.frames]
-        stay.alive = _part(self.alive, kept)
-        stay._tidy()
-        pause, spun = self.pause_at, self._spun
-        self.__dict__.update(stay.__dict__)
-        self.pause_at, self._spun, self._kept = pause, spun, kept
+        self._kept = ~leaving
+        other, stay = self._part(leaving), self._part(self._kept)
+        for name in ("warps", "lanes", "lane", "warp_of_lane", "registers", "frames", "alive", "specials"):
+            setattr(self, name, getattr(stay, name))
         self.machine.gangs.append(other)
         return other
 
-    def _registers_of(self, warps: Array) -> list[Any]:
-        return [value.reshape(-1, 32)[warps].ravel() if isinstance(value, np.ndarray) else value.part(warps)
-                for value in self.registers]  # fmt: skip
-
-    def _tidy(self) -> None:
-        """Drop frames of no lane, and masks of all lanes."""
-        for frame in self.frames:
-            if frame.mask is not None and frame.mask.all():
-                frame.mask = None
-        if self.alive is not None and self.alive.all():
-            self.alive = None
-        self.frames = [frame for frame in self.frames if frame.mask is None or frame.mask.any()]
+    def _part(self, warps: Array) -> Gang:
+        """Some of the warps, where they are."""
+        registers = [
+            value.reshape(-1, 32)[warps].ravel() if isinstance(value, np.ndarray) else value.part(warps)
+            for value in self.registers
+        ]
+        made = Gang(self.block, self.warps[warps], registers)
+        made.alive = _of_warps(self.alive, warps)
+        made.frames = [Frame(frame.at, frame.until, _of_warps(frame.mask, warps)) for frame in self.frames]
+        made.frames = [frame for frame in made.frames if frame.mask is None or frame.mask.any()]
+        return made
 
     def exit(self, code: Code, frame: Frame, leaving: Mask) -> None:
         """Lanes end; those that a guard keeps go on."""
@@ -244,8 +236,9 @@ class Gang:
         meet(self if warps.all() else self.split(warps))
 
 
-def _part(mask: Mask, warps: Array) -> Mask:
-    return None if mask is None else mask.reshape(-1, 32)[warps].ravel()
+def _of_warps(mask: Mask, warps: Array) -> Mask:
+    part = None if mask is None else mask.reshape(-1, 32)[warps].ravel()
+    return None if part is None or part.all() else part
 
 
 def merged(gangs: list[Gang]) -> Gang:

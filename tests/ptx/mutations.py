@@ -129,7 +129,7 @@ def fate(case: Case, mutant: Mutant, expected: list[torch.Tensor]) -> str:
             check(case, settings, rewrite=broken)
         except Exception as error:
             return f"caught: {str(error).splitlines()[0]}"
-    for settings in (*RUNS, *BLIND):
+    for settings in (RUNS[0], *BLIND):
         found = results(case, settings, rewrite=broken)
         if not all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)):
             return "missed: other bits, within the tolerance"
