@@ -376,6 +376,64 @@ def test_maps_that_the_driver_refuses(changes: dict[str, Any], what: str) -> Non
         TensorMap.unpack(TensorMap(**fields).pack())
 
 
+def ring(empty_wait: str = "@!%p2 bra WE;", arrival: str = "@%p4", rows: int = 8) -> str:
+    """Thread 0 loads four boxes through two buffers; warp 1 takes each and gives its buffer back."""
+    place = (
+        "and.b32 %r21, %r20, 1; shr.u32 %r22, %r20, 1; and.b32 %r22, %r22, 1; xor.b32 %r23, %r22, 1; "
+        "mad.lo.u32 %r24, %r21, 8, 4096; mad.lo.u32 %r25, %r21, 1024, 0; "
+    )
+    again = "add.u32 %r20, %r20, 1; setp.lt.u32 %p3, %r20, 4; @%p3 bra "
+    barriers = "".join(f"@%p15 mbarrier.init.shared::cta.b64 [memory+{4096 + 8 * i}], 1; " for i in range(4))
+    words = "".join(f"ld.shared.b32 %r28, [%r27+{128 * k}]; st.global.b32 [%rd6+{128 * k}], %r28; " for k in range(8))
+    return (
+        "setp.eq.u32 %p15, %r0, 0; " + barriers + "bar.sync 0; mov.u32 %r20, 0; mov.u32 %r8, 0; "
+        "setp.ge.u32 %p0, %r0, 32; @%p0 bra CONSUME; setp.ne.u32 %p1, %r0, 0; @%p1 bra END; "
+        "PRODUCE: " + place + "WE: mbarrier.try_wait.parity.shared::cta.b64 %p2, [%r24+16], %r23; " + empty_wait +
+        f"mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r24], 1024; mad.lo.u32 %r9, %r20, {rows}, 0; "
+        "cp.async.bulk.tensor.2d.shared::cta.global.mbarrier::complete_tx::bytes [%r25], [%rd2, {%r8, %r9}], [%r24]; "
+        + again + "PRODUCE; bra.uni END; "
+        "CONSUME: " + place + "WF: mbarrier.try_wait.parity.shared::cta.b64 %p2, [%r24], %r22; @!%p2 bra WF; "
+        "sub.u32 %r26, %r0, 32; mad.lo.u32 %r27, %r26, 4, %r25; mad.lo.u32 %r29, %r20, 256, %r26; "
+        "mad.wide.u32 %rd6, %r29, 4, %rd1; " + words + "setp.eq.u32 %p4, %r26, 0; " + arrival +
+        " mbarrier.arrive.shared::cta.b64 _, [%r24+16]; " + again + "CONSUME; END: mov.u32 %r1, 0;"
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize("timing", TIMINGS)
+def test_a_ring_of_buffers_between_a_thread_and_a_warp(timing: str, together: bool) -> None:
+    data, tensor_map = tensor(rows=32, swizzle=0)
+    for seed in range(3):
+        out = output(1024)
+        run(
+            ring(),
+            [data],
+            [out],
+            maps=[tensor_map],
+            threads=64,
+            shared=4128,
+            timing=timing,
+            together=together,
+            seed=seed,
+        )
+        np.testing.assert_array_equal(out.view(U16).reshape(32, 64), data)
+
+
+@pytest.mark.parametrize("timing", TIMINGS)
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"empty_wait": ""}, "overwrites .* read|TMA load wrote|more arrivals than its count"),
+        ({"arrival": ""}, "deadlock"),  # 32 arrivals are 32 phases
+        ({"arrival": "@%p15"}, "deadlock"),
+    ],
+)
+def test_faults_of_a_ring(changes: dict[str, Any], what: str, timing: str) -> None:
+    data, tensor_map = tensor(rows=32, swizzle=0)
+    with pytest.raises(Fault, match=what):
+        run(ring(**changes), [data], [output(1024)], maps=[tensor_map], threads=64, shared=4128, timing=timing)
+
+
 # ---- clusters
 
 
