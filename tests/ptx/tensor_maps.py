@@ -52,7 +52,10 @@ class TensorMap:
         magic, element, rank, swizzle, address, *numbers = _LAYOUT.unpack(data[: _LAYOUT.size])
         if magic != _MAGIC:
             raise Fault("no tensor map at this address")
-        made = TensorMap(address, element, numbers[:rank], numbers[5 : 4 + rank], numbers[9 : 9 + rank], swizzle)
+        extents, strides, box = (
+            tuple(numbers[first:last]) for first, last in ((0, rank), (5, 4 + rank), (9, 9 + rank))
+        )
+        made = TensorMap(address, element, extents, strides, box, swizzle)
         made.check()
         return made
 

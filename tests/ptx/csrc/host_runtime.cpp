@@ -31,6 +31,12 @@ Allocated allocated = nullptr;
 int multiprocessors = 132;
 dim3 next_grid, next_block;  // of the launch that <<<>>> has begun
 size_t next_shared = 0;
+cudaError_t last_error = cudaSuccess;
+
+cudaError_t failed(cudaError_t error) {
+  last_error = error;
+  return error;
+}
 
 std::map<const void*, std::string>& kernels() {
   static std::map<const void*, std::string> registered;
@@ -44,9 +50,9 @@ std::map<const void*, int>& shared_limits() {
 
 cudaError_t launch(const void* function, dim3 grid, dim3 block, dim3 cluster, void** arguments, size_t shared) {
   const auto found = kernels().find(function);
-  if (found == kernels().end()) return cudaErrorInvalidDeviceFunction;
+  if (found == kernels().end()) return failed(cudaErrorInvalidDeviceFunction);
   // beyond 48 KiB a kernel must have asked
-  if (shared > 48 * 1024 && static_cast<int>(shared) > shared_limits()[function]) return cudaErrorInvalidValue;
+  if (shared > 48 * 1024 && static_cast<int>(shared) > shared_limits()[function]) return failed(cudaErrorInvalidValue);
   const Launch one = {
       found->second.c_str(),
       {grid.x, grid.y, grid.z},
@@ -54,7 +60,7 @@ cudaError_t launch(const void* function, dim3 grid, dim3 block, dim3 cluster, vo
       {cluster.x, cluster.y, cluster.z},
       arguments,
       shared};
-  return simulate(&one) ? cudaErrorLaunchFailure : cudaSuccess;
+  return simulate(&one) ? failed(cudaErrorLaunchFailure) : cudaSuccess;
 }
 
 CUresult encode(
@@ -148,8 +154,16 @@ cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribu
   if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize) shared_limits()[function] = value;
   return cudaSuccess;
 }
-cudaError_t cudaGetLastError() { return cudaSuccess; }
-const char* cudaGetErrorString(cudaError_t) { return "refused by the simulator"; }
+cudaError_t cudaGetLastError() {
+  const cudaError_t error = last_error;
+  last_error = cudaSuccess;
+  return error;
+}
+const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaErrorInvalidDeviceFunction ? "no such kernel was registered"
+         : error == cudaErrorInvalidValue        ? "more shared memory than was asked for"
+                                                 : "the simulator found a fault";
+}
 cudaError_t cudaGetDevice(int* device) {
   *device = 0;
   return cudaSuccess;

@@ -6,17 +6,20 @@ import contextlib
 import ctypes
 import functools
 import importlib.util
+import os
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from gain_ops.backends import cuda, extension
+from gain_ops.build import CannotBuild
 
-from ptx.csrc.library import built, ptx_of
+from ptx.csrc.library import built, has_gemms, ptx_of
 from ptx.launch import add_tensor
 from ptx.machine import Machine, Settings
 from ptx.memory import GlobalMemory
@@ -44,6 +47,8 @@ class _Device:
 
     def __init__(self) -> None:
         self.settings = Settings()
+        self.gemm: str | None = None
+        """The source in csrc/sm90 whose kernels are launched."""
         self.memory = GlobalMemory()
         self.given: list[Tensor] = []
         self.ran: list[str] = []
@@ -69,7 +74,7 @@ class _Device:
 
     def _run(self, launch: _Launch) -> None:
         kernel = launch.kernel.decode()
-        program = program_of(ptx_of(kernel))
+        program = program_of(ptx_of(kernel, self.gemm))
         parameters = b""
         for number, parameter in enumerate(program.parameters):
             parameters = parameters.ljust(parameter.offset, b"\0")
@@ -107,10 +112,10 @@ class _Ops:
             _device.begin([one for one in arguments if isinstance(one, Tensor) and one.numel()])
             try:
                 return op(*arguments)
-            except RuntimeError:
-                if _device.error is None:
-                    raise
-                raise _device.error from None
+            finally:
+                if _device.error is not None:
+                    # rather than what the op says of it
+                    raise _device.error
 
         return call
 
@@ -126,23 +131,24 @@ def _load() -> tuple[ctypes.CDLL, ModuleType]:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     module._ops = _Ops()  # type: ignore[attr-defined]
-    module._card_fuses = lambda index: False  # type: ignore[attr-defined]
+    module._card_fuses = lambda index: has_gemms()  # type: ignore[attr-defined]
     return ctypes.CDLL(str(path)), module
 
 
 @contextlib.contextmanager
-def simulated(settings: Settings, multiprocessors: int = 132) -> Iterator[tuple[ModuleType, list[str]]]:
+def simulated(
+    settings: Settings, multiprocessors: int = 132, gemm: str | None = None
+) -> Iterator[tuple[ModuleType, list[str]]]:
     """The CUDA backend whose kernels run in the simulator, and the names of those that ran."""
     library, module = _load()
     library.ptx_setup(*_callbacks, multiprocessors)
-    _device.settings, _device.ran = settings, []
-    yield module, _device.ran
+    _device.settings, _device.gemm, _device.ran = settings, gemm, []
+    with mock.patch.dict(os.environ, {"GAIN_OPS_TEST_MULTIPROCESSORS": str(multiprocessors)}):
+        yield module, _device.ran
 
 
 def can_build() -> str:
     """Build the library: -> "", or why not."""
-    from gain_ops.build import CannotBuild
-
     try:
         _load()
     except CannotBuild as reason:
@@ -150,14 +156,27 @@ def can_build() -> str:
     return ""
 
 
-def run(call: str, shape: list[int], dtype: str, layout: str = "contiguous", **settings: Any) -> list[str]:
+def can_fuse() -> bool:
+    """Whether the fused GEMMs are part of the library."""
+    return has_gemms()
+
+
+def run(
+    call: str,
+    shape: list[int],
+    dtype: str,
+    layouts: dict[str, str] | None = None,
+    multiprocessors: int = 132,
+    gemm: str | None = None,
+    **settings: Any,
+) -> list[str]:
     """A call of parity.CALLS, compared by the rule: -> the kernels that ran."""
     torch.manual_seed(0)
     t, i, o = shape
     given = parity.tensors(t, i, o, getattr(torch, dtype))
-    for name in ("x", "weight", "dy", "z", "dh"):
+    for name, layout in (layouts or {}).items():
         given[name] = parity.laid_out(given[name], layout)
-    with simulated(Settings(**settings)) as (backend, ran):
+    with simulated(Settings(**settings), multiprocessors, gemm) as (backend, ran):
         parity.compare(backend, call, given)
     assert ran, "nothing was launched"
     return ran

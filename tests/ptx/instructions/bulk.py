@@ -187,12 +187,18 @@ def _store(instruction: Instruction, operands: Operands) -> Step:
     box, source = _box(instruction.operands[0], operands), operands.address(instruction.operands[1])
 
     def step(gang: Gang, mask: Mask) -> None:
+        issued: set[tuple[object, ...]] = set()
         for lane in gang.active(mask):
             tensor_map, coordinates = box(gang, int(lane))
             block, offsets = locate(gang, source(gang)[lane : lane + 1])
             if block is not gang.block:
                 raise Fault("a bulk store from another block's shared memory")
             offset, warp, thread = int(offsets[0]), int(gang.warp_of_lane[lane]), gang.thread(int(lane))
+            # CUTLASS lets all lanes of a warp issue one store: the same bytes, so once
+            same = warp, tensor_map, tuple(coordinates), offset
+            if same in issued:
+                continue
+            issued.add(same)
             _check_place(block, offset, tensor_map.box_bytes, "a box from")
             groups = block.bulk_stores.setdefault(thread, BulkStores())
             store = _Store(gang, tensor_map, coordinates, offset)
