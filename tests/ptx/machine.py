@@ -14,7 +14,7 @@ from ptx.faults import Fault
 from ptx.formats import Array
 from ptx.gang import Gang, merged
 from ptx.groups import Groups
-from ptx.memory import GlobalMemory, SharedMemory
+from ptx.memory import GlobalMemory, LocalMemory, SharedMemory
 from ptx.races import Clocks, Races
 
 if TYPE_CHECKING:
@@ -108,6 +108,7 @@ class Block:
         self.warps = machine.warps
         self.live = np.ones(self.warps, bool)
         self.shared = SharedMemory(machine.shared_bytes)
+        self.local = LocalMemory(32 * self.warps, machine.program.local_bytes)
         self.barriers: dict[int, NamedBarrier] = {}
         self.mbarriers: dict[int, Mbarrier] = {}
         self.barrier_clocks: dict[int, int] = {}

@@ -151,6 +151,34 @@ class SharedMemory:
         self.written[each] = True
 
 
+class LocalMemory:
+    """What each thread of a block has for itself."""
+
+    def __init__(self, threads: int, size: int) -> None:
+        self.size = size
+        self.data = np.full((threads, size), 0xA5, np.uint8)
+        self.written = np.zeros((threads, size), bool)
+
+    def load(self, threads: Array, offsets: Array, width: int, count: int) -> Array:
+        """``count`` elements of ``width`` bytes from each thread's offset: -> [count, threads]."""
+        each = self._places("reads", threads, offsets, width * count)
+        if not self.written[each].all():
+            raise Fault("unwritten: reads local memory that nothing wrote")
+        return np.ascontiguousarray(self.data[each]).view(RAW[width]).T
+
+    def store(self, threads: Array, offsets: Array, data: Array) -> None:
+        """Bytes [threads, n] to each thread's offset."""
+        each = self._places("writes", threads, offsets, data.shape[1])
+        self.data[each] = data
+        self.written[each] = True
+
+    def _places(self, what: str, threads: Array, offsets: Array, nbytes: int) -> tuple[Array, Array]:
+        _check_alignment("local", offsets, nbytes)
+        if offsets.min() < 0 or offsets.max() + nbytes > self.size:
+            raise Fault(f"out of bounds: {what} local memory at {int(offsets.max()):#x}, of {self.size:#x} bytes")
+        return threads[:, None], offsets[:, None] + np.arange(nbytes)
+
+
 def _check_alignment(space: str, addresses: Array, alignment: int) -> None:
     wrong = addresses % addresses.dtype.type(alignment) != 0
     if wrong.any():

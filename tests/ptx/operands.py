@@ -19,20 +19,20 @@ Reader: TypeAlias = "Callable[[Gang], Array]"
 Writer: TypeAlias = "Callable[[Gang, Mask, Array], None]"
 Agreed: TypeAlias = "Callable[[Gang, Mask], int]"
 
-SHARED_WINDOW, PARAMETER_WINDOW = 0x7000_0000_0000, 0x6000_0000_0000
-"""Generic addresses of shared memory and of parameters; all others are global."""
+SHARED_WINDOW, PARAMETER_WINDOW, LOCAL_WINDOW = 0x7000_0000_0000, 0x6000_0000_0000, 0x5000_0000_0000
+"""Generic addresses of shared memory, of parameters and of a thread's own memory; all others are global."""
 
 _ADDRESS = re.compile(r"\[\s*([%\w$./]+)\s*(?:([+-])\s*(-?\w+))?\s*\]$")
 _FLOAT = re.compile(r"0[fF][0-9a-fA-F]{8}$|0[dD][0-9a-fA-F]{16}$")
 
 
 class Operands:
-    """The names that an entry's operands may have: registers, parameters, shared arrays."""
+    """The names that an entry's operands may have: registers, parameters, arrays."""
 
-    def __init__(self, entry: Entry, shared: dict[str, int]) -> None:
+    def __init__(self, entry: Entry, arrays: dict[str, int]) -> None:
         self.types = entry.registers
         self.places = {name: place for place, name in enumerate(entry.registers)}
-        self.symbols = shared | {parameter.name: parameter.offset for parameter in entry.parameters}
+        self.symbols = arrays | {parameter.name: parameter.offset for parameter in entry.parameters}
 
     def guard(self, instruction: Instruction) -> Reader | None:
         """The lanes that an instruction's predicate lets execute."""

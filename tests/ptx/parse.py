@@ -61,6 +61,7 @@ class Entry:
     registers: dict[str, str] = field(default_factory=dict)
     """Type by name; a register of an inner scope has the scope's number behind its name."""
     shared: list[Variable] = field(default_factory=list)
+    local: list[Variable] = field(default_factory=list)
     code: list[Instruction] = field(default_factory=list)
     targets: dict[int, int] = field(default_factory=dict)
     """The instruction that a branch jumps to, by the branch."""
@@ -258,8 +259,9 @@ class _Body:
                 many = re.match(r"([\w$%]+)<(\d+)>$", name)
                 for one in [f"{many.group(1)}{i}" for i in range(int(many.group(2)))] if many else [name]:
                     self._declare(one, type_name.removeprefix("."))
-        elif kind == ".shared":
-            self.entry.shared.append(_variable(rest))
+        elif kind in (".shared", ".local"):
+            variables = self.entry.shared if kind == ".shared" else self.entry.local
+            variables.append(_variable(rest))
         elif kind not in (".pragma", ".param"):
             raise Fault(f"unknown directive {text!r} (line {self.line})")
 

@@ -127,15 +127,16 @@ class Program:
         self.name, self.target, self.threads = entry.name, module.target, entry.threads
         self.parameters, self.parameter_bytes = entry.parameters, entry.parameter_bytes
         self.register_types = list(entry.registers.values())
-        self.static_shared, symbols = _shared_offsets([*module.shared, *entry.shared])
-        operands = Operands(entry, symbols)
+        self.static_shared, symbols = _offsets([*module.shared, *entry.shared])
+        self.local_bytes, local_symbols = _offsets(entry.local)
+        operands = Operands(entry, symbols | local_symbols)
         self.codes = [Code(block, operands) for block in blocks_of(entry)]
         for code in self.codes:
             assert EXIT <= code.following < len(self.codes)
 
 
-def _shared_offsets(variables: list[Variable]) -> tuple[int, dict[str, int]]:
-    """Bytes of the static arrays, and where each begins; the dynamic memory begins behind them."""
+def _offsets(variables: list[Variable]) -> tuple[int, dict[str, int]]:
+    """Bytes of arrays of a state space, and where each begins; one without a length begins behind the others."""
     offsets, size = {}, 0
     for variable in variables:
         if variable.size is not None:

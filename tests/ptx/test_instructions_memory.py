@@ -53,6 +53,19 @@ def test_generic_addresses_are_shared_memory_s_too() -> None:
     assert out.tolist() == list(range(32))
 
 
+def test_local_memory_is_a_thread_s_own() -> None:
+    out = output(32)
+    body = (
+        ".local .align 8 .b8 own[16]; mov.u64 %rd5, own; st.local.b32 [%rd5+8], %r0; cvta.local.u64 %rd6, %rd5; "
+        "ld.b32 %r1, [%rd6+8]; mad.wide.u32 %rd7, %r0, 4, %rd0; st.global.b32 [%rd7], %r1; "
+    )
+    run(body, [], [out])
+    assert out.tolist() == list(range(32))
+    for access, what in (("[%rd5+4]", "unwritten"), ("[%rd5+16]", "out of bounds"), ("[%rd5+2]", "misaligned")):
+        with pytest.raises(Fault, match=f"{what}.* local"):
+            run(body + f"ld.local.b32 %r2, {access};", [], [output(32)])
+
+
 @pytest.mark.parametrize(
     ("what", "body"),
     [

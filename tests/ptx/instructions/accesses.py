@@ -10,7 +10,7 @@ from ptx.faults import Fault
 from ptx.formats import RAW, Array, dtype
 from ptx.gang import Gang, Mask
 from ptx.machine import CLUSTER_WINDOW
-from ptx.operands import PARAMETER_WINDOW, SHARED_WINDOW, Operands
+from ptx.operands import LOCAL_WINDOW, PARAMETER_WINDOW, SHARED_WINDOW, Operands
 from ptx.parse import SIZES, Instruction
 from ptx.program import Step, translates, unknown
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ptx.machine import Block
 
 _SPACES = {
-    **{"global": "global", "const": "global", "param": "param"},
+    **{"global": "global", "const": "global", "param": "param", "local": "local"},
     **{"shared": "shared", "shared::cta": "shared", "shared::cluster": "shared"},
 }
 # what an access may be asked for that changes nothing here
@@ -41,7 +41,7 @@ def _form(instruction: Instruction) -> tuple[str, str]:
 def _space_of(address: Array, mask: Mask) -> tuple[str, int]:
     """The state space of generic addresses, all of which must lie in one, and where it begins."""
     active = address if mask is None else address[mask]
-    for space, window in (("shared", SHARED_WINDOW), ("param", PARAMETER_WINDOW)):
+    for space, window in (("shared", SHARED_WINDOW), ("param", PARAMETER_WINDOW), ("local", LOCAL_WINDOW)):
         inside = (active >= window) & (active < window + (1 << 40))
         if inside.all():
             return space, window
@@ -63,11 +63,7 @@ def _ld(instruction: Instruction, operands: Operands) -> Step:
         if here == "generic":
             here, window = _space_of(at, mask)
             at = at - np.uint64(window)
-        if here == "param":
-            values = _load_parameters(gang, at, width, count)
-        else:
-            load = load_global if here == "global" else load_shared
-            values = load(gang, at, mask, width, count)
+        values = _LOADS[here](gang, at, mask, width, count)
         for write, value in zip(writes, values, strict=True):
             write(gang, mask, value.view(to))
 
@@ -95,18 +91,15 @@ def _st(instruction: Instruction, operands: Operands) -> Step:
         values = [np.broadcast_to(np.asarray(read(gang)).view(to), gang.lanes) for read in reads]
         if mask is not None:
             at, values = at[mask], [value[mask] for value in values]
-        if here == "global":
-            store_global(gang, at.astype(np.uint64), values, mask)
-        elif here == "shared":
-            store_shared(gang, at, values, mask)
-        else:
+        if here not in _STORES:
             raise Fault("stores to a parameter")
+        _STORES[here](gang, at, values, mask)
 
     return step
 
 
-def _load_parameters(gang: Gang, address: Array, width: int, count: int) -> list[Array]:
-    start = int(address[0])
+def _load_parameters(gang: Gang, address: Array, mask: Mask, width: int, count: int) -> list[Array]:
+    start = int(address[gang.active(mask)[0]])
     if start % width or start + width * count > len(gang.machine.parameters):
         raise Fault(f"out of bounds: parameters at {start}")
     values = gang.machine.parameters[start : start + width * count].view(RAW[width])
@@ -125,6 +118,7 @@ def load_global(gang: Gang, address: Array, mask: Mask, width: int, count: int) 
 
 def store_global(gang: Gang, address: Array, values: list[Array], mask: Mask) -> None:
     """Elements of the lanes that execute to their addresses."""
+    address = address.astype(np.uint64)
     gang.machine.memory.store(address, values, gang.block.number)
     if gang.machine.settings.count:
         nbytes = values[0].dtype.itemsize * len(values)
@@ -161,14 +155,32 @@ def load_shared(gang: Gang, address: Array, mask: Mask, width: int, count: int) 
 def store_shared(gang: Gang, address: Array, values: list[Array], mask: Mask) -> None:
     """Elements of the lanes that execute to their addresses. A byte that is written again as it is counts as no write."""
     block, offsets = locate(gang, address)
-    width, warps = values[0].dtype.itemsize, gang.warp_of_lane[gang.active(mask)]
-    nbytes = width * len(values)
+    warps, data = gang.warp_of_lane[gang.active(mask)], _bytes_of(values)
+    nbytes = data.shape[1]
     block.shared.check("writes", offsets, nbytes)
-    elements = np.stack(values, axis=1)
-    data = np.ascontiguousarray(elements).view(np.uint8).reshape(len(offsets), nbytes)
     write_bytes(gang, block, offsets[:, None] + np.arange(nbytes), data, warps)
     if gang.machine.settings.count:
         gang.machine.counts.shared_access("st.shared", offsets, nbytes, warps)
+
+
+def _bytes_of(values: list[Array]) -> Array:
+    """Elements of each lane -> its bytes, [lanes, n]."""
+    return np.ascontiguousarray(np.stack(values, axis=1)).view(np.uint8)
+
+
+def load_local(gang: Gang, address: Array, mask: Mask, width: int, count: int) -> list[Array]:
+    """Elements of each lane's own memory; zero in lanes that do not execute."""
+    lanes = gang.active(mask)
+    threads = gang.warp_of_lane[lanes] * 32 + gang.lane[lanes]
+    values = gang.block.local.load(threads, address[lanes].astype(np.int64), width, count)
+    return _spread(gang, lanes, values)
+
+
+def store_local(gang: Gang, address: Array, values: list[Array], mask: Mask) -> None:
+    """Elements to the memory of each lane that executes."""
+    lanes = gang.active(mask)
+    threads = gang.warp_of_lane[lanes] * 32 + gang.lane[lanes]
+    gang.block.local.store(threads, address.astype(np.int64), _bytes_of(values))
 
 
 def write_bytes(gang: Gang, block: Block, each: Array, data: Array, warps: Array) -> None:
@@ -196,3 +208,7 @@ def _spread(gang: Gang, lanes: Array, values: Array) -> list[Array]:
         full[lanes] = value
         spread.append(full)
     return spread
+
+
+_LOADS = {"param": _load_parameters, "global": load_global, "shared": load_shared, "local": load_local}
+_STORES = {"global": store_global, "shared": store_shared, "local": store_local}

@@ -21,7 +21,7 @@ from ptx.formats import (
 )
 from ptx.instructions.scalar import ROUNDINGS, assign
 from ptx.machine import CLUSTER_WINDOW
-from ptx.operands import PARAMETER_WINDOW, SHARED_WINDOW, Operands
+from ptx.operands import LOCAL_WINDOW, PARAMETER_WINDOW, SHARED_WINDOW, Operands
 from ptx.parse import SIZES, Instruction
 from ptx.program import Step, translates, unknown
 
@@ -85,7 +85,7 @@ def _conversion(instruction: Instruction, to: str, source: str, rounding: str | 
     return lambda value: widened(value).astype(result)
 
 
-_WINDOWS = {"shared": SHARED_WINDOW, "param": PARAMETER_WINDOW, "global": 0, "const": 0}
+_WINDOWS = {"shared": SHARED_WINDOW, "param": PARAMETER_WINDOW, "local": LOCAL_WINDOW, "global": 0, "const": 0}
 
 
 @translates("cvta")
