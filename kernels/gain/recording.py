@@ -10,7 +10,7 @@ launcher differs. So the recorded launches are those of the GPU.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,13 +56,20 @@ class Launch:
 
 
 @contextlib.contextmanager
-def recording(architecture: str, multiprocessors: int | None = None, *, compile: bool = True) -> Iterator[list[Launch]]:
+def recording(
+    architecture: str,
+    multiprocessors: int | None = None,
+    *,
+    compile: bool = True,
+    run: Callable[[Launch], None] | None = None,
+) -> Iterator[list[Launch]]:
     """Record the launches of this block, in order, as on a GPU of an architecture.
 
     Args:
         architecture: one of DEVICES.
         multiprocessors: of the GPU; by default those in DEVICES.
         compile: False records what would be compiled, without grid and arguments, and compiles nothing.
+        run: called with each launch as it is made, before the next one: a simulator.
 
     """
     if triton.knobs.runtime.interpret:
@@ -80,7 +87,12 @@ def recording(architecture: str, multiprocessors: int | None = None, *, compile:
             launches.append(Launch(_name(kernel), key, source))
         return not compile
 
-    recorder = _Driver(DEVICES[architecture], multiprocessors, launches)
+    def note(launch: Launch) -> None:
+        launches.append(launch)
+        if run is not None:
+            run(launch)
+
+    recorder = _Driver(DEVICES[architecture], multiprocessors, note)
     driver_before, hook_before = driver._active, triton.knobs.runtime.jit_cache_hook
     driver.set_active(recorder)
     triton.knobs.runtime.jit_cache_hook = before_compiling
@@ -101,10 +113,10 @@ def _name(kernel: JITFunction[Any]) -> str:
 class _Driver:
     """What Triton's runtime needs of a driver. It is its own ``utils``."""
 
-    def __init__(self, device: Device, multiprocessors: int | None, launches: list[Launch]) -> None:
+    def __init__(self, device: Device, multiprocessors: int | None, note: Callable[[Launch], None]) -> None:
         self.device = device
         self.multiprocessors = device.multiprocessors if multiprocessors is None else multiprocessors
-        self.launches = launches
+        self.note = note
         self.utils = self
 
     def get_current_device(self) -> str:
@@ -137,6 +149,6 @@ class _Driver:
         def launch(x: int, y: int, z: int, *rest: Any) -> None:
             # between them: stream, function, packed metadata, launch metadata, and the hooks at enter and exit
             arguments = dict(zip(kernel.arg_names, rest[6:], strict=True))
-            self.launches.append(Launch(_name(kernel), key, source, compiled, (x, y, z), arguments))
+            self.note(Launch(_name(kernel), key, source, compiled, (x, y, z), arguments))
 
         return launch
