@@ -16,7 +16,11 @@ import time, pytest
 def long():
     time.sleep(0.3)
 
-def test_short(): pass
+@pytest.fixture(scope="session")
+def shared():
+    time.sleep(0.5)
+
+def test_short(shared): pass
 def test_long(): time.sleep(0.4)
 def test_long_by_its_fixture(long): time.sleep(0.2)
 
@@ -42,6 +46,7 @@ def _run(folder: Path, *options: str, **environment: str) -> str:
     return run.stdout
 
 
+@pytest.mark.slow
 def test_a_long_test_without_the_marker_fails_in_ci_and_what_is_left_out_is_counted(tmp_path: Path) -> None:
     said = _run(tmp_path, "-m", "not slow", CI="1")
     assert "2 failed, 1 passed, 1 skipped, 1 deselected" in said, said

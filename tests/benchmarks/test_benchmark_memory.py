@@ -54,6 +54,7 @@ def test_a_layer_on_meta_keeps_what_it_keeps_on_a_cpu(dtype: torch.dtype) -> Non
         assert _as_sizes(_layer(contestant, "meta", dtype)) == _as_sizes(_layer(contestant, "cpu", dtype)), contestant
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("kind", TINY)
 @needs_peft

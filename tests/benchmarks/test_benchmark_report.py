@@ -308,6 +308,7 @@ def _is_drawn(path: Path) -> bool:
     return path.stat().st_size > 10_000 and pixels.shape[1] >= 1500 and pixels.std() > 0.05 and len(colors) > 20
 
 
+@pytest.mark.slow
 def test_plots_of_a_kind_a_device_and_a_number_of_tokens(tmp_path: Path) -> None:
     rows = [*layers_of((512, 2048)), *op("linear", "eager", 20, 0.46), *op("linear", "triton", 10, 1.3)]
     written = plots.draw(rows, tmp_path / "made")

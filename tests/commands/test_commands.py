@@ -103,6 +103,7 @@ def test_the_figures_fit_the_files_and_each_other(adapted, tiny_model: Path):
         assert figure in (out / "report.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_the_same_call_gives_the_same_gains_and_another_seed_others(adapted, tiny_model: Path, tmp_path: Path):
     data, out, _ = adapted
     again = [tmp_path / "same", tmp_path / "other"]
@@ -130,6 +131,7 @@ def test_sides_targets_memory_and_dtype_are_handed_on(tiny_model: Path, code_fol
     assert "bfloat16" in result.output
 
 
+@pytest.mark.slow
 def test_dropout_follows_the_seed(tiny_model: Path, code_folder: Path, tmp_path: Path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -144,6 +146,7 @@ def test_dropout_follows_the_seed(tiny_model: Path, code_folder: Path, tmp_path:
     assert losses[0] != losses[2]
 
 
+@pytest.mark.slow
 def test_an_earlier_result_is_replaced_if_asked_and_other_files_stay(
     tiny_model: Path, code_folder: Path, tmp_path: Path
 ):
@@ -236,6 +239,7 @@ def test_ctrl_c_in_training_keeps_the_step_it_came_in(
     assert (report["finished"], report["training"]["stopped"], len(report["training"]["losses"])) == (False, True, 3)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_leaves_no_table_of_an_earlier_one_and_a_later_run_may_replace_it(
     tiny_model: Path, code_folder: Path, tmp_path: Path
 ):

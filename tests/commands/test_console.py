@@ -138,6 +138,7 @@ class TestTables:
             "",
         ]
 
+    @pytest.mark.slow
     def test_a_plan_of_llama_at_80_columns_has_whole_headings(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(console.STDOUT, "_width", 80)
         done = call("plan", "--model", "llama-3-8b")
@@ -209,6 +210,7 @@ class TestErrors:
             (line,) = done.stderr.splitlines()
             assert str(tmp_path / "file") in line, arguments
 
+    @pytest.mark.slow
     def test_models_that_transformers_cannot_read_are_the_callers(self, place: Path, tmp_path: Path) -> None:
         for content in ("{", '{"model_type": "no-such"}', '{"model_type": "vit"}'):
             (tmp_path / "config.json").write_text(content)
@@ -233,7 +235,10 @@ class TestErrors:
 class TestStreams:
     @pytest.mark.parametrize(
         "name",
-        ["info", "plan", "inspect", "diff gains", "diff checkpoints", "merge", "dry run", "absorb", "adapt", "study"],
+        [
+            *("info", "inspect", "diff gains", "diff checkpoints", "merge", "dry run", "absorb"),
+            *(pytest.param(name, marks=pytest.mark.slow) for name in ("plan", "adapt", "study")),
+        ],
     )
     def test_stderr_has_our_own_lines_alone(self, name: str, tiny_model: Path, place: Path, tmp_path: Path) -> None:
         arguments = map(str, calls(tiny_model, place, tmp_path)[name])

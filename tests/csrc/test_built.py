@@ -137,6 +137,7 @@ def test_the_row_kernels_move_16_bytes_at_once_and_keep_nothing_in_local_memory(
     assert not [name for name, text in code.items() if re.search(r"\b(LDL|STL)\b", text)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90a", "sm_100a"])
 def test_vectors_over_the_columns_and_column_sums_move_16_bytes_at_once(architecture: str) -> None:
     """One element at a time, each of a warp's 8 loads of a vector takes 32 sectors."""

@@ -191,6 +191,7 @@ def trained_with_fsdp(side: str) -> None:
     assert_equal(train(model, slice(first, first + 2), mesh["dp"].get_group()), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", ["output", "input"])
 def test_with_fsdp2(four, side):
     four(trained_with_fsdp, side)

@@ -80,6 +80,7 @@ def test_trainer_from_the_command_line_to_a_plain_model(tiny, tmp_path):
     assert_absorbed(tiny, out, absorbed)
 
 
+@pytest.mark.slow
 def test_sft_on_chats_of_ones_own_to_a_plain_model(tiny, tmp_path):
     chats = tmp_path / "chats.jsonl"
     chats.write_text("\n".join(map(json.dumps, CHATS)))

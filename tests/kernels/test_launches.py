@@ -76,6 +76,7 @@ def test_unit_strides_are_constants_and_aligned_rows_have_hints(
                 assert kind in ("multiple of 16", "absent"), (kernel, name)
 
 
+@pytest.mark.slow
 def test_addresses_have_64_bits(found: dict[str, Any]) -> None:
     """A row's number times its length passes 2^31 at 524 288 tokens of 4096 elements."""
     assert len(found["products"]) == 11
@@ -84,10 +85,12 @@ def test_addresses_have_64_bits(found: dict[str, Any]) -> None:
         assert all(kind.endswith("i64") for kind in types), (kernel, types)
 
 
+@pytest.mark.slow
 def test_a_recording_leaves_nothing_of_its_device(found: dict[str, Any]) -> None:
     assert found["left"] == {"driver": True, "caches": 0}
 
 
+@pytest.mark.slow
 def test_a_launch_that_does_not_fit_is_refused_as_on_the_device(found: dict[str, Any]) -> None:
     assert "out of resource: shared memory" in found["refused"]
 

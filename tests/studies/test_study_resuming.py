@@ -267,6 +267,7 @@ def test_a_model_of_the_same_name_with_other_weights_is_refused(small, tiny_mode
         study(small(tmp_path / "out", **call), Watcher())
 
 
+@pytest.mark.slow
 def test_a_study_that_was_begun_without_a_fingerprint_goes_on(small, tmp_path: Path):
     settings = small(tmp_path, methods=("gain",), rates={"gain": (1e-2,)})
     with pytest.raises(Stopped):

@@ -71,6 +71,7 @@ def test_every_method_learns_every_domain_in_both_orders(done):
         assert stage.perplexity[stage.domain] < before[stage.domain], stage
 
 
+@pytest.mark.slow
 def test_perplexities_are_of_every_domain_on_the_same_windows(done):
     settings, _, found = done
     loaded = load_model(settings.model, dtype=torch.float32, device=torch.device("cpu"))
@@ -80,6 +81,7 @@ def test_perplexities_are_of_every_domain_on_the_same_windows(done):
     assert all(list(stage.perplexity) == list(LINES) for stage in found.stages)
 
 
+@pytest.mark.slow
 def test_the_header_says_what_the_study_depends_on(done):
     settings, _, found = done
     assert found.header.settings == settings.as_json()
@@ -96,6 +98,7 @@ def test_the_header_says_what_the_study_depends_on(done):
     assert len({domain["sha256"] for domain in found.header.domains.values()}) == 3
 
 
+@pytest.mark.slow
 def test_the_learning_rate_is_chosen_from_the_grid_on_the_first_domain(done):
     settings, watcher, found = done
     rates = {(rate.method, rate.lr): rate.perplexity for rate in found.rates}
@@ -109,6 +112,7 @@ def test_the_learning_rate_is_chosen_from_the_grid_on_the_first_domain(done):
     assert "lora: the chosen learning rate, 0.002, is the lowest of its grid (--rates widens it)" in watcher.notices
 
 
+@pytest.mark.slow
 def test_a_trial_is_the_first_stage_measured_on_other_windows(done):
     settings, _, found = done
     loaded = load_model(settings.model, dtype=torch.float32, device=torch.device("cpu"))
@@ -121,6 +125,7 @@ def test_a_trial_is_the_first_stage_measured_on_other_windows(done):
     assert first.losses == history.losses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "like"), [("lora-replay", "lora"), ("ewc", "full")])
 def test_what_looks_back_starts_alike_and_then_differs(done, method, like):
     _, _, found = done
@@ -130,6 +135,7 @@ def test_what_looks_back_starts_alike_and_then_differs(done, method, like):
     assert second.perplexity["fox"] < second_like.perplexity["fox"]
 
 
+@pytest.mark.slow
 def test_a_run_does_not_depend_on_those_before_it(done, tmp_path: Path):
     settings, _, found = done
     alone = Settings(**vars(settings) | {"out": tmp_path, "methods": ("gain-ffn",)})
@@ -138,6 +144,7 @@ def test_a_run_does_not_depend_on_those_before_it(done, tmp_path: Path):
         assert (stage.perplexity, stage.losses) == (among.perplexity, among.losses)
 
 
+@pytest.mark.slow
 def test_curves_are_measured_at_the_end_the_half_and_so_on(done):
     settings, _, found = done
     for stage in found.stages:
@@ -151,6 +158,7 @@ def test_curves_are_measured_at_the_end_the_half_and_so_on(done):
     assert second.curve[0].perplexity == first.curve[-1].perplexity
 
 
+@pytest.mark.slow
 def test_costs_are_there(done):
     _, _, found = done
     for stage in found.stages:
@@ -166,6 +174,7 @@ def test_costs_are_there(done):
     assert saved["gain"] < saved["gain-ffn"] < saved["lora"] < saved["full"]
 
 
+@pytest.mark.slow
 def test_progress_counts_trials_and_stages(done):
     _, watcher, found = done
     total = len(found.rates) + len(found.stages)
@@ -178,6 +187,7 @@ def test_progress_counts_trials_and_stages(done):
     assert last.seconds_left == pytest.approx(sum(taken) / len(taken))
 
 
+@pytest.mark.slow
 def test_seeds_change_what_is_trained_on_and_nothing_that_is_measured(small: Callable[..., Settings], tmp_path: Path):
     found = study(small(tmp_path, methods=("lora",), rates=ONE_RATE, seeds=(3, 4)), Watcher())
     one, other = _run(found, "lora", seed=3), _run(found, "lora", seed=4)
