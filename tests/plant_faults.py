@@ -122,9 +122,10 @@ def main(words: Sequence[str]) -> None:
     faults = [fault for fault in read_faults() if not words or any(word in fault.name for word in words)]
     with tempfile.TemporaryDirectory() as folder:
         copy = Copy(Path(folder).resolve())
-        outcome, where = copy.test(sorted({test for fault in faults for test in fault.tests}))
-        if outcome != "passed":
-            raise SystemExit(f"without a fault the tests {outcome}: {where}")
+        for test in sorted({test for fault in faults for test in fault.tests}):
+            outcome, where = copy.test([test])
+            if outcome != "passed":
+                raise SystemExit(f"without a fault {test} {outcome}: {where}")
         survived = []
         for number, fault in enumerate(faults, 1):
             started = time.monotonic()
