@@ -67,7 +67,10 @@ class Copy:
                 shutil.copy2(ROOT / name, root / name)
         # an editable install finds the kernels in the checkout, unless they are where a plain install has them
         (root / "gain_ops" / "kernels").symlink_to(root / "kernels" / "gain")
-        self._environment = os.environ | {"PYTHONPATH": f"{root}{os.pathsep}{root / 'studies'}"}
+        outside = {
+            name: value for name, value in os.environ.items() if name != "CI"
+        }  # there a slow machine fails tests
+        self._environment = outside | {"PYTHONPATH": f"{root}{os.pathsep}{root / 'studies'}"}
         for module in ("gain_ops", "gain_ops.kernels", "gain_study"):
             self._check_import(module)
 
