@@ -1,6 +1,7 @@
 # make demo    adapt a real language model, from nothing (ARGS="--data FILE" for your own text)
 # make test    the tests that take seconds, from nothing; of csrc/ what `make cuda` has built
 # make test-full   all tests, csrc/ compiled first where there is nvcc
+# make faults  what the fast tests see of the faults in tests/faults.toml, planted one at a time in a copy
 # make bench   measure what this machine can, in under five minutes, and print the tables
 # make cuda    csrc/ compiled into the package, where there is nvcc
 # make lint    ruff, mypy, the floors of the imports (make imports), clang-format
@@ -14,7 +15,7 @@ PACKAGING := pyproject.toml studies/pyproject.toml setup.py constraints.txt
 # two workers, a file at a time, the longest (tests/kernels/test_aot.py) first, as it is collected first
 PYTEST := $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-full bench cuda docs lint imports triton36 clean
+.PHONY: demo test test-full faults bench cuda docs lint imports triton36 clean
 
 demo: $(VENV)/.cli
 	$(VENV)/bin/gain-ops adapt --out demo-out --force $(ARGS)
@@ -24,6 +25,9 @@ test: $(VENV)/.dev
 
 test-full: cuda
 	$(PYTEST) $(ARGS)
+
+faults: $(VENV)/.dev
+	$(PY) tests/plant_faults.py $(ARGS)
 
 bench: $(VENV)/.dev
 	$(PY) -m benchmarks run $(ARGS)

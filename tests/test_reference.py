@@ -10,7 +10,7 @@ from gain_ops import reference
 from gain_ops.measure.peak_bytes import peak_bytes
 from gain_ops.testing import assert_no_worse_than_torch
 
-from support.parity import run, tensors
+from support.parity import CALLS, run, tensors
 
 T, IN, OUT = 7, 5, 4
 
@@ -71,6 +71,17 @@ def test_sums_stay_in_the_accumulation_dtype(dtype: torch.dtype) -> None:
     accumulation = torch.float64 if dtype == torch.float64 else torch.float32
     assert reference.ddelta(t["dy"], t["dy"]).dtype == accumulation
     assert reference.linear(t["x"], t["weight"], t["delta_out"].float(), t["bias"]).dtype == dtype
+
+
+@pytest.mark.parametrize(
+    "call", [call for call, arguments in CALLS.items() if {"delta_out", "delta_in"} & {*arguments}]
+)
+def test_a_narrow_delta_is_widened_before_the_one_is_added(call: str) -> None:
+    narrow = tensors(T, IN, OUT, torch.float32)
+    narrow |= {name: narrow[name].bfloat16() for name in ("delta_out", "delta_in")}
+    wide = narrow | {name: narrow[name].float() for name in ("delta_out", "delta_in")}
+    for got, expected in zip(run(reference, call, narrow), run(reference, call, wide), strict=True):
+        assert torch.equal(got, expected)
 
 
 @pytest.mark.parametrize("side", ["output", "input"])

@@ -127,6 +127,17 @@ def test_sums_that_the_fused_gemms_cannot_take(call: str, shape: tuple[int, int,
 
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_vectors_of_any_stride(call: str, backend: str) -> None:
+    """A delta, a bias and the weight of a norm may be every other number of a longer tensor."""
+    arguments = tensors(40, 16, 24, torch.float16)
+    for name in ("delta_out", "delta_in", "bias", "norm_weight"):
+        (arguments[name],) = laid_out(arguments[name][None], "every other")
+        assert not arguments[name].is_contiguous()
+    compare(_module(backend), call, arguments)
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_torchs_default_dtype_changes_nothing(call: str, backend: str) -> None:
     arguments = tensors(40, 16, 24, torch.float16)
     expected = run(_module(backend), call, arguments)

@@ -545,6 +545,20 @@ def test_weights_that_would_not_be_finite_leave_nothing(tmp_path: Path, value: f
     assert sorted(tmp_path.iterdir()) == before
 
 
+def test_gains_too_near_to_one_for_the_weights_are_counted_and_change_nothing(tmp_path: Path):
+    names = ["model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"]
+    weights = {f"{name}.weight": torch.rand(6, 10, dtype=torch.bfloat16) + 1 for name in names}
+    deltas = {name: torch.full((6,), 0.25) for name in names}
+    deltas[names[0]][:2] = 2**-12
+    deltas[names[1]][5] = -(2**-12)
+    gain = save_gain_file(tmp_path / "g.safetensors", deltas)
+    done = absorb(plan(save_folder(tmp_path / "base", [weights]), gain), tmp_path / "out")
+    assert done.lost == 3
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    changed = [(after[name] != weights[name]).any(1) for name in weights]
+    assert torch.equal(torch.stack(changed), torch.stack([deltas[name] == 0.25 for name in names]))
+
+
 def test_gains_of_zero_and_one_are_exact(tmp_path: Path):
     name, weight = "model.layers.0.mlp.down_proj", torch.randn(3, 5).bfloat16()
     base = save_folder(tmp_path / "base", [{f"{name}.weight": weight}])

@@ -140,9 +140,12 @@ def test_a_plain_up_beside_a_quantised_down_is_rounded_once(tmp_path):
     options = {"dtype": torch.bfloat16, "device_map": "cpu"}
     quantised = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", quantization_config=config, **options)
     quantised.save_pretrained(tmp_path / "base")
-    gain = 1 + (delta := torch.randn(128) * 0.3)
+    delta = torch.randn(128) * 0.3
+    delta[:3] = 2**-12
+    gain = 1 + delta
     path = save_gain_file(tmp_path / "gains.safetensors", {DOWN: delta}, side="input")
-    absorb(plan(tmp_path / "base", path), tmp_path / "out")
+    done = absorb(plan(tmp_path / "base", path), tmp_path / "out")
+    assert (done.layers, done.tensors, done.lost) == (1, 2, 3), "lost in weight and bias, and counted once"
     before, after = (load_file(tmp_path / folder / "model.safetensors") for folder in ("base", "out"))
     up = "model.layers.0.mlp.up_proj"
     for name in before:

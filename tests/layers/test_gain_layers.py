@@ -380,12 +380,15 @@ def test_copy_and_pickle(make):
 
 
 def test_plain_of_a_layer_made_by_hand():
-    layer = _with_delta(GainLinear(4, 3, bias=False)).eval()
+    layer, calls = _with_delta(GainLinear(4, 3, bias=False)).eval(), []
+    layer.register_forward_hook(lambda module, args, output: calls.append(type(module)))
     plain = layer.plain()
     assert type(plain) is nn.Linear
     assert plain.weight is layer.weight
     assert plain.bias is None
     assert not plain.training
+    plain(torch.randn(1, 4))
+    assert calls == [nn.Linear]
 
 
 @pytest.mark.parametrize("side", SIDES)

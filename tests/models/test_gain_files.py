@@ -16,7 +16,7 @@ import gain_ops
 from gain_ops.gainfiles.file import GainFileError, read_gains
 from gain_ops.layers.linear import GainLinear
 from gain_ops.layers.wrapper import GainWrapper
-from gain_ops.models.files import fingerprint
+from gain_ops.models.files import collect_gains, fingerprint
 from gain_ops.models.record import gained_modules
 
 IDS = torch.arange(1, 9)[None]
@@ -130,6 +130,16 @@ def test_what_was_read_can_be_written(saved, tmp_path):
     other = tmp_path / "other.safetensors"
     gain_ops.write_gains(read_gains(saved), other)
     assert other.read_bytes() == saved.read_bytes()
+
+
+def test_collected_gains_stay_those_of_that_moment(tmp_path):
+    model, first, second = gained(), tmp_path / "first.safetensors", tmp_path / "second.safetensors"
+    gain_ops.save_gains(model, first)
+    collected = collect_gains(model)
+    for layer in gained_modules(model).values():
+        layer.delta.data.zero_()
+    gain_ops.write_gains(collected, second)
+    assert second.read_bytes() == first.read_bytes()
 
 
 def test_base_model_is_a_basename(path):

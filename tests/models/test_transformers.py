@@ -113,6 +113,18 @@ def test_conv1d_on_meta_and_by_hand():
     assert GainConv1D.from_conv1d(Conv1D(6, 4).to("meta")).delta.is_meta
 
 
+def test_plain_of_a_conv1d_made_by_hand_runs_its_hooks():
+    layer, calls = GainConv1D(6, 4).eval(), []
+    handle = layer.register_forward_hook(lambda module, args, output: calls.append(type(module)))
+    plain = layer.plain()
+    assert not plain.training
+    plain(torch.randn(1, 4))
+    assert calls == [Conv1D]
+    handle.remove()
+    plain(torch.randn(1, 4))
+    assert len(calls) == 1
+
+
 def test_conv1d_from_something_else():
     with pytest.raises(TypeError, match=r"from_conv1d takes a transformers Conv1D.*got Linear with"):
         GainConv1D.from_conv1d(nn.Linear(4, 4))

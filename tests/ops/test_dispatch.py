@@ -120,6 +120,18 @@ def test_which_gpus_of_rocm_are_served(monkeypatch: pytest.MonkeyPatch, name: st
     assert dispatch._device_obstacle("cuda", 0) == (None if served else said)
 
 
+@pytest.mark.parametrize(
+    ("capability", "served"), [((7, 5), False), ((8, 0), True), ((8, 6), True), ((9, 0), True), ((12, 0), True)]
+)
+def test_which_gpus_of_cuda_are_served(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], served: bool
+) -> None:
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    said = "the kernels need compute capability 8.0 and this device has 7.5"
+    assert dispatch._device_obstacle("cuda", 0) == (None if served else said)
+
+
 def test_explain_has_a_row_an_op() -> None:
     rows = dispatch.explain("cpu", torch.float32)
     assert [op for op, _, _ in rows] == list(dispatch.OPS)

@@ -176,6 +176,12 @@ class TestRmsNorm:
             assert result.dtype == torchs.dtype
             assert_no_worse_than_torch(name, result, torchs, truth, unit=dtype)
 
+    def test_transforms_and_forward_mode(self) -> None:
+        x, w, d = randn(3, T, N), randn(N, grad=False), randn(N)
+        run = lambda x, d: gain_rms_norm(x, w, d, 0.5)  # noqa: E731
+        torch.testing.assert_close(torch.func.vmap(run, (0, None))(x, d), run(x, d))
+        assert torch.autograd.gradcheck(run, (x, d), check_forward_ad=True)
+
     def test_what_is_kept(self) -> None:
         x, w, d = randn(T, N, dtype=torch.float32), torch.ones(N), torch.zeros(N, requires_grad=True)
         saved = saved_bytes(lambda: gain_rms_norm(x, w, d), exclude=[w, d], inputs=[x])

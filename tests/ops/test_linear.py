@@ -149,6 +149,15 @@ def test_only_what_is_needed_gets_a_gradient(
 
 
 @side_and_save
+def test_a_wide_bias_gets_its_gradient_unrounded(side: str, save: str) -> None:
+    x, weight, delta, bias = _inputs(side, 300, dtype=torch.bfloat16)
+    bias = bias.float().requires_grad_()
+    y = gain_linear(x, weight, delta, bias, side=side, save=save)
+    dy = torch.randn_like(y)
+    torch.testing.assert_close(torch.autograd.grad(y, bias, dy)[0], dy.float().sum(0))
+
+
+@side_and_save
 def test_gradients_come_in_the_dtype_of_what_they_belong_to(side: str, save: str) -> None:
     x, weight, delta, bias = _inputs(side, 5, dtype=torch.bfloat16)
     delta = delta.detach().to(torch.float16).requires_grad_()

@@ -282,5 +282,7 @@ class TestModels:
     def test_layers_of_kinds_stay_as_many(self) -> None:
         from transformers import Gemma3TextConfig
 
-        config = with_layers(Gemma3TextConfig(num_hidden_layers=4, hidden_size=64, vocab_size=96), 3)
+        whole = Gemma3TextConfig(num_hidden_layers=4, hidden_size=64, vocab_size=96)
+        config = with_layers(whole, 3)
         assert len(config.layer_types) == len(meta_models.blocks(meta_models.build(config))) == 3
+        assert whole.num_hidden_layers == len(whole.layer_types) == 4, "the caller's config is left as it was"

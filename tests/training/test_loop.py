@@ -138,6 +138,20 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_spoils_the_parameters
     assert torch.equal(model.table, kept[0])
 
 
+def test_gradients_that_are_not_finite_stop_it_too_whatever_the_loss():
+    model = Table()
+    kept: list[torch.Tensor] = []
+
+    def spoil() -> None:
+        kept.append(model.table.detach().clone())
+        if len(kept) == 3:
+            model.table.grad[0, 0] = math.inf
+
+    with pytest.raises(FloatingPointError, match=r"step 3: loss \d"):
+        train(model, _batches(4), lr=0.1, after_backward=spoil)
+    assert torch.equal(model.table, kept[-1])
+
+
 def test_nothing_to_train_and_nothing_to_train_on_are_refused():
     with pytest.raises(ValueError, match="no batches"):
         train(Table(), [])
