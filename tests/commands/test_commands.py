@@ -118,6 +118,15 @@ def test_the_same_call_gives_the_same_gains_and_another_seed_others(adapted, tin
     assert reports[0]["domains"][0]["before"] == reports[2]["domains"][0]["before"]
 
 
+def test_the_seed_does_not_choose_what_is_measured(tiny_model: Path, code_folder: Path, tmp_path: Path):
+    measured = []
+    for seed in (0, 1):
+        out = tmp_path / str(seed)
+        assert _adapt(tiny_model, code_folder, out, "--steps", 1, "--seed", seed).exit_code == 0
+        measured.append(json.loads((out / "report.json").read_text())["domains"][0]["before"])
+    assert measured[0] == measured[1]
+
+
 def test_sides_targets_memory_and_dtype_are_handed_on(tiny_model: Path, code_folder: Path, tmp_path: Path):
     options = ["--side", "input", "--targets", "down_proj", "--memory", "lean", "--dtype", "bfloat16", "--steps", 2]
     result = _adapt(tiny_model, code_folder, tmp_path / "out", *options)
