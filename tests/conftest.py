@@ -1,5 +1,6 @@
 """Settings of every test: Triton's interpreter where there is no GPU, a fixed seed, and NaN in every fresh output."""
 
+import contextlib
 import os
 import time
 from collections import Counter
@@ -147,3 +148,12 @@ def small(tiny_model: Path, domain_folders: list[str]) -> "Callable[..., Setting
     from support.small_studies import small_settings
 
     return partial(small_settings, model=tiny_model, domains=domain_folders)
+
+
+@pytest.fixture(scope="session")
+def csrc_on_the_host() -> None:
+    """csrc's launchers compiled for the CPU, where csrc is built: seconds that belong to no single test."""
+    from support import host_extension
+
+    with contextlib.suppress(pytest.skip.Exception):
+        host_extension.backend()

@@ -32,7 +32,7 @@ GEMMS = ("linear", "linear without bias", "linear_z", "backward_recompute", "dde
 HALF_CALLS = [(b, d, c) for b in BACKENDS for d in HALF[b] for c in (CALLS if b == "cuda" else GEMMS)]
 BACKEND_HALF = [pytest.param(b, d, c, id=f"{b}-{str(d)[6:]}-{c}") for b, d, c in HALF_CALLS]
 
-pytestmark = pytest.mark.usefixtures("poisoned")
+pytestmark = pytest.mark.usefixtures("csrc_on_the_host", "poisoned")
 
 
 def _module(backend: str) -> ModuleType:

@@ -165,6 +165,7 @@ def test_a_launch_binds_the_devices_context() -> None:
     assert re.search(r"\bcudaSetDevice$", symbols, re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_the_gemms_run_on_the_tensor_cores_and_move_tiles_by_tma() -> None:
     code = {name: text for name, text in _sass("sm_90a").items() if "cutlass" in name}
     assert len(code) == 32

@@ -15,6 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from support import host_extension
 from support.parity import CALLS, DEVICE, LAYOUTS, compare, laid_out, run, tensors
 
+pytestmark = pytest.mark.usefixtures("csrc_on_the_host")
+
 ARGUMENTS = {
     "scale": ("x", "delta_in", "bias_in"),
     "scale_rows": ("weight", "delta_out"),

@@ -119,6 +119,7 @@ def train_bfloat16(stage):
     return weights, before, after
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
 def test_delta_stays_float32_beside_bfloat16_weights(two, stage):
     for weights, before, after in two(train_bfloat16, stage):

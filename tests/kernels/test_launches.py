@@ -61,6 +61,7 @@ def test_tokens_are_not_specialised_on(target: str, found: dict[str, Any]) -> No
     assert found["kernels"][target] == KERNELS | {"backward_dx": 3 if target == "sm_90" else 2}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("tokens", ["1", "16", "17"])
 def test_unit_strides_are_constants_and_aligned_rows_have_hints(
