@@ -21,8 +21,12 @@ def shared():
     time.sleep(0.5)
 
 def test_short(shared): pass
-def test_long(): time.sleep(0.4)
-def test_long_by_its_fixture(long): time.sleep(0.2)
+def test_long():
+    end = time.process_time() + 0.4
+    while time.process_time() < end: pass
+
+def test_waits(): time.sleep(0.4)
+def test_long_by_its_fixture(long): time.sleep(0.4)
 
 @pytest.mark.slow
 def test_marked(): time.sleep(0.4)
@@ -49,16 +53,16 @@ def _run(folder: Path, *options: str, **environment: str) -> str:
 @pytest.mark.slow
 def test_a_long_test_without_the_marker_fails_in_ci_and_what_is_left_out_is_counted(tmp_path: Path) -> None:
     said = _run(tmp_path, "-m", "not slow", CI="1")
-    assert "2 failed, 1 passed, 1 skipped, 1 deselected" in said, said
+    assert "2 failed, 2 passed, 1 skipped, 1 deselected" in said, said
     assert "test_long took 0.4 s of 0.3: make it faster, or mark it slow" in said
-    assert "test_long_by_its_fixture took 0.5 s of 0.3" in said
+    assert "test_long_by_its_fixture took 0.7 s of 0.3" in said
     assert "left out, marked slow: 1 tests" in said
     assert "left out, marked gpu: 1 tests" in said
 
 
 @pytest.mark.slow
 def test_elsewhere_it_passes(tmp_path: Path) -> None:
-    assert "4 passed, 1 skipped" in _run(tmp_path)
+    assert "5 passed, 1 skipped" in _run(tmp_path)
 
 
 @pytest.mark.slow

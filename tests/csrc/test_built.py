@@ -14,6 +14,8 @@ from gain_ops import build
 from support import host_extension
 
 # A thread's registers when as many threads as the kernels ask for share a multiprocessor's 64 Ki.
+pytestmark = pytest.mark.slow  # the machine code is disassembled once, for all of them
+
 GEMM_REGISTERS = 168  # 3 warpgroups of 128; setmaxnreg moves them between producer and consumers
 ROW_REGISTERS = 128  # 2 blocks of 256
 NORM_BACKWARD_REGISTERS = 80  # 3 blocks of 256: a block reads one row at a time
@@ -124,7 +126,6 @@ def _cuobjdump() -> str:
     return found
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90a", "sm_100a"])
 def test_the_row_kernels_move_16_bytes_at_once_and_keep_nothing_in_local_memory(architecture: str) -> None:
     code = {name: text for name, text in _sass(architecture).items() if "rows_kernel" in name}
@@ -137,7 +138,6 @@ def test_the_row_kernels_move_16_bytes_at_once_and_keep_nothing_in_local_memory(
     assert not [name for name, text in code.items() if re.search(r"\b(LDL|STL)\b", text)]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90a", "sm_100a"])
 def test_vectors_over_the_columns_and_column_sums_move_16_bytes_at_once(architecture: str) -> None:
     """One element at a time, each of a warp's 8 loads of a vector takes 32 sectors."""
@@ -165,7 +165,6 @@ def test_a_launch_binds_the_devices_context() -> None:
     assert re.search(r"\bcudaSetDevice$", symbols, re.MULTILINE)
 
 
-@pytest.mark.slow
 def test_the_gemms_run_on_the_tensor_cores_and_move_tiles_by_tma() -> None:
     code = {name: text for name, text in _sass("sm_90a").items() if "cutlass" in name}
     assert len(code) == 32

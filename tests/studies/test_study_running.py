@@ -231,6 +231,7 @@ def test_a_method_of_which_every_rate_diverges_is_left_out(
     assert "ewc is left out: every learning rate of full diverged; give lower ones (--rates)" in watcher.notices
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_is_left_and_not_begun_again(
     small: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
