@@ -75,7 +75,12 @@ def test_any_shape_and_strides(call: str, backend: str, data: st.DataObject) -> 
 ON_FEW_TILES = {"cuda": FUSED, "triton": [(8, 16, 8), (72, 40, 136)]}
 FUSED_CASES = [
     pytest.param(
-        b, d, c, shape, id=f"{b}-{str(d)[6:]}-{c}-shape{n}", marks=() if shape in ON_FEW_TILES[b] else pytest.mark.slow
+        b,
+        d,
+        c,
+        shape,
+        id=f"{b}-{str(d)[6:]}-{c}-shape{n}",
+        marks=() if DEVICE == "cuda" or shape in ON_FEW_TILES[b] else pytest.mark.slow,
     )
     for b, d, c in HALF_CALLS
     for n, shape in enumerate(dict.fromkeys([*FUSED, *ON_FEW_TILES[b]]))

@@ -68,7 +68,7 @@ def _runs_here(arch: str) -> bool:
     return DEVICE == "cpu" or devices.architecture(torch.cuda.current_device()) == arch
 
 
-@pytest.mark.parametrize("transposed", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("transposed", [False, pytest.param(True, marks=() if DEVICE == "cuda" else pytest.mark.slow)])
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize(
     ("arch", "shipped"), SHIPPED, ids=[f"{arch}-{one.block_m}x{one.block_n}" for arch, one in SHIPPED]
