@@ -6,7 +6,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["PlainGain", "assert_no_worse_than_torch", "relative_error"]
+__all__ = ["ARGUMENTS", "PlainGain", "assert_no_worse_than_torch", "relative_error"]
+
+
+ARGUMENTS: dict[str, tuple[str, ...]] = {
+    "scale": ("x", "delta_in"),
+    "linear": ("x", "weight", "delta_out", "bias"),
+    "linear_z": ("x", "weight", "delta_out", "bias"),
+    "linear_input": ("x", "weight", "delta_in", "bias"),
+    "backward": ("dy", "z", "delta_out"),
+    "ddelta": ("dy", "z"),
+    "backward_recompute": ("dy", "x", "weight", "delta_out"),
+    "ddelta_recompute": ("dy", "x", "weight"),
+    "backward_input": ("dy", "x", "weight", "delta_in"),
+    # out_features is the width of the FFN's hidden activation here, and of the norm
+    "glu": ("dy", "z", "delta_out", "silu"),
+    "glu_backward": ("dh", "dy", "z", "delta_out", "silu"),
+    "glu_ddelta": ("dh", "dy", "z", "silu"),
+    "rms_norm": ("dy", "norm_weight", "delta_out", "eps"),
+    "rms_norm_backward": ("dh", "dy", "norm_weight", "delta_out", "r"),
+}
+"""By op, what it is called with in tests and benchmarks: the names of the tensors of one linear map and its neighbours."""
 
 
 def relative_error(result: Tensor, truth: Tensor) -> float:

@@ -13,25 +13,9 @@ from benchmarks.harness.results import Row, environment, site_row
 from benchmarks.suites.layers import free_memory
 from gain_ops import BackendUnavailable
 from gain_ops.ops import dispatch, raw
+from gain_ops.testing import ARGUMENTS
 
 BACKENDS = ("eager", "triton", "cuda")
-ARGUMENTS = {
-    "scale": ("x", "delta_in"),
-    "linear": ("x", "weight", "delta_out", "no bias"),
-    "linear_z": ("x", "weight", "delta_out", "no bias"),
-    "linear_input": ("x", "weight", "delta_in", "no bias"),
-    "backward": ("dy", "z", "delta_out"),
-    "ddelta": ("dy", "z"),
-    "backward_recompute": ("dy", "x", "weight", "delta_out"),
-    "ddelta_recompute": ("dy", "x", "weight"),
-    "backward_input": ("dy", "x", "weight", "delta_in"),
-    # out is the width of the FFN's hidden activation here, and of the norm
-    "glu": ("dy", "z", "delta_out", "silu"),
-    "glu_backward": ("dh", "dy", "z", "delta_out", "silu"),
-    "glu_ddelta": ("dh", "dy", "z", "silu"),
-    "rms_norm": ("dy", "norm_weight", "delta_out", "eps"),
-    "rms_norm_backward": ("dh", "dy", "norm_weight", "delta_out", "r"),
-}
 # the vendor's matrix products, and which of them an op with a GEMM is a multiple of
 PRODUCTS = {"x @ W.T": ("x", "weight"), "dy @ W": ("dy", "weight")}
 BASES = {
@@ -125,7 +109,7 @@ def tensors(site: Site, tokens: int, dtype: torch.dtype, device: torch.device) -
         "z": torch.randn_like(dy),
         "delta_in": gate.NOISE * torch.randn(site.in_features, device=device),
         "delta_out": gate.NOISE * torch.randn(site.out_features, device=device),
-        "no bias": None,
+        "bias": None,
         "dh": torch.randn_like(dy),
         "norm_weight": 1 + gate.NOISE * torch.randn(site.out_features, device=device),
         "r": torch.rand(tokens, device=device) + 0.5,

@@ -7,32 +7,19 @@ import torch
 from torch import Tensor
 
 from gain_ops import reference
-from gain_ops.testing import assert_no_worse_than_torch
+from gain_ops.testing import ARGUMENTS, assert_no_worse_than_torch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 OTHERS = [act for act in reference.ACTIVATIONS if act != "silu"]
 CALLS = {
-    "scale": ("x", "delta_in"),
-    "linear": ("x", "weight", "delta_out", "bias"),
+    **ARGUMENTS,
     "linear without bias": ("x", "weight", "delta_out", "no bias"),
-    "linear_z": ("x", "weight", "delta_out", "bias"),
-    "linear_input": ("x", "weight", "delta_in", "bias"),
-    "backward": ("dy", "z", "delta_out"),
-    "ddelta": ("dy", "z"),
-    "backward_recompute": ("dy", "x", "weight", "delta_out"),
-    "ddelta_recompute": ("dy", "x", "weight"),
-    "backward_input": ("dy", "x", "weight", "delta_in"),
-    "glu": ("dy", "z", "delta_out", "silu"),
     **{f"glu {act}": ("dy", "z", "delta_out", act) for act in OTHERS},
     **{f"glu without up {act}": ("dy", "no up", "delta_out", act) for act in reference.ACTIVATIONS},
-    "glu_backward": ("dh", "dy", "z", "delta_out", "silu"),
     **{f"glu_backward {act}": ("dh", "dy", "z", "delta_out", act) for act in OTHERS},
     **{f"glu_backward without up {act}": ("dh", "dy", "no up", "delta_out", act) for act in reference.ACTIVATIONS},
-    "glu_ddelta": ("dh", "dy", "z", "silu"),
     "glu_ddelta without up": ("dh", "dy", "no up", "gelu"),
-    "rms_norm": ("dy", "norm_weight", "delta_out", "eps"),
-    "rms_norm_backward": ("dh", "dy", "norm_weight", "delta_out", "r"),
 }
 
 LAYOUTS = ["contiguous", "transposed", "padded", "every other", "expanded"]
