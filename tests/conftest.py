@@ -2,9 +2,8 @@
 
 import contextlib
 import os
-import time
 from collections import Counter
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,49 +33,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """What the first test that is `poisoned` would import and pay for."""
+    from support import time_limit
+
+    # a conftest's hooks are not called for the fixtures of the session, a plugin's are
+    config.pluginmanager.register(time_limit)
     if hasattr(config, "workerinput"):
-        import torch._inductor.config  # noqa: F401
+        import torch._inductor.config  # noqa: F401  # what the first test that is `poisoned` would pay for
 
 
-# of a processor, and twice that by the clock: a test that is not marked slow, with its fixtures but those of the session
-LIMIT_S = 5.0
-_seconds = pytest.StashKey[float]()
-_processor = pytest.StashKey[float]()
 _left_out = pytest.StashKey[Counter[str]]()
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, Any, Any]:
-    """Note the processor's time, of processes that a test ends too."""
-    item.stash[_processor] = sum(os.times()[:4])
-    return (yield)
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_fixture_setup(fixturedef: Any, request: Any) -> Generator[None, Any, Any]:
-    """What all tests share is not counted for the one that comes first."""
-    start = time.perf_counter()
-    try:
-        return (yield)
-    finally:
-        if fixturedef.scope == "session":
-            stash = request._pyfuncitem.stash
-            stash[_seconds] = stash.get(_seconds, 0.0) - (time.perf_counter() - start)
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
-    """In CI a test that takes long without saying so fails: the suite's time is part of the product."""
-    report = yield
-    clock = item.stash[_seconds] = item.stash.get(_seconds, 0.0) + call.duration
-    processor = sum(os.times()[:4]) - item.stash[_processor]
-    # a loaded machine makes the clock run, and other processes that go on are not in the processor's time
-    long = clock > 2 * LIMIT_S or min(clock, processor) > LIMIT_S
-    if long and os.environ.get("CI") and report.when == "call" and report.passed and "slow" not in item.keywords:
-        report.outcome = "failed"
-        report.longrepr = f"{item.nodeid} took {clock:.1f} s of {LIMIT_S:g}: make it faster, or mark it slow"
-    return report
 
 
 def pytest_deselected(items: list[pytest.Item]) -> None:

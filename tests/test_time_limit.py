@@ -1,6 +1,7 @@
-"""What tests/conftest.py does for the suite: a long test says so, and what is left out is counted."""
+"""What tests/conftest.py and support/time_limit.py do for the suite: a long test says so, and what is left out is counted."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,23 +14,23 @@ SAMPLE = """
 import time, pytest
 
 @pytest.fixture
-def long():
-    time.sleep(0.3)
+def long(): busy(0.3)
 
 @pytest.fixture(scope="session")
-def shared():
-    time.sleep(0.5)
+def shared(): busy(0.6)
 
-def test_short(shared): pass
-def test_long():
-    end = time.process_time() + 0.4
+def busy(seconds):
+    end = time.process_time() + seconds
     while time.process_time() < end: pass
 
+def test_short(shared): pass
+def test_long(): busy(0.5)
+def test_long_by_its_fixture(long): busy(0.2)
 def test_waits(): time.sleep(0.4)
-def test_long_by_its_fixture(long): time.sleep(0.4)
+def test_waits_long(): time.sleep(1.1)
 
 @pytest.mark.slow
-def test_marked(): time.sleep(0.4)
+def test_marked(): busy(0.5)
 
 @pytest.mark.gpu
 def test_gpu(): pass
@@ -37,15 +38,17 @@ def test_gpu(): pass
 
 
 def _run(folder: Path, *options: str, **environment: str) -> str:
-    (folder / "test_sample.py").write_text(SAMPLE)
-    markers = ("-o", "markers=slow: long\ngpu: on a GPU")
-    plugin = folder / "limited.py"  # the suite's conftest, with a shorter limit
-    plugin.write_text("import conftest\nconftest.LIMIT_S = 0.3\nfrom conftest import *\n")
-    paths = os.pathsep.join([str(TESTS), str(folder)])
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "limited", *markers, *options, "test_sample.py"]
+    """Run SAMPLE in a folder `tests` with the suite's conftest, where it lies below pytest's root as it does here."""
+    tests = folder / "tests"
+    tests.mkdir()
+    (tests / "test_sample.py").write_text(SAMPLE)
+    shorter = "from support import time_limit\ntime_limit.LIMIT_S = 0.4\ntime_limit.PATIENCE_S = 1.0\n"
+    (tests / "conftest.py").write_text((TESTS / "conftest.py").read_text() + shorter)
+    (folder / "pytest.ini").write_text("[pytest]\nmarkers = slow: long\n    gpu: on a GPU\n")
+    command = [sys.executable, "-m", "pytest", "-q", *options]
     clean = {key: value for key, value in os.environ.items() if not key.startswith(("CI", "PYTEST_"))}
     run = subprocess.run(
-        command, cwd=folder, env=clean | {"PYTHONPATH": paths} | environment, capture_output=True, text=True
+        command, cwd=folder, env=clean | {"PYTHONPATH": str(TESTS)} | environment, capture_output=True, text=True
     )
     return run.stdout
 
@@ -53,16 +56,16 @@ def _run(folder: Path, *options: str, **environment: str) -> str:
 @pytest.mark.slow
 def test_a_long_test_without_the_marker_fails_in_ci_and_what_is_left_out_is_counted(tmp_path: Path) -> None:
     said = _run(tmp_path, "-m", "not slow", CI="1")
-    assert "2 failed, 2 passed, 1 skipped, 1 deselected" in said, said
-    assert "test_long took 0.4 s of 0.3: make it faster, or mark it slow" in said
-    assert "test_long_by_its_fixture took 0.7 s of 0.3" in said
+    assert "3 failed, 2 passed, 1 skipped, 1 deselected" in said, said
+    for name in ("long", "long_by_its_fixture", "waits_long"):
+        assert re.search(rf"test_{name} took .* of 0.4 \(1\): make it faster, or mark it slow", said), said
     assert "left out, marked slow: 1 tests" in said
     assert "left out, marked gpu: 1 tests" in said
 
 
 @pytest.mark.slow
 def test_elsewhere_it_passes(tmp_path: Path) -> None:
-    assert "5 passed, 1 skipped" in _run(tmp_path)
+    assert "6 passed, 1 skipped" in _run(tmp_path)
 
 
 @pytest.mark.slow
