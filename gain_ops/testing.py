@@ -1,32 +1,66 @@
 """The rule for results, in place of tolerances set by hand, and the layer as anybody would write it."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["ARGUMENTS", "PlainGain", "assert_no_worse_than_torch", "relative_error"]
+__all__ = ["ARGUMENTS", "PlainGain", "assert_no_worse_than_torch", "relative_error", "tensors"]
 
 
 ARGUMENTS: dict[str, tuple[str, ...]] = {
-    "scale": ("x", "delta_in"),
     "linear": ("x", "weight", "delta_out", "bias"),
     "linear_z": ("x", "weight", "delta_out", "bias"),
     "linear_input": ("x", "weight", "delta_in", "bias"),
-    "backward": ("dy", "z", "delta_out"),
-    "ddelta": ("dy", "z"),
     "backward_recompute": ("dy", "x", "weight", "delta_out"),
     "ddelta_recompute": ("dy", "x", "weight"),
     "backward_input": ("dy", "x", "weight", "delta_in"),
+    "scale": ("x", "delta_in"),
+    "backward": ("dy", "z", "delta_out"),
+    "ddelta": ("dy", "z"),
     # out_features is the width of the FFN's hidden activation here, and of the norm
-    "glu": ("dy", "z", "delta_out", "silu"),
-    "glu_backward": ("dh", "dy", "z", "delta_out", "silu"),
-    "glu_ddelta": ("dh", "dy", "z", "silu"),
+    "glu": ("dy", "z", "delta_out", "activation"),
+    "glu_backward": ("dh", "dy", "z", "delta_out", "activation"),
+    "glu_ddelta": ("dh", "dy", "z", "activation"),
     "rms_norm": ("dy", "norm_weight", "delta_out", "eps"),
     "rms_norm_backward": ("dh", "dy", "norm_weight", "delta_out", "r"),
 }
-"""By op, what it is called with in tests and benchmarks: the names of the tensors of one linear map and its neighbours."""
+"""By op, what it is called with in tests and benchmarks, by the names of ``tensors``."""
+
+
+def tensors(
+    t: int,
+    i: int,
+    o: int,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    make: Callable[..., Tensor] = torch.randn,
+) -> dict[str, Any]:
+    """Everything that ARGUMENTS names, of one linear map and its neighbours: x [T, in] and W [out, in] in ``dtype``.
+
+    dy, z and dh are [T, out]; vectors are [in] or [out], r is [T]. Gains are away from 1, and W keeps the size of x's elements.
+    delta and r have the dtype of sums: fp64 of fp64, else fp32.
+    make: what makes a tensor of a shape, as torch.randn and torch.empty do.
+    """
+    sums = torch.promote_types(dtype, torch.float32)
+
+    def of(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return make(shape, dtype=dtype, device=device)
+
+    return {
+        "x": of(t, i),
+        "weight": of(o, i).div_(max(i, 1) ** 0.5),
+        "bias": of(o),
+        **{name: of(t, o) for name in ("dy", "z", "dh")},
+        "delta_in": of(i, dtype=sums).mul_(0.3),
+        "delta_out": of(o, dtype=sums).mul_(0.3),
+        "activation": "silu",
+        "norm_weight": of(o),
+        "eps": 1e-5,
+        "r": of(t, dtype=sums).abs_(),
+    }
 
 
 def relative_error(result: Tensor, truth: Tensor) -> float:

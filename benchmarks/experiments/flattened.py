@@ -7,6 +7,7 @@ it slower once (triton-lang/triton#9279), so a GPU decides (benchmarks/NOTES.md)
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 import triton
@@ -104,10 +105,11 @@ def serves(x: Tensor, weight: Tensor) -> bool:
     return fuses(x, weight) and config.use_tma and config.persistent
 
 
-CALLS: dict[str, Call] = {
-    "flattened, 3 stages": lambda x, w, bias, delta: linear(x, w, delta, None, 3),
-    "flattened, 4 stages": lambda x, w, bias, delta: linear(x, w, delta, None, 4),
-    "flattened, bias and z, 3 stages": lambda x, w, bias, delta: linear(x, w, delta, bias, 3, True),
-    "flattened, bias and z, 4 stages": lambda x, w, bias, delta: linear(x, w, delta, bias, 4, True),
+_ARGUMENTS = ("x", "weight", "delta_out", "bias")
+CALLS = {
+    "flattened, 3 stages": Call(partial(linear, stages=3), _ARGUMENTS, {"bias": None}),
+    "flattened, 4 stages": Call(partial(linear, stages=4), _ARGUMENTS, {"bias": None}),
+    "flattened, bias and z, 3 stages": Call(partial(linear, stages=3, keep_z=True), _ARGUMENTS),
+    "flattened, bias and z, 4 stages": Call(partial(linear, stages=4, keep_z=True), _ARGUMENTS),
 }
 """What gain_ops.kernels.aot compiles of it."""

@@ -134,9 +134,10 @@ def launch(dy: Tensor, z: Tensor, weight: Tensor, delta: Tensor | None, dx: Tens
     return sum_partials(partials)
 
 
-CALLS: dict[str, Call] = {
-    "backward_dx": lambda x, w, bias, delta: backward_dx(x, x, w, delta),
-    "backward_dx, W scaled": lambda x, w, bias, delta: backward_dx(x, x, w, None),
+_ARGUMENTS = ("dy", "z", "weight", "delta_out")
+CALLS = {
+    "backward_dx": Call(backward_dx, _ARGUMENTS),
+    "backward_dx, W scaled": Call(backward_dx, _ARGUMENTS, {"delta_out": None}),
 }
 """The calls that gain_ops.kernels.aot compiles."""
 

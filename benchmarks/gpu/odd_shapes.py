@@ -4,10 +4,8 @@ import itertools
 
 import torch
 
-from benchmarks.contestants.sites import Site
-from benchmarks.suites.ops import tensors
 from gain_ops.ops import dispatch, raw
-from gain_ops.testing import ARGUMENTS
+from gain_ops.testing import ARGUMENTS, tensors
 
 # the last two reach the shipped large tiles, with an odd number of tile rows and a last tile of 8 columns
 SHAPES = [(1, 8, 8), (5, 1, 1), (33, 29, 17), (129, 72, 264), (300, 520, 136), (2049, 64, 48)]
@@ -31,10 +29,11 @@ def main(device: torch.device) -> None:
 
 def call(backend: str, dtype: torch.dtype, device: torch.device, t: int, i: int, o: int, transposed: bool) -> None:
     """Every op at one shape; with W transposed also with a bias."""
-    given = tensors(Site("odd", i, o), t, dtype, device)
+    given = tensors(t, i, o, dtype, device)
     if transposed:
         given["weight"] = given["weight"].t().contiguous().t()
-        given["bias"] = torch.randn(o, device=device).to(dtype)
+    else:
+        given["bias"] = None
     for name in dispatch.OPS:
         getattr(raw, name)(*(given[argument] for argument in ARGUMENTS[name]), backend)
     if backend == "triton":

@@ -8,11 +8,13 @@ result written once. A computation is a tuple of kernels that run one after the 
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 
 from benchmarks.harness.results import Row
+from gain_ops.backends import fakes
+from gain_ops.testing import ARGUMENTS, tensors
 
 CHUNK = 128  # rows of a partial sum of ddelta: a tile of the GEMMs, a chunk of the one-pass kernels
 
@@ -94,19 +96,9 @@ def one_pass_backward(t: int, o: int, e: int) -> Kernels:
     return (Kernel(3 * t * o, 3 * e * t * o + _partials(t, o), False), _second_stage(t, o))
 
 
-def ddelta(t: int, o: int, e: int) -> Kernels:
-    """``ddelta = sum_t dy z``: 2 T out flops, 2 e T out + 4 ceil(T / 128) out bytes, and the partials' sum."""
-    return (Kernel(2 * t * o, 2 * e * t * o + _partials(t, o), False), _second_stage(t, o))
-
-
 def recompute(t: int, i: int, o: int, e: int) -> Kernels:
     """``z = x W^T, dz = gain * dy, ddelta = sum_t dy z``: a GEMM that also reads dy, e T out + 4 ceil(T / 128) out bytes."""
     return (gemm(t, i, o, e, extra=e * t * o + _partials(t, o)), _second_stage(t, o))
-
-
-def ddelta_recompute(t: int, i: int, o: int, e: int) -> Kernels:
-    """``ddelta = sum_t dy (x W^T)``: recompute()'s, but no [T, out] is written."""
-    return (gemm(t, i, o, e, extra=_partials(t, o)), _second_stage(t, o))
 
 
 def input_forward(t: int, i: int, o: int, e: int) -> Kernels:
@@ -118,31 +110,6 @@ def input_forward(t: int, i: int, o: int, e: int) -> Kernels:
 def input_backward(t: int, i: int, o: int, e: int) -> Kernels:
     """``dx = gain * (dy W), ddelta = sum_t (dy W) x``: a GEMM that also reads x, e T in + 4 ceil(T / 128) in bytes."""
     return (gemm(t, o, i, e, extra=e * t * i + _partials(t, i)), _second_stage(t, i))
-
-
-def scale(t: int, n: int, e: int) -> Kernels:
-    """``y = x * gain``: T n flops, 2 e T n bytes."""
-    return (Kernel(t * n, 2 * e * t * n, False),)
-
-
-def glu(t: int, n: int, e: int) -> Kernels:
-    """``h = act(g) * u * gain``: 20 T n flops, 3 e T n bytes."""
-    return (Kernel(20 * t * n, 3 * e * t * n, False),)
-
-
-def glu_backward(t: int, n: int, e: int, *, writes: bool) -> Kernels:
-    """``dg, du, ddelta``: 40 T n flops, 5 e T n + 4 ceil(T / 128) n bytes (3 e T n for ddelta alone), and the partials' sum."""
-    return (Kernel(40 * t * n, (5 if writes else 3) * e * t * n + _partials(t, n), False), _second_stage(t, n))
-
-
-def rms_norm(t: int, n: int, e: int) -> Kernels:
-    """``y = r * x * w * gain``: 4 T n flops, 2 e T n bytes."""
-    return (Kernel(4 * t * n, 2 * e * t * n, False),)
-
-
-def rms_norm_backward(t: int, n: int, e: int) -> Kernels:
-    """``dx, ddelta``: 10 T n flops, 3 e T n bytes; partials of a row in 128 as elsewhere, which is the least."""
-    return (Kernel(10 * t * n, 3 * e * t * n + _partials(t, n), False), _second_stage(t, n))
 
 
 def frozen_layer(t: int, i: int, o: int, e: int) -> dict[str, Kernels]:
@@ -159,31 +126,36 @@ def gained_layer(side: str, save: str, t: int, i: int, o: int, e: int) -> dict[s
     return _with_both(gained_forward(t, i, o, e, keep_z=keep_z), ddelta_and_dz + frozen_backward(t, i, o, e))
 
 
-def op(name: str, t: int, i: int, o: int, e: int) -> Kernels:
-    """The kernels of a raw op of gain_ops.ops.raw, or of a plain product, by its name; ``scale`` is of x [T, in].
+def op(name: str, t: int, i: int, o: int, dtype: torch.dtype) -> Kernels:
+    """The kernels of a raw op of gain_ops.ops.raw, or of a plain product, by its name.
+
+    The bytes are those of its arguments and results, and 4 ceil(T / 128) n of partial sums; an op with a weight is a product.
 
     Raises:
         KeyError: no such op.
 
     """
-    return {
-        "scale": lambda: scale(t, i, e),
-        "linear": lambda: gained_forward(t, i, o, e, keep_z=False),
-        "linear_z": lambda: gained_forward(t, i, o, e, keep_z=True),
-        "linear_input": lambda: input_forward(t, i, o, e),
-        "backward": lambda: one_pass_backward(t, o, e),
-        "ddelta": lambda: ddelta(t, o, e),
-        "backward_recompute": lambda: recompute(t, i, o, e),
-        "ddelta_recompute": lambda: ddelta_recompute(t, i, o, e),
-        "backward_input": lambda: input_backward(t, i, o, e),
-        "glu": lambda: glu(t, o, e),
-        "glu_backward": lambda: glu_backward(t, o, e, writes=True),
-        "glu_ddelta": lambda: glu_backward(t, o, e, writes=False),
-        "rms_norm": lambda: rms_norm(t, o, e),
-        "rms_norm_backward": lambda: rms_norm_backward(t, o, e),
-        "x @ W.T": lambda: frozen_forward(t, i, o, e),
-        "dy @ W": lambda: frozen_backward(t, i, o, e),
-    }[name]()
+    e = dtype.itemsize
+    if name in _BY_NAME:
+        return _BY_NAME[name](t, i, o, e)
+    given = tensors(t, i, o, dtype, "meta", torch.empty)
+    arguments = [given[argument] for argument in ARGUMENTS[name]]
+    results = getattr(fakes, name)(*arguments)
+    moved = [*arguments, *(results if isinstance(results, tuple) else (results,))]
+    bytes_ = sum(tensor.nbytes for tensor in moved if isinstance(tensor, torch.Tensor))
+    product = "weight" in ARGUMENTS[name]
+    flops = 2 * t * i * o if product else 0
+    if "backward" not in name and "ddelta" not in name:
+        return (Kernel(flops, bytes_, product),)
+    n = i if "delta_in" in ARGUMENTS[name] else o
+    return (Kernel(flops, bytes_ + _partials(t, n), product), _second_stage(t, n))
+
+
+_BY_NAME: dict[str, Callable[[int, int, int, int], Kernels]] = {
+    "linear_input": input_forward,
+    "x @ W.T": frozen_forward,
+    "dy @ W": frozen_backward,
+}
 
 
 def _with_both(forward: Kernels, backward: Kernels) -> dict[str, Kernels]:

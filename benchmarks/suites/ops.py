@@ -13,7 +13,7 @@ from benchmarks.harness.results import Row, environment, site_row
 from benchmarks.suites.layers import free_memory
 from gain_ops import BackendUnavailable
 from gain_ops.ops import dispatch, raw
-from gain_ops.testing import ARGUMENTS
+from gain_ops.testing import ARGUMENTS, tensors
 
 BACKENDS = ("eager", "triton", "cuda")
 # the vendor's matrix products, and which of them an op with a GEMM is a multiple of
@@ -52,7 +52,7 @@ def rows(
     for (site, count), left in timing.shared_out([(site, count) for site in sites for count in tokens], budget_s):
         sizes = (count, site.in_features, site.out_features)
         row = site_row("op", site, count, dtype, about)
-        given = tensors(site, count, dtype, device)
+        given = tensors(*sizes, dtype, device) | {"bias": None}
         cases, reasons = _cases(names, backends, given)
         cases |= {(name, "eager"): product(name, given) for name in PRODUCTS}
         for (name, backend), reason in reasons.items():
@@ -60,7 +60,7 @@ def rows(
         free_memory(device)
         measured = timing.measure_together(cases, device, budget_s=left(), graph=graph)
         for (name, backend), time in measured.items():
-            floor = roofline.floor_us(roofline.op(name, *sizes, dtype.itemsize), dtype, ceilings)
+            floor = roofline.floor_us(roofline.op(name, *sizes, dtype), dtype, ceilings)
             caveat = ceilings.caveat if ceilings else ""
             figure = partial(row, contestant=name, backend=backend, note="; ".join(filter(None, (time.note, caveat))))
             yield figure(metric="time", unit="us", floor=floor, **time.columns())
@@ -97,25 +97,6 @@ def product(name: str, given: dict[str, Any]) -> Callable[[], Tensor]:
     assert weight is not None
     b = weight.t() if name == "x @ W.T" else weight
     return lambda: a @ b
-
-
-def tensors(site: Site, tokens: int, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """Every argument of ARGUMENTS: random, and with gains away from 1."""
-    x, weight, dy = gate.draw(site, tokens, dtype, device)
-    return {
-        "x": x,
-        "weight": weight,
-        "dy": dy,
-        "z": torch.randn_like(dy),
-        "delta_in": gate.NOISE * torch.randn(site.in_features, device=device),
-        "delta_out": gate.NOISE * torch.randn(site.out_features, device=device),
-        "bias": None,
-        "dh": torch.randn_like(dy),
-        "norm_weight": 1 + gate.NOISE * torch.randn(site.out_features, device=device),
-        "r": torch.rand(tokens, device=device) + 0.5,
-        "eps": 1e-6,
-        "silu": "silu",
-    }
 
 
 def obstacles(name: str, arguments: Sequence[Any], backends: Sequence[str]) -> dict[str, str | None]:

@@ -28,6 +28,7 @@ from benchmarks.harness.results import Row, environment, site_row
 from benchmarks.suites import layers, ops
 from gain_ops import GainLinear, reference
 from gain_ops.ops import raw as raw_ops
+from gain_ops.testing import tensors
 
 if TYPE_CHECKING:
     from gain_ops.kernels.config import GemmConfig
@@ -154,7 +155,7 @@ def kernel_rows(
     about = environment(device)
     for site, left in timing.shared_out(sites, budget_s):
         row = site_row("variant", site, tokens, dtype, about)
-        given = ops.tensors(site, tokens, dtype, device)
+        given = tensors(tokens, site.in_features, site.out_features, dtype, device) | {"bias": None}
         cases: dict[tuple[str, str], Callable[[], object]] = {(n, "-"): ops.product(n, given) for n in ops.PRODUCTS}
         for label, base, equation, arguments, calls in _kernels(given):
             for name, wrong in gate.call_failures(label, equation, arguments, calls).items():

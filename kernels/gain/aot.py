@@ -16,19 +16,19 @@ import json
 import re
 import subprocess
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import product
 from typing import Any
 
 import torch
 import triton
-from torch import Tensor
 from triton.compiler import CompiledKernel
 
 from gain_ops.kernels import backend
 from gain_ops.kernels.recording import DEVICES, Launch, recording
+from gain_ops.testing import ARGUMENTS, tensors
 
 MATRIX_INSTRUCTIONS = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
 """The instruction that a half-precision dot must become."""
@@ -69,63 +69,59 @@ class Compiled:
     """The buffers of the rings that both operands of every wgmma lie in; None for an operand in registers."""
 
 
-# x (and dy, z, gate and up), W, a vector in their dtype and one in fp32
-Call = Callable[[Tensor, Tensor, Tensor, Tensor], object]
+@dataclass(frozen=True)
+class Call:
+    """A function, the names of its arguments among those of gain_ops.testing.tensors, and what replaces them."""
+
+    run: Callable[..., object]
+    arguments: Sequence[str]
+    replaced: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_gemm(self) -> bool:
+        """Whether it multiplies by W."""
+        return "weight" in self.arguments
+
+    def __call__(self, given: Mapping[str, Any]) -> None:
+        """Make the call."""
+        known = {**given, **self.replaced}
+        self.run(*(known[name] for name in self.arguments))
 
 
-def _glu_backward(activation: str) -> Call:
-    return lambda x, w, bias, delta: backend.glu_backward(x, x, x, delta, activation)
+def _op(name: str, **replaced: Any) -> Call:
+    return Call(getattr(backend, name), ARGUMENTS[name], replaced)
 
 
-def _rms_norm_backward(x: Tensor, w: Tensor, bias: Tensor, delta: Tensor) -> object:
-    return backend.rms_norm_backward(x, x, bias, delta, delta.new_empty(len(x)))
-
-
-GEMM_CALLS: dict[str, Call] = {
-    "linear": lambda x, w, bias, delta: backend.linear(x, w, delta, None),
-    "linear_z": lambda x, w, bias, delta: backend.linear_z(x, w, delta, bias),
-    "linear_input": lambda x, w, bias, delta: backend.linear_input(x, w, delta, bias),
-    "backward_recompute": lambda x, w, bias, delta: backend.backward_recompute(x, x, w, delta),
-    "ddelta_recompute": lambda x, w, bias, delta: backend.ddelta_recompute(x, x, w),
-    "backward_input": lambda x, w, bias, delta: backend.backward_input(x, x, w, delta),
+# every op; gelu costs the most registers, and linear_z has a bias
+CALLS = {name: _op(name, activation="gelu") for name in ARGUMENTS} | {
+    "linear": _op("linear", bias=None),
+    "glu, no up": _op("glu", activation="gelu", z=None),
+    "glu_backward, no up": _op("glu_backward", activation="gelu", z=None),
 }
-ROWS_CALLS: dict[str, Call] = {
-    "scale": lambda x, w, bias, delta: backend.scale(x, delta),
-    "backward": lambda x, w, bias, delta: backend.backward(x, x, delta),
-    "ddelta": lambda x, w, bias, delta: backend.ddelta(x, x),
-    "glu": lambda x, w, bias, delta: backend.glu(x, x, delta, "gelu"),
-    "glu, no up": lambda x, w, bias, delta: backend.glu(x, None, delta, "gelu"),
-    "glu_backward": _glu_backward("gelu"),
-    "glu_backward, no up": lambda x, w, bias, delta: backend.glu_backward(x, x, None, delta, "gelu"),
-    "glu_ddelta": lambda x, w, bias, delta: backend.glu_ddelta(x, x, x, "gelu"),
-    "rms_norm": lambda x, w, bias, delta: backend.rms_norm(x, bias, delta, 1e-5),
-    "rms_norm_backward": _rms_norm_backward,
+OTHER_ACTIVATIONS = {
+    f"glu_backward, {act}": _op("glu_backward", activation=act) for act in ("silu", "relu2", "gelu_tanh")
 }
-OTHER_ACTIVATIONS = {f"glu_backward, {act}": _glu_backward(act) for act in ("silu", "relu2", "gelu_tanh")}
-CALLS = GEMM_CALLS | ROWS_CALLS | OTHER_ACTIVATIONS
 
 
 def add_calls(modules: Sequence[str]) -> None:
     """Add the CALLS of modules: GEMMs that no op runs yet."""
     for module in modules:
-        found = importlib.import_module(module).CALLS
-        GEMM_CALLS.update(found)
-        CALLS.update(found)
+        CALLS.update(importlib.import_module(module).CALLS)
 
 
 def problems() -> Iterator[Problem]:
     """Calls that together launch every kernel in every configuration; some launch nothing new."""
     # small tiles of a GEMM and large ones, and every number of rows for one row of partial sums (config.py)
     tokens = (64, 2048, 4096)
-    for call, t, transposed in product(GEMM_CALLS | ROWS_CALLS, tokens, (False, True)):
+    for call, t, transposed in product(CALLS, tokens, (False, True)):
         yield Problem(call, "bfloat16", t, 4096, transposed)
-    for call, t in product(GEMM_CALLS | ROWS_CALLS, tokens):
+    for call, t in product(CALLS, tokens):
         yield Problem(call, "float16", t, 4096)
     for call in OTHER_ACTIVATIONS:
         yield Problem(call, "bfloat16", 4096, 4096)
     # rows that are a multiple of 16 bytes and not of 16 elements, and rows that are neither
     others = (("bfloat16", 4104), ("bfloat16", 4095), ("float32", 4096), ("float32", 4100), ("float32", 4095))
-    for call, (dtype, n) in product(GEMM_CALLS | ROWS_CALLS, others):
+    for call, (dtype, n) in product(CALLS, others):
         yield Problem(call, dtype, 4096, n)
     # W is the smaller operand, which linear_input scales; in its memory the gain goes along the rows
     for dtype in ("bfloat16", "float16", "float32"):
@@ -164,16 +160,14 @@ def _tasks(target: str) -> Iterator[_Task]:
 
 def call(problem: Problem) -> None:
     """Make a problem's call, on meta tensors."""
-    dtype = getattr(torch, problem.dtype)
-    t, n = problem.tokens, problem.features
-
-    def empty(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    has_weight = problem.call in GEMM_CALLS
-    x = empty(n, t).t() if problem.transposed and not has_weight else empty(t, n)
-    weight = empty(n, n).t() if problem.transposed and has_weight else empty(n, n)
-    CALLS[problem.call](x, weight, empty(n), torch.empty(n, device="meta"))
+    made = (CALLS | OTHER_ACTIVATIONS)[problem.call]
+    given = tensors(
+        problem.tokens, problem.features, problem.features, getattr(torch, problem.dtype), "meta", torch.empty
+    )
+    if problem.transposed:
+        for name in ("weight",) if made.is_gemm else ("x", "dy", "z", "dh"):
+            given[name] = given[name].new_empty(given[name].t().shape).t()
+    made(given)
 
 
 def _compile(task: _Task) -> list[Compiled]:

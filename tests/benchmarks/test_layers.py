@@ -135,7 +135,7 @@ def test_ops() -> None:
 
 
 def test_an_op_is_compared_with_the_product_of_its_own_operands() -> None:
-    given = ops.tensors(SITE, 8, torch.float32, CPU)
+    given = ops.tensors(8, SITE.in_features, SITE.out_features, torch.float32)
     assert ops.product("x @ W.T", given)().shape == (8, 32)
     assert ops.product("dy @ W", given)().shape == (8, 16)
     assert [name for name, base in ops.BASES.items() if base == "dy @ W"] == ["backward_input"]

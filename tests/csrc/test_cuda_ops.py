@@ -12,40 +12,27 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from gain_ops import testing
+
 from support import host_extension
 from support.parity import CALLS, DEVICE, LAYOUTS, compare, laid_out, run, tensors
 
 pytestmark = pytest.mark.usefixtures("csrc_on_the_host")
 
-ARGUMENTS = {
+_SCHEMAS = (host_extension.ROOT / "csrc" / "ops.cpp").read_text()
+DECLARED = re.findall(r'^ +"?(?:library\.def\(")?(\w+)\(Tensor ', _SCHEMAS, re.MULTILINE)
+# with what csrc/ has beyond the ops: a bias, and rows that are scaled
+ARGUMENTS = {name: testing.ARGUMENTS.get(name) for name in DECLARED} | {
     "scale": ("x", "delta_in", "bias_in"),
     "scale_rows": ("weight", "delta_out"),
-    "backward": ("dy", "z", "delta_out"),
-    "ddelta": ("dy", "z"),
-    "glu": ("dy", "z", "delta_out", "activation"),
-    "glu_backward": ("dh", "dy", "z", "delta_out", "activation"),
-    "glu_ddelta": ("dh", "dy", "z", "activation"),
-    "rms_norm": ("dy", "norm_weight", "delta_out", "eps"),
-    "rms_norm_backward": ("dh", "dy", "norm_weight", "delta_out", "r"),
-    "linear": ("x", "weight", "delta_out", "bias"),
-    "linear_z": ("x", "weight", "delta_out", "bias"),
-    "backward_recompute": ("dy", "x", "weight", "delta_out"),
-    "backward_input": ("dy", "x", "weight", "delta_in"),
 }
 FUSED = ("linear", "linear_z", "backward_recompute", "backward_input")
 ANY_STRIDES = tuple(name for name in ARGUMENTS if name not in FUSED)
 
 
 def _tensors(dtype: torch.dtype = torch.bfloat16, t: int = 5, i: int = 16, o: int = 24) -> dict[str, Any]:
-    shapes = {"x": (t, i), "weight": (o, i), "dy": (t, o), "z": (t, o), "dh": (t, o), "bias": (o,), "bias_in": (i,)}
-    return {name: torch.randn(shape).to(dtype) for name, shape in shapes.items()} | {
-        "delta_out": torch.randn(o),
-        "delta_in": torch.randn(i),
-        "norm_weight": torch.randn(o),
-        "r": torch.rand(t),
-        "eps": 1e-5,
-        "activation": 1,
-    }
+    own = {"bias_in": torch.randn(i).to(dtype), "norm_weight": torch.randn(o), "activation": 1}
+    return tensors(t, i, o, dtype) | own
 
 
 def _op(name: str) -> torch._ops.OpOverload:

@@ -1,7 +1,9 @@
 """Every kernel that a launch can ask for compiles for every architecture, with no GPU, and is the code that it should be."""
 
+import importlib
 import json
 import os
+import pkgutil
 import subprocess
 import sys
 from collections import defaultdict
@@ -13,6 +15,7 @@ import torch
 import triton
 
 from benchmarks.experiments import fused_backward
+from gain_ops import kernels
 from gain_ops.kernels import aot, config
 from gain_ops.kernels.recording import DEVICES
 
@@ -25,16 +28,11 @@ FUSED = {
     "fused_backward.backward_dx_kernel",
 }
 ONE_PASS = {
-    "rows.scale_kernel",
-    "rows.backward_kernel",
-    "glu.glu_kernel",
-    "glu.glu_backward_kernel",
-    "rms_norm.rms_norm_kernel",
-    "rms_norm.rms_norm_backward_kernel",
-    "rms_norm_wide.rms_norm_kernel",
-    "rms_norm_wide.rms_norm_backward_kernel",
-    "partials.sum_partials_kernel",
-}
+    f"{module.name}.{name}"
+    for module in pkgutil.iter_modules(kernels.__path__)
+    for name in vars(importlib.import_module(f"gain_ops.kernels.{module.name}"))
+    if name.endswith("_kernel")
+} - FUSED
 # the arguments of all kernels that are [T, n] or a weight
 MATRICES = {"a", "b", "c", "out", "x", "y", "z", "dx", "dy", "dz", "gate", "up", "h", "dh", "dgate_up"}
 VECTORS = {"delta", "bias", "weight", "r", "partials", "sums"}
@@ -79,7 +77,8 @@ def _rows_are_aligned(kernel: Kernel) -> bool:
     """Unit-stride rows of a multiple of 16 bytes; a transposed W has columns that are so, and the kernels know."""
     problem = kernel["problem"]
     dtype = getattr(torch, problem["dtype"])
-    x_is_rows = not problem["transposed"] or problem["call"] in aot.GEMM_CALLS | fused_backward.CALLS
+    calls = aot.CALLS | aot.OTHER_ACTIVATIONS | fused_backward.CALLS
+    x_is_rows = not problem["transposed"] or calls[problem["call"]].is_gemm
     return x_is_rows and problem["features"] * dtype.itemsize % 16 == 0
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gain_ops import reference
+from gain_ops import reference, testing
 from gain_ops.testing import ARGUMENTS, assert_no_worse_than_torch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -27,26 +27,8 @@ LAYOUTS = ["contiguous", "transposed", "padded", "every other", "expanded"]
 
 def tensors(t: int, i: int, o: int, dtype: torch.dtype) -> dict[str, Any]:
     """Every argument of CALLS."""
-
-    def make(*shape: int) -> Tensor:
-        return torch.randn(shape, device=DEVICE)
-
-    return {
-        "x": make(t, i).to(dtype),
-        "weight": (make(o, i) / max(i, 1) ** 0.5).to(dtype),
-        "dy": make(t, o).to(dtype),
-        "z": make(t, o).to(dtype),
-        "delta_out": 0.3 * make(o),
-        "delta_in": 0.3 * make(i),
-        "bias": make(o).to(dtype),
-        "no bias": None,
-        "dh": make(t, o).to(dtype),
-        "no up": None,
-        "norm_weight": make(o).to(dtype),
-        "r": make(t).abs(),
-        "eps": 1e-5,
-        **{act: act for act in reference.ACTIVATIONS},
-    }
+    others = {act: act for act in reference.ACTIVATIONS}
+    return testing.tensors(t, i, o, dtype, DEVICE) | {"no bias": None, "no up": None} | others
 
 
 def laid_out(t: Tensor, layout: str) -> Tensor:
