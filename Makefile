@@ -44,12 +44,12 @@ lint: $(VENV)/.dev
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/clang-format --dry-run -Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
 	$(MAKE) imports
-	cd build/types && $(CURDIR)/$(VENV)/bin/mypy -p gain_ops -p gain_study -p benchmarks
+	cd build/types && $(CURDIR)/$(VENV)/bin/mypy -p gain_ops -p gain_study -p benchmarks -p ptx
 
 # import-linter and mypy do not follow package_dir: they are shown the packages as they are installed
 imports: $(VENV)/.dev
 	rm -rf build/types && mkdir -p build/types
-	cp -r gain_ops studies/gain_study benchmarks pyproject.toml build/types/ && cp -r kernels/gain build/types/gain_ops/kernels
+	cp -r gain_ops studies/gain_study benchmarks tests/ptx tests/support pyproject.toml build/types/ && cp -r kernels/gain build/types/gain_ops/kernels
 	cd build/types && PYTHONPATH=. $(CURDIR)/$(VENV)/bin/lint-imports
 
 triton36: $(VENV)/.dev .triton36/.done

@@ -96,6 +96,7 @@ def _report(files: list[Path], plots_folder: Path | None, publish: bool) -> None
 
     rows = results.read(files)
     if publish:
+        refuse_red(files)
         for page, tables in published(rows).items():
             report.update_page(page, tables)
     else:
@@ -105,6 +106,19 @@ def _report(files: list[Path], plots_folder: Path | None, publish: bool) -> None
 
         for path in plots.draw(rows, plots_folder):
             print(f"wrote {path}")
+
+
+def refuse_red(files: Sequence[Path]) -> None:
+    """Exit where a file's run had steps of the proof that were red when they last ran: its figures may be of wrong results."""
+    from benchmarks.gpu import gpu
+
+    for file in files:
+        if found := gpu.red(results.read([file])):
+            steps = "; ".join(step.splitlines()[0][:200] for step in found)
+            sys.exit(
+                f"{file} is of a run whose proof was red: {steps}. "
+                "Mend it, run again with --resume until the proof is green, and publish that file."
+            )
 
 
 def published(rows: Sequence[Row]) -> dict[Path, dict[str, str]]:

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks.gpu import proof
 from benchmarks.harness import results
 from benchmarks.harness.results import Row
 from benchmarks.report import plots, report
@@ -287,6 +288,22 @@ def test_the_pages_have_the_tables_of_the_published_results(tmp_path: Path) -> N
         copy.write_text(text, encoding="utf-8")
         report.update_page(copy, tables)
         assert copy.read_text(encoding="utf-8") == text
+
+
+def test_figures_of_a_run_whose_proof_was_red_are_not_published(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from benchmarks.__main__ import main
+
+    file = tmp_path / "gpu.csv"
+    row = Row("proof", proof.PARITY, "-", "-", "green", "", "", 0, 0, 0, 0.0, 0.0, 0.0, 1, note="3 failed")
+    results.append(file, [*layers_of((8192,)), row])
+    monkeypatch.setattr("sys.argv", ["benchmarks", "report", str(file), "--publish"])
+    monkeypatch.setattr("benchmarks.__main__.PAGES", {})
+    with pytest.raises(SystemExit, match=f"{file} is of a run whose proof was red: {proof.PARITY}: 3 failed"):
+        main()
+    results.append(file, [dataclasses.replace(row, q20=1.0, median=1.0, q80=1.0, note="all passed")])
+    main()
 
 
 def layers_of(tokens: tuple[int, ...], **other: object) -> list[Row]:

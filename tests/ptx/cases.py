@@ -125,8 +125,8 @@ def _compare_dx(given: dict[str, Any], scaled: bool) -> None:
         weight = ((1 + delta)[:, None] * weight).to(weight.dtype)
         torchs = dy @ weight, reference.ddelta(dy, z)
     results = fused_backward.backward_dx(dy, z, weight, None if scaled else delta)
-    for name, *of in zip(("dx", "ddelta"), results, torchs, truth, size, strict=True):
-        assert_no_worse_than_torch(name, *of)
+    for name, result, ours, exact, magnitude in zip(("dx", "ddelta"), results, torchs, truth, size, strict=True):
+        assert_no_worse_than_torch(name, result, ours, exact, magnitude)
 
 
 def names() -> list[str]:
