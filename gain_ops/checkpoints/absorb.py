@@ -17,7 +17,8 @@ import torch
 from gain_ops.checkpoints.edits import CheckpointError, Edit, Region, Rounding
 from gain_ops.checkpoints.plan import Plan
 from gain_ops.utils.errors import FileError
-from gain_ops.utils.files import StagedFolder, copy_file, staged_folder
+from gain_ops.utils.files import copy_file, kind_of, naming
+from gain_ops.utils.stages import StagedFolder, staged_folder
 from gain_ops.utils.wording import some_of
 
 __all__ = ["Absorbed", "Progress", "absorb", "check_out", "verify"]
@@ -72,30 +73,36 @@ def absorb(
         progress: see Progress.
 
     Raises:
-        CheckpointError: ``out`` cannot be used, absorbed weights are not finite, or the written files are not as expected;
-            nothing is left then.
+        CheckpointError: ``out`` cannot be used, the base has changed since it was planned, absorbed weights are not finite,
+            or the written files are not as expected; nothing is left then.
         OSError: files that cannot be read or written, a disk that is too full, or another run that writes to ``out``.
 
     """
     check_out(plan, out, force=force)
+    plan.check_base()
     with staged_folder(out, plan.identity) as staged:
         try:
             _check_space(plan, staged)
             roundings = _write(plan, staged, progress)
-            return verify(plan, staged.folder, progress) if verified else _report(plan, roundings, verified=False)
+            done = verify(plan, staged.folder, progress) if verified else _report(plan, roundings, verified=False)
+            plan.check_base()
         except CheckpointError:
             staged.discard()
+            plan.check_base()  # if it has changed, that is why
             raise
+        check_out(plan, out, force=force)  # somebody may have put something there meanwhile; what is finished is kept
+        return done
 
 
 def verify(plan: Plan, folder: Path, progress: Progress = lambda what, done, total: None) -> Absorbed:
     """Compare a folder with the result of absorbing, bit for bit: rewritten rows are computed again from the base.
 
     Raises:
-        CheckpointError: a file too many or too few, or a byte that differs.
+        CheckpointError: a file too many or too few, a byte that differs, or a base that is not the planned one.
         OSError: files that cannot be read.
 
     """
+    plan.check_base()
     here = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     if here != plan.files.keys():
         raise CheckpointError(f"{folder} does not hold the files of {plan.base}: {some_of(here ^ plan.files.keys())}")
@@ -120,11 +127,12 @@ class _Meter:
 
 def check_out(plan: Plan, out: Path, *, force: bool) -> None:
     """Raise CheckpointError for an ``out`` that is in use, or that overlaps the files to read; see absorb()."""
+    kind = kind_of(out)
+    if kind not in (None, "a folder"):
+        raise CheckpointError(f"{out} is {kind}: name a folder to write into")
     place = out.resolve()
     if plan.base.is_dir() and place.is_relative_to(plan.base.resolve()):
         raise CheckpointError(f"{out} lies in the base, {plan.base}: name a folder outside it")
-    if out.exists() and not out.is_dir():
-        raise CheckpointError(f"{out} is a file: name a folder to write into")
     if out.is_mount():
         raise CheckpointError(f"{out} is where a disk is mounted, and cannot be replaced: name a folder in it")
     here = {path.name for path in out.iterdir()} if out.exists() else set()
@@ -168,7 +176,7 @@ def _write(plan: Plan, staged: StagedFolder, progress: Progress) -> dict[str, Ro
 
 def _rewrite(target: Path, edits: Iterable[Edit], advance: Callable[[int], object]) -> dict[str, Rounding]:
     roundings: dict[str, Rounding] = {}
-    with target.open("rb+") as file:
+    with naming(target), target.open("rb+") as file:
         for edit in edits:
             for piece, rows, rounding in _rewritten(edit):
                 file.seek(piece.offset)

@@ -11,8 +11,10 @@ from gain_ops._version import __version__
 from gain_ops.checkpoints.container import Container
 from gain_ops.checkpoints.edits import CheckpointError, Edit
 from gain_ops.checkpoints.formats.safetensors_folder import SafetensorsCheckpoint
+from gain_ops.checkpoints.states import FileState, time_of, times_near
 from gain_ops.gainfiles.file import GainFile, read_gains
 from gain_ops.utils.errors import MissingFileError
+from gain_ops.utils.wording import some_of
 
 __all__ = ["Change", "Plan", "open_checkpoint", "plan"]
 
@@ -41,6 +43,7 @@ class Plan:
         base: the folder or file that was given.
         gain: the gain file.
         files: the files to copy, by their new names.
+        states: what they were when they were planned for.
         edits: what is rewritten in the copy, in no particular order.
         changes: the same in readable form.
         left_out: files of the base that are not copied, and links to folders.
@@ -51,6 +54,7 @@ class Plan:
     base: Path
     gain: Path
     files: dict[str, Path]
+    states: dict[str, FileState]
     edits: tuple[Edit, ...]
     changes: tuple[Change, ...]
     left_out: tuple[str, ...]
@@ -65,6 +69,12 @@ class Plan:
     def rewritten(self) -> int:
         """Bytes to rewrite in the copy."""
         return sum(edit.region.size for edit in self.edits)
+
+    def check_base(self) -> None:
+        """Raise CheckpointError if a file to copy is not the one that was planned for."""
+        changed = [name for name, file in self.files.items() if not file.is_file() or FileState.of(file) != self.states[name]]
+        if changed:
+            raise CheckpointError(f"{self.base} has changed since it was planned, in {some_of(changed)}: plan again")
 
 
 def plan(base: Path, gain: Path, *, requantize: bool = False, check_base: bool = True) -> Plan:
@@ -87,19 +97,24 @@ def plan(base: Path, gain: Path, *, requantize: bool = False, check_base: bool =
     gains = read_gains(gain)
     if not gains.deltas:
         raise CheckpointError(f"{gain} holds no gains, so there is nothing to absorb")
+    before = times_near(base)
     container = open_checkpoint(base)
+    files = {str(file.relative_to(container.root)): file for file in container.files}
+    states = {name: FileState.of(file) for name, file in files.items()}
+    if unsteady := [name for name, file in files.items() if before.get(file) != time_of(file)]:
+        raise CheckpointError(f"{base} changed while it was read, in {some_of(unsteady)}: try again once it is complete")
     edits = container.edits(gains, requantize=requantize, check_base=check_base)
     _refuse_overlap(edits)
-    files = {str(file.relative_to(container.root)): file for file in container.files}
     names = {file: name for name, file in files.items()}
     return Plan(
         base=base,
         gain=gain,
         files=files,
+        states=states,
         edits=tuple(edits),
         changes=tuple(_change(edit, gains, container, names) for edit in edits),
         left_out=tuple(_left_out(base, files)),
-        identity=_identity(gain, files, requantize=requantize),
+        identity=_identity(gains, states, requantize=requantize),
     )
 
 
@@ -175,8 +190,9 @@ def _left_out(base: Path, files: dict[str, Path]) -> Iterable[str]:
                 yield f"{inside} (a link to a folder)"
 
 
-def _identity(gain: Path, files: dict[str, Path], *, requantize: bool) -> str:
-    """A hash of the gain file's bytes, the base's files by name, size and time, the options and the version."""
-    facts = [(name, (found := file.stat()).st_size, found.st_mtime_ns) for name, file in files.items()]
-    text = json.dumps([__version__, requantize, hashlib.sha256(gain.read_bytes()).hexdigest(), facts])
+def _identity(gains: GainFile, states: Mapping[str, FileState], *, requantize: bool) -> str:
+    """A hash of the gains, the base's files (by name, size, time and first bytes), the options and the version."""
+    facts = [(name, state.size, state.written, state.head) for name, state in states.items()]
+    hashed = {name: hashlib.sha256(delta.numpy().tobytes()).hexdigest() for name, delta in gains.deltas.items()}
+    text = json.dumps([__version__, requantize, hashed, gains.sides, facts])
     return hashlib.sha256(text.encode()).hexdigest()

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from gain_ops.commands.console import STDOUT, clear_errors, print_table
 from gain_ops.utils.errors import file_errors
-from gain_ops.utils.files import stage_of
+from gain_ops.utils.stages import stage_of
 from gain_ops.utils.wording import first_of, size_text
 
 if TYPE_CHECKING:

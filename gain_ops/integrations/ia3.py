@@ -31,7 +31,7 @@ from gain_ops.models.files import fingerprint, named_linears, refuse_misfit
 from gain_ops.models.record import canonical_name
 from gain_ops.reference import SIDES
 from gain_ops.utils.errors import MissingFileError, UsageError
-from gain_ops.utils.files import staged_folder
+from gain_ops.utils.stages import staged_folder
 from gain_ops.utils.wording import some_of
 
 __all__ = ["from_peft", "to_peft"]

@@ -14,6 +14,7 @@ __all__ = [
     "DivergedError",
     "FileError",
     "GainOpsError",
+    "IsAFolderError",
     "MissingFileError",
     "MissingPackageError",
     "UsageError",
@@ -35,6 +36,10 @@ class FileError(GainOpsError, OSError):
 
 class BusyError(FileError, BlockingIOError):
     """A file or folder that another process is writing."""
+
+
+class IsAFolderError(FileError, IsADirectoryError):
+    """A folder where a file is needed."""
 
 
 class MissingFileError(FileError, FileNotFoundError):

@@ -1,56 +1,120 @@
-"""Files and folders that are complete or absent: written beside their place, then moved into it."""
+"""Files that are complete or absent: written beside their place, then moved into it. Only regular files are ever replaced."""
 
 from __future__ import annotations
 
-import json
+import errno
 import os
-import shutil
+import secrets
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
-from gain_ops.utils.errors import BusyError
+from gain_ops.utils.errors import BusyError, FileError, IsAFolderError
 
-__all__ = ["StagedFolder", "copy_file", "replace_file", "stage_of", "staged_folder"]
+__all__ = ["copy_file", "kind_of", "lock", "locked_folder", "naming", "regular_file", "replace_file", "sync_folder"]
+
+PART = ".part-"
+"""How the names begin of what is not in its place yet."""
 
 _AT_ONCE = 64 << 20  # bytes that the system copies in one call, between two reports of progress
 _BUFFER = 4 << 20
 
+_KINDS = {
+    stat.S_IFREG: "a file",
+    stat.S_IFDIR: "a folder",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+}
+
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Call ``write`` with a path beside ``path``; once the new file is on the disk, move it to ``path``.
+    """Call ``write`` with a new file beside ``path``; once its content is on the disk, move it to ``path``.
 
-    The folder of ``path`` is made if it is missing. If ``path`` is a link, the file that it leads to is replaced. After an
-    error in ``write`` an earlier file at ``path`` is as it was.
+    The folder of ``path`` is made if it is missing. If ``path`` is a link, the file that it leads to is replaced. The mode of
+    an earlier file stays. After an error in ``write`` an earlier file at ``path`` is as it was.
 
     Raises:
-        IsADirectoryError: ``path`` is a folder.
-        OSError: it cannot be written.
+        IsAFolderError: ``path`` is a folder.
+        FileError: it is a device, a pipe or a socket.
+        OSError: it cannot be written; the error names ``path``.
 
     """
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder: name a file in it")
+    earlier = regular_file(path)
     place = path.resolve()
-    place.parent.mkdir(parents=True, exist_ok=True)
-    beside = place.with_name(f".part-{os.getpid()}-{path.name}")  # the suffix stays: writers choose a format by it
+    with naming(path):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        # the suffix stays: writers choose a format by it
+        beside = place.with_name(f"{PART}{secrets.token_hex(8)}{path.suffix}")
+        os.close(os.open(beside, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        try:
+            write(beside)
+            if earlier is not None:
+                beside.chmod(stat.S_IMODE(earlier.st_mode))
+            with beside.open("rb+") as written:
+                os.fsync(written.fileno())
+            beside.replace(place)
+        finally:
+            beside.unlink(missing_ok=True)
+        sync_folder(place.parent)
+
+
+def regular_file(path: Path) -> os.stat_result | None:
+    """The file at ``path``, links followed, or None where there is nothing yet; an error for what may not be replaced.
+
+    Raises:
+        IsAFolderError: a folder.
+        FileError: a device, a pipe or a socket.
+        OSError: a file that is write-protected, a link that leads to itself, or a path that cannot be looked up.
+
+    """
+    kind = kind_of(path)
+    if kind is None:
+        return None
+    if kind == "a folder":
+        raise IsAFolderError(f"{path} is a folder: name a file in it")
+    if kind != "a file":
+        raise FileError(f"{path} is {kind}: name a regular file, or one that does not exist yet")
+    if not os.access(path, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+    return path.stat()
+
+
+def kind_of(path: Path) -> str | None:
+    """What is at ``path``, links followed: a file, a folder, a device, a pipe or a socket; None for nothing.
+
+    Raises:
+        OSError: a link that leads to itself, or a path that cannot be looked up.
+
+    """
     try:
-        write(beside)
-        with beside.open("rb+") as written:
-            os.fsync(written.fileno())
-        beside.replace(place)
-    finally:
-        beside.unlink(missing_ok=True)
+        return _KINDS.get(stat.S_IFMT(path.stat().st_mode), "neither a file nor a folder")
+    except FileNotFoundError:
+        return None
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let an OSError of the system name ``path``, where it names no file (a full disk), or a file beside its place."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and Path(str(error.filename or PART)).name.startswith(PART):
+            error.filename = str(path)
+        raise
 
 
 def copy_file(source: Path, target: Path, advance: Callable[[int], object]) -> None:
     """Copy the bytes of a file, sharing its blocks where the file system can; ``advance`` gets the bytes of each step.
 
     Raises:
-        OSError: it cannot be read or written, or became shorter meanwhile.
+        FileExistsError: something is at ``target``, a link to nothing too.
+        OSError: a file cannot be read or written, or became shorter meanwhile.
 
     """
-    with source.open("rb") as reader, target.open("wb") as writer:
+    with naming(target), source.open("rb") as reader, target.open("xb") as writer:
         size = left = os.fstat(reader.fileno()).st_size
         for copied in _copied_by_system(reader.fileno(), writer.fileno(), left):
             left -= copied
@@ -58,110 +122,80 @@ def copy_file(source: Path, target: Path, advance: Callable[[int], object]) -> N
         reader.seek(size - left)  # the system moved the descriptors, and Python's buffers may not know it
         writer.seek(size - left)
         while left:
-            block = reader.read(min(left, _BUFFER))
+            with naming(source):
+                block = reader.read(min(left, _BUFFER))
             if not block:
-                raise OSError(f"{source} became shorter while it was copied")
+                raise FileError(f"{source} became shorter while it was copied")
             writer.write(block)
             left -= len(block)
             advance(len(block))
 
 
-class StagedFolder:
-    """What staged_folder() gives.
-
-    Attributes:
-        folder: where to write.
-        finished: the finished files there, by name, each with the note that finish() got.
-
-    """
-
-    def __init__(self, stage: Path, identity: str) -> None:
-        self.folder = stage / "files"
-        self.finished: dict[str, Any] = {}
-        self._identity = identity
-        self._journal = stage / "journal.json"
-        with suppress(OSError, ValueError, LookupError, TypeError):
-            journal = json.loads(self._journal.read_text(encoding="utf-8"))
-            if journal["identity"] == identity and self.folder.is_dir():
-                self.finished = journal["finished"]
-        if not self.finished:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            self.folder.mkdir()
-        for path in self.folder.rglob("*"):
-            if path.is_file() and str(path.relative_to(self.folder)) not in self.finished:
-                path.unlink()
-
-    def finish(self, name: str, note: Any) -> None:
-        """Bring the file ``name`` in the folder to the disk, and remember it, with a note that JSON can hold."""
-        with (self.folder / name).open("rb+") as written:
-            os.fsync(written.fileno())
-        self.finished[name] = note
-        text = json.dumps({"identity": self._identity, "finished": self.finished})
-        replace_file(self._journal, lambda beside: beside.write_text(text, encoding="utf-8"))
-
-    def discard(self) -> None:
-        """Leave nothing of this folder, if the block ends with an error."""
-        self.finished.clear()
-
-
-def stage_of(path: Path) -> Path:
-    """Where staged_folder() puts the folder that will replace ``path``."""
-    path = path.resolve()
-    return path.with_name(f".part-{path.name}")
-
-
 @contextmanager
-def staged_folder(path: Path, identity: str) -> Iterator[StagedFolder]:
-    """A folder to write into, which replaces ``path`` if the block ends without an error.
+def locked_folder(folder: Path, who: str) -> Iterator[None]:
+    """Keep other runs out of a folder, which is made if it is missing. A folder that was made and is left empty is removed.
 
-    It lies beside ``path``, under the same name in every run. An interrupted run, even a crash, leaves the files that it
-    finished. The next run with the same ``identity`` finds them; a run with another identity starts again. An error before
-    the first file is finished leaves nothing.
+    Args:
+        folder: where this run writes.
+        who: what another run is called in the error, "another adaptation".
 
     Raises:
-        OSError: another run is writing there, or the folder cannot be made or moved.
+        BusyError: another run is at work there.
+        FileError: something else than a folder is there.
+        OSError: the folder cannot be made.
 
     """
-    path = path.resolve()
-    stage = stage_of(path)
-    old = stage / "old"
-    stage.mkdir(parents=True, exist_ok=True)
-    with _locked(stage, path):
-        if old.exists():  # interrupted while it was moved into place
-            shutil.rmtree(old) if path.exists() else old.rename(path)
-        staged = StagedFolder(stage, identity)
-        try:
-            yield staged
-            if path.exists():
-                path.rename(old)
-            try:
-                staged.folder.rename(path)
-            except OSError:
-                if old.exists():
-                    old.rename(path)
-                raise
-            _sync_folder(path.parent)
-            staged.discard()
-        finally:
-            if not staged.finished:
-                shutil.rmtree(stage, ignore_errors=True)
+    kind = kind_of(folder)
+    if kind not in (None, "a folder"):
+        raise FileError(f"{folder} is {kind}: name a folder to write into")
+    place = folder.resolve()
+    made = [path for path in (place, *place.parents) if not path.exists()]
+    place.mkdir(parents=True, exist_ok=True)
+    try:
+        with lock(place, f"{who} is at work in {folder}: wait for it, or name another folder"):
+            yield
+    finally:
+        for path in made:
+            with suppress(OSError):
+                path.rmdir()
 
 
 @contextmanager
-def _locked(stage: Path, path: Path) -> Iterator[None]:
-    with (stage / "lock").open("a") as lock:
-        try:
-            import fcntl
+def lock(folder: Path, busy: str) -> Iterator[None]:
+    """Hold a folder's lock. It is on the folder itself, no file is touched, and the system frees a killed process's.
 
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BusyError(f"another run is writing {path}: wait for it, or name another folder") from None
-        except (ImportError, OSError):  # Windows, and file systems without locks: nothing separates two runs
-            pass
+    Raises:
+        BusyError: another run holds it; with the text ``busy``.
+
+    """
+    handle = _locked(folder, busy)
+    try:
         yield
+    finally:
+        if handle is not None:
+            os.close(handle)
 
 
-def _sync_folder(folder: Path) -> None:
+def _locked(folder: Path, busy: str) -> int | None:
+    """The handle that holds the lock; None on Windows and file systems without locks, where nothing separates two runs."""
+    try:
+        import fcntl
+
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except (ImportError, PermissionError):
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise BusyError(busy) from None
+    except OSError:
+        os.close(handle)
+        return None
+    return handle
+
+
+def sync_folder(folder: Path) -> None:
     """Bring the names in a folder to the disk, where the system can."""
     with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)

@@ -27,7 +27,7 @@ from gain_ops.training import domains
 from gain_ops.training.loading import load_model
 from gain_ops.training.loop import Step
 from gain_ops.utils.errors import DivergedError
-from gain_ops.utils.files import stage_of
+from gain_ops.utils.stages import stage_of
 
 CPU = torch.device("cpu")
 SMALL = ["--batch-tokens", "128", "--sequence-length", "32", "--lr", "0.05"]

@@ -22,6 +22,7 @@ KINDS = {
     errors.UsageError: ValueError,
     errors.FileError: OSError,
     errors.BusyError: BlockingIOError,
+    errors.IsAFolderError: IsADirectoryError,
     errors.MissingFileError: FileNotFoundError,
     errors.MissingPackageError: ImportError,
     errors.DivergedError: FloatingPointError,

@@ -1,12 +1,18 @@
-"""Files and folders are whole or absent."""
+"""Files are whole or absent, and nothing but regular files is replaced."""
 
 import errno
+import multiprocessing
 import os
+import socket
+import stat
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from gain_ops.utils.files import StagedFolder, copy_file, replace_file, stage_of, staged_folder
+from gain_ops.utils.errors import BusyError, FileError
+from gain_ops.utils.files import copy_file, locked_folder, replace_file
 
 
 def test_a_file_is_replaced(tmp_path: Path):
@@ -91,7 +97,6 @@ def test_a_copy_has_the_same_bytes_whatever_the_system_can_do(
         system(monkeypatch)
     source, target, steps = tmp_path / "a", tmp_path / "b", []
     source.write_bytes(os.urandom(size))
-    target.write_bytes(b"longer and older" * 10)
     copy_file(source, target, steps.append)
     assert target.read_bytes() == source.read_bytes()
     assert sum(steps) == size
@@ -105,151 +110,201 @@ def test_a_file_that_shrinks_while_it_is_copied_is_an_error(tmp_path: Path, monk
         copy_file(source, tmp_path / "b", lambda count: os.truncate(source, 5_000_000))
 
 
-def _write(staged: StagedFolder, *names: str) -> None:
-    for name in names:
-        (staged.folder / name).parent.mkdir(exist_ok=True)
-        (staged.folder / name).write_text(name)
-        staged.finish(name, {"of": name})
+def test_a_copy_is_never_written_through_what_is_there(tmp_path: Path):
+    source, link = tmp_path / "a", tmp_path / "b"
+    source.write_text("new")
+    link.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(FileExistsError):
+        copy_file(source, link, lambda count: None)
+    assert not (tmp_path / "elsewhere").exists()
 
 
-def _cut_after(path: Path, identity: str, *names: str) -> None:
-    """A run that ends with an error once these files are finished and another is half-written."""
-    with pytest.raises(RuntimeError):
-        _run_and_fail(path, identity, *names)
+def _pipe(path: Path) -> None:
+    os.mkfifo(path)
 
 
-def _run_and_fail(path: Path, identity: str, *names: str) -> None:
-    with staged_folder(path, identity) as staged:
-        _write(staged, *names)
-        (staged.folder / "half").write_text("ha")
-        raise RuntimeError
+def _socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as made:
+        made.bind(str(path))
 
 
-def test_a_folder_is_replaced_whole(tmp_path: Path):
-    path = tmp_path / "deep" / "model"
-    for name in ("one", "two"):
-        with staged_folder(path, name) as staged:
-            _write(staged, name)
-            assert not (path / name).exists()
-    assert [file.name for file in path.iterdir()] == ["two"]
-    assert list(path.parent.iterdir()) == [path]
+def _device(path: Path) -> None:
+    try:
+        os.mknod(path, stat.S_IFCHR | 0o666, os.makedev(1, 3))
+    except PermissionError:
+        pytest.skip("only root makes devices")
 
 
-def test_an_error_leaves_the_old_folder_and_nothing_else(tmp_path: Path):
-    path = tmp_path / "model"
-    path.mkdir()
-    (path / "old").touch()
-    _cut_after(path, "a")
-    assert [file.name for file in path.iterdir()] == ["old"]
+@pytest.mark.parametrize("through_link", [False, True])
+@pytest.mark.parametrize(("make", "kind"), [(_pipe, "a pipe"), (_socket, "a socket"), (_device, "a device")])
+def test_what_is_no_file_is_neither_replaced_nor_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[[Path], None], kind: str, through_link: bool
+):
+    monkeypatch.chdir(tmp_path)  # a socket's path is short
+    special = path = Path("special")
+    make(special)
+    if through_link:
+        path = Path("link")
+        path.symlink_to(special)
+    before = special.lstat()
+    with pytest.raises(FileError, match=f"{path} is {kind}: name a regular file"):
+        replace_file(path, lambda beside: pytest.fail("written"))
+    assert os.path.samestat(special.lstat(), before)
+    assert special.lstat().st_mode == before.st_mode
+    assert {found.name for found in tmp_path.iterdir()} == {special.name, path.name}
+
+
+def test_the_systems_own_device_stays_one(tmp_path: Path):
+    link = tmp_path / "gains.safetensors"
+    link.symlink_to("/dev/null")
+    for path in (Path("/dev/null"), Path("/dev/stdin").parent / "null", link):
+        with pytest.raises(FileError, match="is a device"):
+            replace_file(path, lambda beside: beside.write_text("new"))
+    assert stat.S_ISCHR(Path("/dev/null").stat().st_mode)
+
+
+def test_a_link_that_leads_to_itself_is_an_error_of_the_system(tmp_path: Path):
+    link = tmp_path / "a"
+    link.symlink_to(link)
+    with pytest.raises(OSError, match="symbolic links"):
+        replace_file(link, lambda beside: pytest.fail("written"))
+    assert link.is_symlink()
+
+
+def test_a_new_file_has_the_users_mode_and_a_replaced_one_keeps_its_own(tmp_path: Path):
+    ordinary, path = tmp_path / "ordinary", tmp_path / "a"
+    ordinary.touch()
+    replace_file(path, lambda beside: beside.write_text("one"))
+    assert path.stat().st_mode == ordinary.stat().st_mode
+    path.chmod(0o640)
+    replace_file(path, lambda beside: beside.write_text("two"))
+    assert (path.read_text(), stat.S_IMODE(path.stat().st_mode)) == ("two", 0o640)
+
+
+def test_a_protected_file_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = tmp_path / "a"
+    path.write_text("old")
+    path.chmod(0o444)
+    monkeypatch.setattr(os, "access", lambda file, mode: not (Path(file) == path and mode & os.W_OK))  # root may all
+    with pytest.raises(PermissionError, match="a'"):
+        replace_file(path, lambda beside: pytest.fail("written"))
+    assert path.read_text() == "old"
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
+def test_a_full_disk_names_the_file_and_leaves_the_old_one(tmp_path: Path, number: int):
+    path = tmp_path / "a"
+    path.write_text("old")
+
+    def fail(beside: Path) -> None:
+        beside.write_text("half")
+        raise OSError(number, os.strerror(number))
+
+    with pytest.raises(OSError, match=os.strerror(number)) as caught:
+        replace_file(path, fail)
+    assert (caught.value.errno, caught.value.filename) == (number, str(path))
+    assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_run_goes_on_where_the_last_was_cut(tmp_path: Path):
-    path = tmp_path / "model"
-    _cut_after(path, "a", "one", "sub/two")
-    assert [*tmp_path.iterdir()] == [stage_of(path)]
-    with staged_folder(path, "a") as staged:
-        assert staged.finished == {"one": {"of": "one"}, "sub/two": {"of": "sub/two"}}
-        assert not (staged.folder / "half").exists()
-        _write(staged, "three")
-    assert sorted(file.name for file in path.iterdir()) == ["one", "sub", "three"]
-    assert (path / "sub" / "two").read_text() == "sub/two"
+def test_a_disk_that_is_full_only_when_it_is_flushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = tmp_path / "a"
+    path.write_text("old")
+
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left") as caught:
+        replace_file(path, lambda beside: beside.write_text("new"))
+    assert caught.value.filename == str(path)
+    assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_run_with_other_inputs_starts_anew(tmp_path: Path):
-    path = tmp_path / "model"
-    _cut_after(path, "a", "one")
-    with staged_folder(path, "b") as staged:
-        assert staged.finished == {}
-        assert list(staged.folder.iterdir()) == []
-        _write(staged, "two")
-    assert [file.name for file in path.iterdir()] == ["two"]
+def test_a_folder_that_takes_no_files_is_named_by_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    opened = os.open
 
+    def refuse(path: object, flags: int, *mode: int) -> int:
+        if flags & os.O_CREAT:
+            raise PermissionError(errno.EACCES, "Permission denied", os.fspath(path))
+        return opened(path, flags, *mode)
 
-@pytest.mark.parametrize("journal", ["", "[]", "{}", '{"identity": "a"}'])
-def test_a_journal_that_cannot_be_read_counts_for_nothing(tmp_path: Path, journal: str):
-    path = tmp_path / "model"
-    _cut_after(path, "a", "one")
-    (stage_of(path) / "journal.json").write_text(journal)
-    with staged_folder(path, "a") as staged:
-        assert staged.finished == {}
-        assert list(staged.folder.iterdir()) == []
-
-
-def test_what_is_discarded_does_not_outlive_an_error(tmp_path: Path):
-    def run() -> None:
-        with staged_folder(tmp_path / "model", "a") as staged:
-            _write(staged, "one")
-            staged.discard()
-            raise RuntimeError
-
-    with pytest.raises(RuntimeError):
-        run()
+    monkeypatch.setattr(os, "open", refuse)  # root may write into folders of any mode
+    with pytest.raises(PermissionError) as caught:
+        replace_file(tmp_path / "a", lambda beside: pytest.fail("written"))
+    assert caught.value.filename == str(tmp_path / "a")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_cannot_be_moved_into_place_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    path = tmp_path / "model"
-    path.mkdir()
-    (path / "old").touch()
-    rename = Path.rename
+def _write_a_letter(path: Path, letter: str) -> None:
+    replace_file(path, lambda beside: beside.write_text(letter * 10_000))
 
-    def refuse_the_new(self: Path, target: Path) -> Path:
-        if self.name == "files":
-            raise OSError("moved away")
-        return rename(self, target)
 
-    def replace() -> None:
-        with staged_folder(path, "a") as staged:
-            _write(staged, "new")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "rename", refuse_the_new)
-        with pytest.raises(OSError, match="moved away"):
-            replace()
-    assert [file.name for file in path.iterdir()] == ["old"]
-    replace()
-    assert [file.name for file in path.iterdir()] == ["new"]
+def test_threads_that_write_one_file_leave_one_of_their_contents(tmp_path: Path):
+    path = tmp_path / "a"
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda number: _write_a_letter(path, "abcdefgh"[number % 8]), range(120)))
+    assert len(set(path.read_text())) == 1
     assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("moved", [False, True], ids=["before the new is in place", "after it"])
-def test_a_crash_between_the_two_moves_loses_neither_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moved: bool
-):
-    class Crash(BaseException):
-        pass
+def test_processes_that_share_a_number_leave_one_of_their_contents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As in two containers on one disk."""
+    path = tmp_path / "a"
+    monkeypatch.setattr(os, "getpid", lambda: 1)
 
-    path = tmp_path / "model"
-    path.mkdir()
-    (path / "old").touch()
-    rename = Path.rename
+    def write(beside: Path) -> None:
+        beside.write_text("outer")
+        _write_a_letter(path, "i")
+        assert beside.read_text() == "outer"
 
-    def crash(self: Path, target: Path) -> Path:
-        if self.name == "files":
-            if moved:
-                rename(self, target)
-            raise Crash
-        return rename(self, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "rename", crash)
-        with pytest.raises(Crash), staged_folder(path, "a") as staged:
-            _write(staged, "new")
-    with staged_folder(path, "a") as staged:
-        assert [file.name for file in path.iterdir()] == (["new"] if moved else ["old"])
-        assert list(staged.finished) == ([] if moved else ["new"])
-        _write(staged, "new")
-    assert [file.name for file in path.iterdir()] == ["new"]
+    replace_file(path, write)
+    assert path.read_text() == "outer"
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_two_runs_at_once_are_kept_apart(tmp_path: Path):
-    path = tmp_path / "model"
-    with staged_folder(path, "a") as staged:
-        _write(staged, "one")
-        with pytest.raises(OSError, match=r"another run is writing .*model"), staged_folder(path, "a"):
+def _try_lock(folder: Path, told: "multiprocessing.queues.SimpleQueue[str]") -> None:
+    try:
+        with locked_folder(folder, "another run"):
+            told.put("free")
+    except BusyError as error:
+        told.put(str(error))
+
+
+def test_a_folder_is_locked_for_other_processes_and_for_this_one(tmp_path: Path):
+    folder = tmp_path / "runs" / "out"
+    context = multiprocessing.get_context("fork")
+    told = context.SimpleQueue()
+
+    def ask() -> str:
+        other = context.Process(target=_try_lock, args=(folder, told))
+        other.start()
+        other.join()
+        return told.get()
+
+    with locked_folder(folder, "another run"):
+        said = f"another run is at work in {folder}: wait for it, or name another folder"
+        assert ask() == said
+        with pytest.raises(BusyError), locked_folder(folder, "another run"):
             pass
-        assert (staged.folder / "one").exists()
-    assert (path / "one").exists()
+        assert folder.is_dir(), "the one that was refused did not make it, and does not remove it"
+        assert list(folder.iterdir()) == []
+    assert list(tmp_path.iterdir()) == []
+    assert ask() == "free"
+
+
+def test_a_locked_folder_stays_where_it_was_there_or_has_files(tmp_path: Path):
+    (tmp_path / "there").mkdir()
+    with locked_folder(tmp_path / "there", "another run"):
+        pass
+    with pytest.raises(RuntimeError), locked_folder(tmp_path / "new" / "out", "another run"):
+        (tmp_path / "new" / "out" / "gains").touch()
+        raise RuntimeError
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["gains", "new", "out", "there"]
+
+
+def test_a_pipe_is_no_folder_to_lock(tmp_path: Path):
+    os.mkfifo(tmp_path / "out")
+    with pytest.raises(FileError, match="out is a pipe: name a folder"), locked_folder(tmp_path / "out", "another run"):
+        pass
