@@ -17,7 +17,7 @@ import torch
 from gain_ops.checkpoints.edits import CheckpointError, Edit, Region, Rounding
 from gain_ops.checkpoints.plan import Plan
 from gain_ops.utils.errors import FileError
-from gain_ops.utils.files import copy_file, kind_of, naming
+from gain_ops.utils.files import copy_file, found_at, naming
 from gain_ops.utils.stages import StagedFolder, staged_folder
 from gain_ops.utils.wording import some_of
 
@@ -127,7 +127,7 @@ class _Meter:
 
 def check_out(plan: Plan, out: Path, *, force: bool) -> None:
     """Raise CheckpointError for an ``out`` that is in use, or that overlaps the files to read; see absorb()."""
-    kind = kind_of(out)
+    kind = found_at(out)
     if kind not in (None, "a folder"):
         raise CheckpointError(f"{out} is {kind}: name a folder to write into")
     place = out.resolve()

@@ -11,7 +11,7 @@ from gain_ops._version import __version__
 from gain_ops.checkpoints.container import Container
 from gain_ops.checkpoints.edits import CheckpointError, Edit
 from gain_ops.checkpoints.formats.safetensors_folder import SafetensorsCheckpoint
-from gain_ops.checkpoints.states import FileState, time_of, times_near
+from gain_ops.checkpoints.states import FileState, time_of, times_of
 from gain_ops.gainfiles.file import GainFile, read_gains
 from gain_ops.utils.errors import MissingFileError
 from gain_ops.utils.wording import some_of
@@ -72,7 +72,9 @@ class Plan:
 
     def check_base(self) -> None:
         """Raise CheckpointError if a file to copy is not the one that was planned for."""
-        changed = [name for name, file in self.files.items() if not file.is_file() or FileState.of(file) != self.states[name]]
+        changed = [
+            name for name, file in self.files.items() if not file.is_file() or FileState.of(file) != self.states[name]
+        ]
         if changed:
             raise CheckpointError(f"{self.base} has changed since it was planned, in {some_of(changed)}: plan again")
 
@@ -97,12 +99,14 @@ def plan(base: Path, gain: Path, *, requantize: bool = False, check_base: bool =
     gains = read_gains(gain)
     if not gains.deltas:
         raise CheckpointError(f"{gain} holds no gains, so there is nothing to absorb")
-    before = times_near(base)
+    before = times_of(base)
     container = open_checkpoint(base)
     files = {str(file.relative_to(container.root)): file for file in container.files}
     states = {name: FileState.of(file) for name, file in files.items()}
-    if unsteady := [name for name, file in files.items() if before.get(file) != time_of(file)]:
-        raise CheckpointError(f"{base} changed while it was read, in {some_of(unsteady)}: try again once it is complete")
+    if unsteady := [name for name, file in files.items() if file in before and before[file] != time_of(file)]:
+        raise CheckpointError(
+            f"{base} changed while it was read, in {some_of(unsteady)}: try again once it is complete"
+        )
     edits = container.edits(gains, requantize=requantize, check_base=check_base)
     _refuse_overlap(edits)
     names = {file: name for name, file in files.items()}

@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,11 +26,10 @@ class FileState:
         return cls(found.st_size, found.st_mtime_ns, found.st_ctime_ns, head)
 
 
-def times_near(path: Path) -> dict[Path, tuple[int, int]]:
-    """Size and time of the last change of every file in a folder, or beside a file: cheap, and before anything is read."""
+def times_of(path: Path) -> dict[Path, tuple[int, int]]:
+    """time_of() every file in a folder, or one file: cheap, and before anything is read."""
     path = path.absolute()
-    near: Iterable[Path] = path.rglob("*") if path.is_dir() else path.parent.iterdir() if path.exists() else ()
-    return {file: time_of(file) for file in near if file.is_file()}
+    return {file: time_of(file) for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file()}
 
 
 def time_of(file: Path) -> tuple[int, int]:

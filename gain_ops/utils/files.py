@@ -12,7 +12,7 @@ from pathlib import Path
 
 from gain_ops.utils.errors import BusyError, FileError, IsAFolderError
 
-__all__ = ["copy_file", "kind_of", "lock", "locked_folder", "naming", "regular_file", "replace_file", "sync_folder"]
+__all__ = ["copy_file", "found_at", "lock", "locked_folder", "naming", "regular_file", "replace_file", "sync_folder"]
 
 PART = ".part-"
 """How the names begin of what is not in its place yet."""
@@ -70,7 +70,7 @@ def regular_file(path: Path) -> os.stat_result | None:
         OSError: a file that is write-protected, a link that leads to itself, or a path that cannot be looked up.
 
     """
-    kind = kind_of(path)
+    kind = found_at(path)
     if kind is None:
         return None
     if kind == "a folder":
@@ -82,7 +82,7 @@ def regular_file(path: Path) -> os.stat_result | None:
     return path.stat()
 
 
-def kind_of(path: Path) -> str | None:
+def found_at(path: Path) -> str | None:
     """What is at ``path``, links followed: a file, a folder, a device, a pipe or a socket; None for nothing.
 
     Raises:
@@ -145,7 +145,7 @@ def locked_folder(folder: Path, who: str) -> Iterator[None]:
         OSError: the folder cannot be made.
 
     """
-    kind = kind_of(folder)
+    kind = found_at(folder)
     if kind not in (None, "a folder"):
         raise FileError(f"{folder} is {kind}: name a folder to write into")
     place = folder.resolve()

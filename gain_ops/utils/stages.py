@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from gain_ops.utils.errors import FileError
-from gain_ops.utils.files import PART, kind_of, lock, naming, replace_file, sync_folder
+from gain_ops.utils.files import PART, found_at, lock, naming, replace_file, sync_folder
 
 __all__ = ["StagedFolder", "stage_of", "staged_folder"]
 
@@ -140,7 +140,7 @@ def staged_folder(path: Path, identity: str) -> Iterator[StagedFolder]:
 
 
 def _refuse_others(path: Path) -> None:
-    kind = kind_of(path)
+    kind = found_at(path)
     if kind not in (None, "a folder"):
         raise FileError(f"{path} is {kind}: name a folder to write into")
 
@@ -167,7 +167,9 @@ def _user(made: os.stat_result) -> int:
 
 def _as_made(stage: Path) -> bool:
     """Whether none of the places in a working folder is a link, or of another kind."""
-    return all(not os.path.lexists(stage / name) or is_it((stage / name).lstat().st_mode) for name, is_it in _IS.items())
+    return all(
+        not os.path.lexists(stage / name) or is_it((stage / name).lstat().st_mode) for name, is_it in _IS.items()
+    )
 
 
 def _marker(path: Path) -> dict[str, str]:

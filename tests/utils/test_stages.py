@@ -266,7 +266,11 @@ def _whose_journal_is_a_link(place: Path, home: Path) -> None:
 
 def _tree(folder: Path) -> dict[str, str]:
     return {
-        str(path.relative_to(folder)): os.readlink(path) if path.is_symlink() else path.read_text() if path.is_file() else ""
+        str(path.relative_to(folder)): os.readlink(path)
+        if path.is_symlink()
+        else path.read_text()
+        if path.is_file()
+        else ""
         for path in folder.rglob("*")
     }
 
@@ -377,9 +381,7 @@ def test_what_somebody_keeps_in_our_working_folder_stays(tmp_path: Path):
 
 @pytest.mark.parametrize("at", ["first", "last"])
 @pytest.mark.parametrize(("make", "kind"), [(_file, "a file"), (_pipe, "a pipe")])
-def test_what_is_no_folder_is_not_replaced(
-    tmp_path: Path, make: Callable[[Path, Path], None], kind: str, at: str
-):
+def test_what_is_no_folder_is_not_replaced(tmp_path: Path, make: Callable[[Path, Path], None], kind: str, at: str):
     path = tmp_path / "model"
     if at == "first":
         make(path, tmp_path)

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from gain_ops.checkpoints.container import refuse
 from gain_ops.checkpoints.edits import CheckpointError, Edit, InexactError, Layer, Region, Rounding, Stored
+from gain_ops.checkpoints.formats.extents import refuse_shared_bytes
 from gain_ops.checkpoints.formats.gguf_blocks import (
     BLOCKS,
     block_size,
@@ -361,6 +362,7 @@ def read_gguf(file: Path) -> "tuple[Mapping[str, ReaderField], dict[str, _Tensor
         row_bytes = shape[-1] // values * size
         rows = tensor.n_bytes // row_bytes if row_bytes else 0
         tensors[tensor.name] = _Tensor(tensor.name, kind, shape, Region(file, tensor.data_offset, rows, row_bytes))
+    refuse_shared_bytes(file, {name: tensor.region for name, tensor in tensors.items()})
     return reader.fields, tensors
 
 
