@@ -11,6 +11,7 @@ import torch
 
 from benchmarks.harness import results
 from benchmarks.harness.results import Row
+from gain_ops.utils.files import regular_file
 
 RESULTS = Path(__file__).resolve().parent / "results"
 ROOT = Path(__file__).resolve().parent.parent
@@ -63,7 +64,8 @@ def main() -> None:
 
 
 def _run(out: Path, minutes: float) -> None:
-    out.unlink(missing_ok=True)
+    if regular_file(out) is not None:
+        out.unlink()
     started = time.monotonic()
     for row in _rows(60 * minutes):
         results.append(out, [row])

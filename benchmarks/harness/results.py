@@ -14,6 +14,7 @@ import torch
 
 from benchmarks.contestants.sites import Site
 from gain_ops.measure.environment import describe_device
+from gain_ops.utils.files import regular_file
 
 VERSION = 1  # of the columns; read() refuses another
 FUSED = ("triton", "cuda")  # our backends on a GPU
@@ -114,7 +115,7 @@ def _commit() -> str:
 def append(path: Path, rows: Iterable[Row]) -> None:
     """Add rows to a file, made with its header where there is none; flushed, so that a cut leaves what was measured."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = not path.exists()
+    fresh = regular_file(path) is None
     with path.open("a", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         if fresh:

@@ -18,12 +18,14 @@ import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks.report.report import update_page
 from gain_ops.commands.app import app
 from gain_ops.training.domains import from_path
+from gain_ops.utils.files import replace_file
 from gain_study.engine.records import RESULTS, Study, read
 from gain_study.engine.toy import save_toy_model
 from gain_study.report import matched, metrics
@@ -266,12 +268,11 @@ def _few(found: Spread) -> str:
 def _publish() -> None:
     studies = {path.parent.name: read(path) for path in PUBLISHED.glob(f"*/{RESULTS}")}
     update_page(PAGE, tables(studies))
-    draw(studies).savefig(PLOT, dpi=130)
+    replace_file(PLOT, lambda beside: draw(studies).savefig(beside, dpi=130))
     for name, path in REPORTS.items():
-        path.parent.mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory() as folder:
             report, *_ = write_report(studies[name], Path(folder))
-            shutil.copyfile(report, path)
+            replace_file(path, partial(shutil.copyfile, report))
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ from matplotlib.patches import Patch
 
 from benchmarks.harness.results import Row
 from benchmarks.report.report import FLOORS, RATIO, Who, latest, number, place, split, spread
+from gain_ops.utils.files import replace_file
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -238,8 +239,7 @@ def _draw_line(ax: "Axes", rows: Iterable[Row], style: Mapping[str, Any]) -> Non
 
 def _save(figure: Figure, key: Sequence["Artist"], folder: Path, name: Sequence[str]) -> Path:
     figure.legend(handles=key, loc="outside lower center", ncols=4 if len(key) <= 4 else 3, frameon=False, fontsize=9)
-    folder.mkdir(parents=True, exist_ok=True)
     stem = re.sub(r"[^\w.+]+", "-", "-".join(name)).strip("-").lower()
     path = folder / f"{stem}.png"
-    figure.savefig(path, dpi=180)
+    replace_file(path, lambda beside: figure.savefig(beside, dpi=180))
     return path

@@ -16,6 +16,7 @@ from benchmarks.suites.blocks import LINEARS, WALL, WHOLE
 from benchmarks.suites.memory import ANY_DEVICE
 from benchmarks.suites.ops import OVER_PRODUCT
 from gain_ops.planning.methods import FROZEN as FROZEN_MODEL
+from gain_ops.utils.files import replace_file
 from gain_ops.utils.wording import size_text
 
 FLOORS = (FROZEN, FROZEN_MODEL, FROZEN_LIGER)  # the others are compared with them, so they are never called the best
@@ -261,7 +262,7 @@ def update_page(page: Path, tables: Mapping[str, str]) -> None:
     text = page.read_text(encoding="utf-8")
     for name, table in tables.items():
         text = _replaced(text, name, table, page)
-    page.write_text(text, encoding="utf-8")
+    replace_file(page, lambda beside: beside.write_text(text, encoding="utf-8"))
 
 
 def _replaced(text: str, name: str, table: str, page: Path) -> str:

@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from gain_ops.commands.console import STDOUT, clear_errors, print_table
-from gain_ops.utils.errors import file_errors
+from gain_ops.utils.errors import BusyError, FileError, file_errors
 from gain_ops.utils.stages import stage_of
 from gain_ops.utils.wording import first_of, size_text
 
@@ -50,7 +50,7 @@ def absorb(
     The base's files are copied, quantised ones as well, and only the rows with a gain are rewritten in the copy. After
     Ctrl-C or a crash the same command continues.
     """
-    with clear_errors(lambda: _kept(out)):
+    with clear_errors(lambda: escape(_kept(out))):
         from gain_ops.checkpoints.absorb import check_out
         from gain_ops.checkpoints.plan import plan
         from gain_ops.training.loading import bundled_model
@@ -88,15 +88,19 @@ def _absorb(work: Plan, out: Path, *, verify: bool, force: bool) -> Absorbed:
     try:
         with file_errors():
             return run_absorption(work, out, verified=verify, force=force, progress=show)
+    except BusyError:  # the working folder is that of the other run
+        raise
+    except FileError as error:
+        raise FileError(f"{error}. {_kept(out)}") from error
     finally:
         bar.stop()
 
 
 def _kept(out: Path) -> str:
     stage = stage_of(out)
-    if not stage.exists():
+    if stage is None:
         return "Nothing was written."
-    return f"The finished files are in {escape(str(stage))}: the same command continues from there."
+    return f"The finished files are in {stage}: the same command continues from there."
 
 
 def _print_changes(work: Plan) -> None:

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from gain_ops.commands.console import STDOUT, clear_errors, print_pairs, print_table
-from gain_ops.commands.interrupts import StopRequest
+from gain_ops.commands.interrupts import Interrupted, StopRequest
 from gain_ops.training.settings import Settings
 from gain_ops.utils.wording import size_text
 
@@ -51,7 +51,7 @@ def adapt(
 ) -> None:
     """Adapt a language model to a domain, and measure what it gained, cost and kept.
 
-    Ctrl-C ends the training after the current step and keeps the gains trained so far.
+    Ctrl-C or SIGTERM ends the training after the current step and keeps the gains trained so far.
     """
     watcher = _ConsoleWatcher()
     with clear_errors(lambda: watcher.kept):
@@ -74,13 +74,12 @@ def adapt(
         from gain_ops.training.adaptation import adapt as run_adaptation
 
         report = run_adaptation(settings, watcher)
-        if not report.finished:
-            raise KeyboardInterrupt
+        watcher.raise_stop()
     _print_report(report, out)
 
 
 class _ConsoleWatcher:
-    """Shows an adaptation on the terminal, and turns Ctrl-C into a stop after the current step."""
+    """Shows an adaptation on the terminal, and turns a signal into a stop after the current step."""
 
     def __init__(self) -> None:
         self.kept = "Nothing was written."
@@ -117,11 +116,16 @@ class _ConsoleWatcher:
     def should_stop(self) -> bool:
         return self._stop.requested
 
+    def raise_stop(self) -> None:
+        """Raise Interrupted if a signal ended the training."""
+        if self._stop.number is not None:
+            raise Interrupted(self._stop.number)
+
     def saved(self, path: Path, steps: int) -> None:
         self.kept = f"The gains of {steps} training steps are in {escape(str(path))}."
 
     def _on_request(self) -> None:
-        self._progress.update(self._task, description="finishing this step, then saving (Ctrl-C again: abort)")
+        self._progress.update(self._task, description="finishing this step, then saving (again: abort)")
 
 
 def _print_report(report: Report, out: Path) -> None:

@@ -4,6 +4,8 @@ import importlib.util
 import os
 import sys
 
+from gain_ops.commands.outputs import lasting_outputs
+
 __all__ = ["main"]
 
 _NEEDED = ("typer", "rich", "transformers")
@@ -13,7 +15,8 @@ def main() -> None:
     """Run the command line; the entry point ``gain-ops``.
 
     The commands are in :mod:`gain_ops.commands.app`. Exit codes: 0 done, 1 an extra is missing or a bug, 2
-    something in the call does not fit, 130 stopped by Ctrl-C.
+    something in the call does not fit or a file cannot be written, 128 and a signal's number: stopped by it (130 Ctrl-C,
+    143 SIGTERM), or 141 the output's reader has gone.
     """
     missing = [name for name in _NEEDED if not _installed(name)]
     if missing:
@@ -24,7 +27,8 @@ def main() -> None:
         from gain_ops.commands.app import app
     except KeyboardInterrupt:  # before there is a command to handle it
         sys.exit(130)
-    app()
+    with lasting_outputs():
+        app()
 
 
 def _installed(name: str) -> bool:

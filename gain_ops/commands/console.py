@@ -1,9 +1,10 @@
-"""What the commands of ``gain-ops`` share: their output, tables, and how errors and Ctrl-C end them."""
+"""What the commands of ``gain-ops`` share: their output, tables, and how errors and signals end them."""
 
 from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import textwrap
 import traceback
@@ -19,6 +20,7 @@ from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Table
 
+from gain_ops.commands.interrupts import Interrupted, raised_signals
 from gain_ops.utils.errors import GainOpsError
 
 __all__ = ["STDERR", "STDOUT", "clear_errors", "print_pairs", "print_table", "quiet_libraries", "show_tracebacks"]
@@ -52,13 +54,16 @@ def show_tracebacks(asked: bool) -> None:
 def clear_errors(kept: Callable[[], str] = lambda: "Nothing was written.") -> Iterator[None]:
     """A GainOpsError becomes one red line and exit code 2; any other error is a bug and shows its traceback.
 
-    Ctrl-C becomes a line with the text of ``kept``, and exit code 130.
+    Ctrl-C, SIGTERM and SIGHUP become a line with the text of ``kept``, and exit code 128 and the signal's number.
     """
     try:
-        yield
-    except KeyboardInterrupt:
-        STDOUT.print(f"[yellow]Stopped by Ctrl-C.[/] {kept()}", soft_wrap=True)
-        raise typer.Exit(130) from None
+        with raised_signals():
+            yield
+    except KeyboardInterrupt as stop:
+        number = stop.number if isinstance(stop, Interrupted) else signal.SIGINT
+        name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+        STDOUT.print(f"[yellow]Stopped by {name}.[/] {kept()}", soft_wrap=True)
+        raise typer.Exit(128 + number) from None
     except GainOpsError as error:
         if _tracebacks:
             STDERR.print(escape(traceback.format_exc()), soft_wrap=True, highlight=False)

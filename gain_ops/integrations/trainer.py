@@ -31,6 +31,7 @@ from gain_ops.models.record import gained_modules
 from gain_ops.models.statistics import DEAD_BELOW, GainStatistics, gain_statistics
 from gain_ops.utils.dtensors import is_sharded
 from gain_ops.utils.errors import MissingPackageError, UsageError
+from gain_ops.utils.files import replace_file
 from gain_ops.utils.wording import first_of
 
 __all__ = ["GAIN_FILE", "GAIN_PLOT", "GainCallback", "GainTrainerMixin", "gain_metrics"]
@@ -179,8 +180,7 @@ class GainTrainerMixin(_Trainer):
             return
         folder = Path(output_dir) if output_dir is not None else _output_dir(self.args)
         if self.args.should_save:
-            folder.mkdir(parents=True, exist_ok=True)
-            torch.save(self.args, folder / TRAINING_ARGS_NAME)
+            replace_file(folder / TRAINING_ARGS_NAME, lambda beside: torch.save(self.args, beside))
         _save_gains(self._gained(), folder / GAIN_FILE, writes=self.args.should_save)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:

@@ -6,10 +6,11 @@ import hashlib
 import importlib.util
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from tempfile import TemporaryFile, mkdtemp
 from typing import Protocol
 
 import torch
@@ -39,8 +40,8 @@ from gain_ops.training.report import (
     written_here,
 )
 from gain_ops.training.settings import Settings
-from gain_ops.utils.errors import MissingPackageError, UsageError, file_errors
-from gain_ops.utils.files import replace_file
+from gain_ops.utils.errors import FileError, MissingPackageError, UsageError, file_errors
+from gain_ops.utils.files import PART, locked_folder, naming, regular_file, replace_file
 
 __all__ = ["FILES", "Settings", "Watcher", "adapt"]
 
@@ -87,12 +88,20 @@ def adapt(settings: Settings, watcher: Watcher) -> Report:
     Raises:
         UsageError: settings or data that do not fit; a folder that holds a gain file, without ``force``; or a folder with
             files of these names from something else.
-        FileError: files that cannot be read or written.
+        BusyError: another adaptation is at work in the folder.
+        FileError: files that cannot be read or written; the trained gains are kept, and the error says where.
         MissingPackageError: a package that the plot or the model needs is missing.
         DivergedError: the loss stopped being finite.
     """
+    with ExitStack() as held:
+        with file_errors():
+            held.enter_context(locked_folder(settings.out, "another adaptation"))
+            _check_folder(settings.out, force=settings.force)
+        return _adapt(settings, watcher)
+
+
+def _adapt(settings: Settings, watcher: Watcher) -> Report:
     clock = _Clock()
-    _check_folder(settings.out, force=settings.force)
     if importlib.util.find_spec("matplotlib") is None:
         raise MissingPackageError('the plot needs matplotlib: pip install "gain-ops[cli]"')
     device, dtype = resolve_device(settings.device), resolve_dtype(settings.dtype)
@@ -121,14 +130,13 @@ def adapt(settings: Settings, watcher: Watcher) -> Report:
     applied = _apply(model, settings)
     watcher.phase(f"training gains on {len(applied.names)} layers")
     torch.manual_seed(settings.seed)  # dropout draws from the global generator
+    gains = settings.out / GAINS
     with watcher.training(settings.steps):
         history = train(model, batches, lr=settings.lr, on_step=watcher.step, should_stop=watcher.should_stop)
-    clock.lap("training")
-
-    gains = settings.out / GAINS
-    with file_errors():
-        settings.out.mkdir(parents=True, exist_ok=True)
-        save_gains(model, gains)
+        clock.lap("training")
+        _save(model, gains)  # a signal waits for it
+        watcher.saved(gains, len(history.steps))
+    stopped = history.stopped or watcher.should_stop()
     report = Report(
         date=datetime.now(UTC).strftime("%Y-%m-%d"),
         model=loaded.name,
@@ -136,7 +144,7 @@ def adapt(settings: Settings, watcher: Watcher) -> Report:
         arguments={name: str(value) if isinstance(value, Path) else value for name, value in asdict(settings).items()},
         environment=environment.versions(),
         domains=figures,
-        training=TrainingFigures(history.stopped, settings.batch_tokens, clock.laps["training"], history.losses),
+        training=TrainingFigures(stopped, settings.batch_tokens, clock.laps["training"], history.losses),
         gains=GainFigures(
             layers=list(applied.names),
             parameters=applied.trained,
@@ -146,8 +154,7 @@ def adapt(settings: Settings, watcher: Watcher) -> Report:
         seconds=clock.laps,
     )
     _write(report, settings.out)
-    watcher.saved(gains, len(history.steps))
-    if not history.stopped:
+    if not stopped:
         watcher.phase("measuring perplexity after")
         for domain, text in zip(figures, texts, strict=True):
             domain.after = perplexity(model, text.validation)
@@ -184,9 +191,10 @@ class _Clock:
 
 
 def _check_folder(out: Path, *, force: bool) -> None:
-    """Refuse a folder in which writing would replace files that an adaptation did not write, or gains without ``force``."""
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"{out} is a file: name a folder to write into (--out)")
+    """Refuse a folder in which writing would replace files that an adaptation did not write, or gains without ``force``.
+
+    Refuse as well what could not be written to, now and not after the training.
+    """
     present = [name for name in FILES if (out / name).exists()]
     if present and not written_here(out / FIGURES):
         raise UsageError(
@@ -196,6 +204,10 @@ def _check_folder(out: Path, *, force: bool) -> None:
         raise UsageError(
             f"{out} holds the {GAINS} of an earlier run: name another folder (--out), or replace it with --force"
         )
+    for name in FILES:
+        regular_file(out / name)
+    with naming(out), TemporaryFile(dir=out, prefix=PART):
+        pass
 
 
 def _apply(model: nn.Module, settings: Settings) -> Applied:
@@ -258,8 +270,29 @@ def _measure_the_rest(report: Report, model: nn.Module, ids: Tensor, batch: Tens
     report.backward = BackwardBytes(batch.numel(), gain_bytes, lora_bytes)
 
 
-@file_errors()
+def _save(model: nn.Module, path: Path) -> None:
+    """Write the gain file; where that fails, into a folder for temporary files, so that the training is not lost."""
+    try:
+        with file_errors():
+            save_gains(model, path)
+    except FileError as error:
+        try:
+            elsewhere = Path(mkdtemp(prefix="gain-ops-")) / path.name
+            save_gains(model, elsewhere)
+        except OSError:
+            raise error from None
+        raise FileError(f"{error}; the trained gains are in {elsewhere}") from error
+
+
 def _write(report: Report, out: Path) -> None:
+    try:
+        with file_errors():
+            _write_all(report, out)
+    except FileError as error:
+        raise FileError(f"{error}; the trained gains are in {out / GAINS}") from error
+
+
+def _write_all(report: Report, out: Path) -> None:
     """Write the figures, and for a finished run its table and plot; otherwise remove those of an earlier run."""
     replace_file(out / FIGURES, lambda path: write_json(report, path))
     if report.finished:

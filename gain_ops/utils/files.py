@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import secrets
 import stat
 from collections.abc import Callable, Iterator
@@ -12,10 +13,23 @@ from pathlib import Path
 
 from gain_ops.utils.errors import BusyError, FileError, IsAFolderError
 
-__all__ = ["copy_file", "found_at", "lock", "locked_folder", "naming", "regular_file", "replace_file", "sync_folder"]
+__all__ = [
+    "PART",
+    "copy_file",
+    "found_at",
+    "is_unfinished",
+    "lock",
+    "locked_folder",
+    "naming",
+    "regular_file",
+    "replace_file",
+    "sync_folder",
+]
 
 PART = ".part-"
 """How the names begin of what is not in its place yet."""
+
+_UNFINISHED = re.compile(rf"{re.escape(PART)}[0-9a-f]{{16}}(\.[^.]*)?")
 
 _AT_ONCE = 64 << 20  # bytes that the system copies in one call, between two reports of progress
 _BUFFER = 4 << 20
@@ -59,6 +73,11 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
         finally:
             beside.unlink(missing_ok=True)
         sync_folder(place.parent)
+
+
+def is_unfinished(path: Path) -> bool:
+    """Whether this is a file of replace_file() that a killed process left."""
+    return _UNFINISHED.fullmatch(path.name) is not None and stat.S_ISREG(path.lstat().st_mode)
 
 
 def regular_file(path: Path) -> os.stat_result | None:

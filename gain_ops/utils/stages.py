@@ -39,7 +39,6 @@ class StagedFolder:
 
     Attributes:
         folder: where to write.
-        finished: the finished files there, by name, each with the note that finish() got.
 
     """
 
@@ -53,6 +52,7 @@ class StagedFolder:
 
     @property
     def finished(self) -> dict[str, Any]:
+        """The finished files in the folder, by name, each with the note that finish() got."""
         return {name: entry["note"] for name, entry in self._entries.items()}
 
     def finish(self, name: str, note: Any) -> None:
@@ -95,8 +95,11 @@ class StagedFolder:
 
 def stage_of(path: Path) -> Path | None:
     """The working folder that an interrupted run of staged_folder() for ``path`` left, or None."""
-    path = path.resolve()
-    return next((stage for stage in _names(path) if _is_ours(stage, path)), None)
+    with suppress(OSError):  # of a link that leads to itself
+        found_at(path)
+        place = path.resolve()
+        return next((stage for stage in _names(place) if _is_ours(stage, place)), None)
+    return None
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from gain_ops.commands.console import STDOUT, clear_errors
-from gain_ops.commands.interrupts import StopRequest
+from gain_ops.commands.interrupts import Interrupted, StopRequest
 from gain_ops.utils.errors import MissingPackageError, UsageError
 from gain_study.engine import records
 from gain_study.engine.methods import METHODS
@@ -82,8 +82,8 @@ def study(
 ) -> None:
     """Adapt a model to domains in turn with several methods, and measure what each learns and forgets.
 
-    Ctrl-C stops after the current step, with a report of what is done. The same command goes on after the last finished
-    stage, and reaches the same numbers as an uninterrupted study.
+    Ctrl-C or SIGTERM stops after the current step, with a report of what is done. The same command goes on after the last
+    finished stage, and reaches the same numbers as an uninterrupted study.
     """
     with clear_errors(lambda: _progress_text(out)):
         settings = Settings(
@@ -126,11 +126,11 @@ def study(
         for path in [out / records.RESULTS, *write_report(records.read(out / records.RESULTS), out)]:
             STDOUT.print(f"  {escape(str(path))}", soft_wrap=True)
         if stopped:
-            raise KeyboardInterrupt
+            watcher.raise_stop()
 
 
 class _ConsoleWatcher:
-    """Shows a study on the terminal, and stops it after the current step on Ctrl-C."""
+    """Shows a study on the terminal, and stops it after the current step on a signal."""
 
     def __init__(self) -> None:
         self._stop = StopRequest(self._on_request)
@@ -179,11 +179,16 @@ class _ConsoleWatcher:
     def result(self, text: str) -> None:
         STDOUT.print(escape(text), soft_wrap=True)
 
+    def raise_stop(self) -> None:
+        """Raise Interrupted if a signal asked for the end."""
+        if self._stop.number is not None:
+            raise Interrupted(self._stop.number)
+
     def should_stop(self) -> bool:
         return self._stop.requested
 
     def _on_request(self) -> None:
-        self._progress.update(self._task, description="finishing this step, then stopping (Ctrl-C again: at once)")
+        self._progress.update(self._task, description="finishing this step, then stopping (again: at once)")
 
 
 def _time_text(seconds: float) -> str:

@@ -133,7 +133,7 @@ def test_a_study_killed_again_and_again_has_the_numbers_of_one_that_was_not(smal
         _kill(settings, kill)
         assert len(records.read(settings.out / RESULTS).stages) == stages, f"kill {number}"
     assert _numbers(study(settings, Watcher())) == _numbers(whole)
-    assert sorted(path.name for path in settings.out.iterdir()) == [".lock", RESULTS, "states"]
+    assert sorted(path.name for path in settings.out.iterdir()) == [RESULTS, "states"]
     assert list((settings.out / "states").iterdir()) == []
 
 

@@ -385,10 +385,14 @@ def test_what_is_no_folder_is_not_replaced(tmp_path: Path, make: Callable[[Path,
     path = tmp_path / "model"
     if at == "first":
         make(path, tmp_path)
-    with pytest.raises(FileError, match=f"model is {kind}: name a folder"), staged_folder(path, "a") as staged:
-        assert at == "last"
-        (staged.folder / "one").touch()
-        make(path, tmp_path)
+
+    def run() -> None:
+        with staged_folder(path, "a"):
+            assert at == "last"
+            make(path, tmp_path)
+
+    with pytest.raises(FileError, match=f"model is {kind}: name a folder"):
+        run()
     assert not path.is_dir()
     assert list(tmp_path.iterdir()) == [path]
 

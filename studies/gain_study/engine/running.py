@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
-from collections.abc import Iterator, Mapping, Set
-from contextlib import contextmanager
+from collections.abc import Mapping, Set
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,8 +28,8 @@ from gain_ops.training.loading import (
     resolve_dtype,
 )
 from gain_ops.training.loop import History, Step, train
-from gain_ops.utils.errors import BusyError, DivergedError, UsageError, file_errors
-from gain_ops.utils.files import replace_file
+from gain_ops.utils.errors import DivergedError, UsageError, file_errors
+from gain_ops.utils.files import PART, is_unfinished, locked_folder, regular_file, replace_file
 from gain_study.engine import chosen_rates, downstream, ewc, records, replay
 from gain_study.engine.methods import METHODS, Adapter, check_packages
 from gain_study.engine.peak import Peak
@@ -106,15 +105,14 @@ def study(settings: Settings, watcher: Watcher) -> Study:
     """
     check_packages(tuple(settings.methods))
     device, dtype = resolve_device(settings.device), resolve_dtype(settings.dtype)
-    if settings.out.exists() and not settings.out.is_dir():
-        raise UsageError(f"{settings.out} is a file: name a folder (--out)")
     watcher.phase("reading the text")
     domains = find_domains([*settings.domains, *settings.held_out])
     learned, held_out = domains[: len(settings.domains)], domains[len(settings.domains) :]
     orders = draw_orders([domain.name for domain in learned], settings.orders)
-    with file_errors():
-        settings.out.mkdir(parents=True, exist_ok=True)
-    with _locked(settings.out):
+    with ExitStack() as held:
+        with file_errors():
+            held.enter_context(locked_folder(settings.out, "another study"))
+            regular_file(settings.out / RESULTS)
         _tidy(settings.out)
         source = _model_source(settings, learned, watcher)
         watcher.phase(f"loading {source.name}")
@@ -567,20 +565,6 @@ def _model_of(header: Header) -> dict[str, object]:
 @file_errors()
 def _tidy(folder: Path) -> None:
     """Remove the unfinished files of a killed process."""
-    for path in [*folder.glob(".part-*"), *(folder / _STATES).glob(".part-*")]:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Keep other processes out of the folder; the system frees the lock of a killed process."""
-    with (folder / ".lock").open("a") as lock:
-        try:
-            import fcntl
-
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BusyError(f"another study is at work in {folder}: wait for it, or name another folder") from None
-        except (ImportError, OSError):  # Windows, and file systems without locks: nothing keeps two runs apart
-            pass
-        yield
+    for path in [*folder.glob(f"{PART}*"), *(folder / _STATES).glob(f"{PART}*")]:
+        if is_unfinished(path):
+            path.unlink()

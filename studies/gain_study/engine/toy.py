@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ import torch
 
 from gain_ops.training.domains import Domain, cut_windows, token_stream
 from gain_ops.training.loop import draw_batches, train
+from gain_ops.utils.stages import staged_folder
 
 __all__ = ["save_toy_model"]
 
@@ -57,13 +56,9 @@ def save_toy_model(folder: Path, mixture: Sequence[Domain], *, steps: int = 300,
         )
         model = LlamaForCausalLM(config)
         train(model, batches, lr=5e-3)
-    beside = folder.with_name(f".part-{os.getpid()}-{folder.name}")
-    try:
-        model.save_pretrained(beside)
-        tokenizer.save_pretrained(beside)
-        beside.rename(folder)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+    with staged_folder(folder, "toy") as staged:
+        model.save_pretrained(staged.folder)
+        tokenizer.save_pretrained(staged.folder)
 
 
 def _tokenizer() -> Any:
