@@ -17,7 +17,7 @@ from rich.markup import escape
 from gain_ops.commands.console import STDOUT, clear_errors, print_table
 from gain_ops.planning.configs import BUNDLED, read_config
 from gain_ops.utils.errors import UsageError, file_errors
-from gain_ops.utils.files import replace_file
+from gain_ops.utils.files import regular_file, replace_file
 from gain_ops.utils.wording import size_text
 
 if TYPE_CHECKING:
@@ -60,6 +60,9 @@ def plan(
             raise UsageError(f"--memory is {memory:g}: give GiB above 0")
         if not 0 <= reserve < memory:
             raise UsageError(f"--reserve is {reserve:g}: give GiB from 0 to below --memory, {memory:g}")
+        if out is not None:
+            with file_errors():
+                regular_file(out)
         _import_torch()
         from gain_ops.planning.strategies import GIB, Job, recommend, rows
         from gain_ops.training.loading import resolve_dtype

@@ -19,7 +19,6 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,7 +31,6 @@ from gain_ops.models.files import fingerprint, named_linears, refuse_misfit
 from gain_ops.models.record import canonical_name
 from gain_ops.reference import SIDES
 from gain_ops.utils.errors import MissingFileError, UsageError
-from gain_ops.utils.files import replace_file
 from gain_ops.utils.stages import staged_folder
 from gain_ops.utils.wording import some_of
 
@@ -97,7 +95,7 @@ def to_peft(
     }
     with staged_folder(folder, "ia3") as staged:
         for name, content in contents.items():
-            replace_file(staged.folder / name, partial(Path.write_bytes, data=content))
+            (staged.folder / name).write_bytes(content)
 
 
 def from_peft(folder: str | os.PathLike[str], gains: str | os.PathLike[str], model: nn.Module) -> None:

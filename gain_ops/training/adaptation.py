@@ -195,7 +195,7 @@ def _check_folder(out: Path, *, force: bool) -> None:
 
     Refuse as well what could not be written to, now and not after the training.
     """
-    present = [name for name in FILES if (out / name).exists()]
+    present = [name for name in FILES if regular_file(out / name) is not None]
     if present and not written_here(out / FIGURES):
         raise UsageError(
             f"{out} holds {', '.join(present)}, not written by gain-ops adapt: name another folder (--out)"
@@ -204,8 +204,6 @@ def _check_folder(out: Path, *, force: bool) -> None:
         raise UsageError(
             f"{out} holds the {GAINS} of an earlier run: name another folder (--out), or replace it with --force"
         )
-    for name in FILES:
-        regular_file(out / name)
     with naming(out), TemporaryFile(dir=out, prefix=PART):
         pass
 
