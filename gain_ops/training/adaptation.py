@@ -134,7 +134,7 @@ def _adapt(settings: Settings, watcher: Watcher) -> Report:
     with watcher.training(settings.steps):
         history = train(model, batches, lr=settings.lr, on_step=watcher.step, should_stop=watcher.should_stop)
         clock.lap("training")
-        _save(model, gains)  # a signal waits for it
+        _save(model, gains, force=settings.force)  # a signal waits for it
         watcher.saved(gains, len(history.steps))
     stopped = history.stopped or watcher.should_stop()
     report = Report(
@@ -268,10 +268,12 @@ def _measure_the_rest(report: Report, model: nn.Module, ids: Tensor, batch: Tens
     report.backward = BackwardBytes(batch.numel(), gain_bytes, lora_bytes)
 
 
-def _save(model: nn.Module, path: Path) -> None:
+def _save(model: nn.Module, path: Path, *, force: bool) -> None:
     """Write the gain file; where that fails, into a folder for temporary files, so that the training is not lost."""
     try:
         with file_errors():
+            if path.exists() and not force:  # some file systems have no locks
+                raise FileError(f"{path} was written by another run meanwhile")
             save_gains(model, path)
     except FileError as error:
         try:

@@ -106,6 +106,18 @@ def test_what_is_no_file_stays_what_it_is(
     assert {path.name for path in place.iterdir()} == {"base", "g.safetensors", name}
 
 
+@pytest.mark.parametrize("linked", [False, True])
+@pytest.mark.parametrize(("call", "name"), [(_merge, "out.safetensors"), (_plot, "out.png"), (_plan, "out.json")])
+def test_a_folder_is_no_place_for_a_file(place: Path, call: Callable[[Path], Result], name: str, linked: bool):
+    folder = Path("home" if linked else name)
+    folder.mkdir()
+    (folder / "thesis").write_text("mine")
+    if linked:
+        Path(name).symlink_to(folder)
+    assert f"{name} is a folder: name a file in it" in _refusal(call(Path(name)))
+    assert contents(Path(name)) == {"thesis": b"mine"}
+
+
 @SPECIAL
 def test_gains_of_a_model_are_not_saved_over_it(place: Path, make: Callable[[Path], None], kind: str):
     model = torch.nn.Sequential(torch.nn.Linear(2, 2))
@@ -157,6 +169,20 @@ def test_two_adaptations_in_one_folder_are_kept_apart(
     assert first.exit_code == 0, first.output
     assert f"another adaptation is at work in {tmp_path / 'out'}: wait for it" in _refusal(second[0])
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(FILES)
+
+
+def test_without_locks_another_runs_gains_are_still_not_replaced(
+    tiny_model: Path, code_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    gains, spare = tmp_path / "out" / "gains.safetensors", tmp_path / "spare"
+    spare.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(spare))
+    monkeypatch.setattr(adapt._ConsoleWatcher, "step", lambda self, done: gains.write_text("theirs"))
+    line = _refusal(_train(tiny_model, code_folder, tmp_path / "out"))
+    (kept,) = spare.rglob("*.safetensors")
+    assert line == f"{gains} was written by another run meanwhile; the trained gains are in {kept}"
+    assert gains.read_text() == "theirs"
+    assert load_file(kept)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
