@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from gain_ops.checkpoints import plan as planning
+from gain_ops.checkpoints import states
 from gain_ops.checkpoints.absorb import absorb, verify
 from gain_ops.checkpoints.edits import CheckpointError
 from gain_ops.checkpoints.plan import Plan, plan
@@ -79,6 +80,21 @@ CHANGES = [
     _a_folder_of_that_name,
     _beside_the_weights,
 ]
+
+
+def test_a_weight_deep_in_a_file_of_the_old_size_and_time(
+    small: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(states, "_HEAD", 8)
+    base, gain = small
+    work = plan(base, gain)
+    before = (base / FILE).stat()
+    with (base / FILE).open("rb+") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"?")
+    os.utime(base / FILE, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(CheckpointError, match=r"has changed since it was planned, in model\.safetensors"):
+        absorb(work, tmp_path / "out")
 
 
 @pytest.mark.parametrize("verified", [True, False])

@@ -20,7 +20,7 @@ from runpy import run_path
 
 lasting_outputs = run_path({source!r})["lasting_outputs"]  # alone, since the package loads torch
 with lasting_outputs():
-    for number in range(1000):
+    for number in range({lines}):
         print(number, "x" * 100, flush={flush})
         print("a note", file=sys.stderr)
     Path(sys.argv[1]).write_text("done")
@@ -31,8 +31,8 @@ FULL = "standard output: No space left on device; the rest of it was lost, and n
 GONE = "standard output: its reader has gone; the rest of it was lost, and nothing else\n"
 
 
-def _work(*, flush: bool = True, status: int = 0) -> str:
-    return _WORK.format(source=outputs.__file__, flush=flush, status=status)
+def _work(*, lines: int = 1000, flush: bool = True, status: int = 0) -> str:
+    return _WORK.format(source=outputs.__file__, lines=lines, flush=flush, status=status)
 
 
 def _run(
@@ -60,11 +60,14 @@ LOST = pytest.mark.parametrize(("lost", "status", "line"), [(_full, 2, FULL), (_
 
 @LOST
 @pytest.mark.parametrize("flush", [True, False])
-def test_the_work_is_done_and_its_lost_output_is_told(tmp_path: Path, lost, status: int, line: str, flush: bool):
-    done = _run(_work(flush=flush), tmp_path / "result", stdout=lost())
+@pytest.mark.parametrize("lines", [1, 1000])
+def test_the_work_is_done_and_its_lost_output_is_told(
+    tmp_path: Path, lost, status: int, line: str, lines: int, flush: bool
+):
+    done = _run(_work(lines=lines, flush=flush), tmp_path / "result", stdout=lost())
     assert (tmp_path / "result").read_text() == "done"
     assert done.returncode == status
-    assert done.stderr == "a note\n" * 1000 + line
+    assert done.stderr == "a note\n" * lines + line
 
 
 @LOST

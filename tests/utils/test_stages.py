@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from gain_ops.utils import stages
 from gain_ops.utils.errors import BusyError, FileError
 from gain_ops.utils.stages import StagedFolder, stage_of, staged_folder
 
@@ -205,6 +206,26 @@ def test_two_runs_that_begin_at_once_are_kept_apart(tmp_path: Path):
             thread.join()
         assert sorted(told) == ["refused", "written"]
         assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_run_that_begins_between_the_look_and_the_making_of_another_stays_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    path, look, first = tmp_path / "model", stages.stage_of, []
+
+    def late(asked: Path) -> Path | None:
+        found = look(asked)
+        if not first:
+            first.append(staged_folder(path, "a"))
+            first[0].__enter__()
+        return found
+
+    monkeypatch.setattr(stages, "stage_of", late)
+    with pytest.raises(BusyError), staged_folder(path, "a"):
+        pass
+    assert [found.name for found in tmp_path.iterdir()] == [".part-model"]
+    first[0].__exit__(None, None, None)
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def _folder(place: Path, home: Path) -> None:
