@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from gain_ops.utils.errors import BusyError, FileError
-from gain_ops.utils.files import copy_file, locked_folder, replace_file
+from gain_ops.utils.files import copy_file, is_unfinished, locked_folder, replace_file
 
 
 def test_a_file_is_replaced(tmp_path: Path):
@@ -235,6 +235,24 @@ def test_a_folder_that_takes_no_files_is_named_by_the_file(tmp_path: Path, monke
         replace_file(tmp_path / "a", lambda beside: pytest.fail("written"))
     assert caught.value.filename == str(tmp_path / "a")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_process_leaves_is_told_from_other_files(tmp_path: Path):
+    left: list[Path] = []
+
+    def write(beside: Path) -> None:
+        left.append(beside)
+        assert is_unfinished(beside)
+
+    replace_file(tmp_path / "a.json", write)
+    (tmp_path / ".part-mine").touch()
+    assert not any(map(is_unfinished, tmp_path.iterdir()))
+    for make in (Path.mkdir, lambda path: path.symlink_to(tmp_path / "a.json")):
+        make(left[0])
+        assert not is_unfinished(left[0])
+        left[0].rename(tmp_path / "moved")
+        if (tmp_path / "moved").is_dir():
+            (tmp_path / "moved").rmdir()
 
 
 def _write_a_letter(path: Path, letter: str) -> None:
