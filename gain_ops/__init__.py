@@ -10,6 +10,7 @@ CUDA, no triton and no transformers.
     gain_linear, gain_scale             the operation                      ops/linear.py
     gain_glu, gain_swiglu, ...          the gain in an FFN's activation    ops/glu.py
     gain_rms_norm                       the gain in a norm                 ops/rms_norm.py
+    gain_add, gain_add_rms_norm, ...    the gain before a residual add     ops/residual.py
     gain_mlp                            an FFN as one function             ops/mlp.py
     GainLinear, GainWrapper             the layers                         layers/
     apply, remove                       gains on a model                   models/apply.py
@@ -42,12 +43,15 @@ __all__ = [
     "apply",
     "combine_gains",
     "gain_activation",
+    "gain_add",
+    "gain_add_rms_norm",
     "gain_geglu",
     "gain_glu",
     "gain_linear",
     "gain_mlp",
     "gain_relu2",
     "gain_rms_norm",
+    "gain_rms_norm_add",
     "gain_scale",
     "gain_swiglu",
     "list_gains",

@@ -6,8 +6,8 @@ Results are contiguous.
 
 Products with the gain and all sums run in fp32 (fp64 for fp64). An activation is rounded once to its dtype. A ``ddelta`` stays
 in the accumulation dtype, and its caller rounds it to delta's. The op that computes an activation writes it rounded, without an
-fp32 copy between, so these functions are not differentiable; ``composite*``, ``ddelta``, ``ddelta_recompute`` and
-``rms_norm_backward`` are.
+fp32 copy between, so these functions are not differentiable; ``composite*``, ``ddelta``, ``ddelta_recompute``,
+``rms_norm_backward``, ``add_rms_norm_backward`` and ``rms_norm_add_backward`` are.
 
 The kernels name these lines:
 
@@ -24,6 +24,11 @@ The kernels name these lines:
     (11) y      = r * x * w * gain,   r = 1 / sqrt(mean(x^2) + eps)       the gain in an RMSNorm of weight w
     (12) dx     = r * (v - n * mean(v * n)),   v = dy * w * gain,   n = r * x
     (13) ddelta = sum_t dy[t] * n[t] * w
+    (14) h      = x + gain * z + b                 the gain on the way into a residual stream x
+    (15) y      = r * h * w,   r = 1 / sqrt(mean(h^2) + eps)               and the RMSNorm that reads the stream next
+    (16) dx     = dh + r * (v - n * mean(v * n)),   v = dy * w,   n = r * h;   dz = gain * dx,   ddelta = sum_t dx[t] * z[t]
+    (17) h      = x + r * s * w,   s = gain * z,   r = 1 / sqrt(mean(s^2) + eps)      an RMSNorm between the gain and the add
+    (18) ds     = r * (v - n * mean(v * n)),   v = dh * w,   n = r * s;   dz = gain * ds,   ddelta = sum_t ds[t] * z[t]
 
 No line divides by a gain or by z, so a zero gain and an all-zero row of W have exact, finite gradients. dW is never formed.
 
@@ -151,6 +156,49 @@ def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, delta: Tensor, r: T
     return dx.to(x.dtype).contiguous(), (dy * n).sum(0) * weight.to(r.dtype)
 
 
+def add(residual: Tensor, z: Tensor, delta: Tensor, bias: Tensor | None) -> Tensor:
+    """Line (14): -> h [T, n], rounded once."""
+    base = residual if bias is None else residual.to(accumulation_dtype(z.dtype)) + bias
+    return torch.addcmul(base, z, _gain(delta, z), out=_empty(z, *z.shape))
+
+
+def add_rms_norm(
+    residual: Tensor, z: Tensor, delta: Tensor, bias: Tensor | None, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Lines (14), (15): -> h [T, n], y [T, n] from the rounded h, and r [T] in the accumulation dtype."""
+    h = add(residual, z, delta, bias)
+    return h, *rms_norm(h, weight, torch.zeros_like(weight), eps)
+
+
+def add_rms_norm_backward(
+    dy: Tensor, dh: Tensor | None, h: Tensor, z: Tensor, delta: Tensor, weight: Tensor, r: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Line (16): -> dx [T, n], dz [T, n], ddelta [n]; without dh only the norm reads h."""
+    n = h * r[:, None]
+    v = dy * weight.to(r.dtype)
+    dx = r[:, None] * (v - n * (v * n).mean(1, keepdim=True))
+    if dh is not None:
+        dx = dx + dh
+    return dx.to(h.dtype).contiguous(), (dx * _gain(delta, h)).to(h.dtype).contiguous(), (dx * z).sum(0)
+
+
+def rms_norm_add(residual: Tensor, z: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Line (17): -> h [T, n], rounded once, and r [T] in the accumulation dtype."""
+    s = z * _gain(delta, z)
+    r = torch.rsqrt(s.square().sum(1) / max(z.shape[1], 1) + eps)
+    s *= r[:, None]
+    return torch.addcmul(residual, s, weight.to(s.dtype), out=_empty(z, *z.shape)), r
+
+
+def rms_norm_add_backward(dh: Tensor, z: Tensor, delta: Tensor, weight: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+    """Line (18): -> dz [T, n], ddelta [n]."""
+    gain = _gain(delta, z)
+    n = z * gain * r[:, None]
+    v = dh * weight.to(r.dtype)
+    ds = r[:, None] * (v - n * (v * n).mean(1, keepdim=True))
+    return (ds * gain).to(z.dtype).contiguous(), (ds * z).sum(0)
+
+
 def activate(x: Tensor, activation: str) -> Tensor:
     """``act(x)``: one of ACTIVATIONS, differentiable."""
     if activation == "silu":
@@ -195,6 +243,26 @@ def composite_rms_norm(x: Tensor, weight: Tensor, delta: Tensor, eps: float) -> 
     wide = x.to(accumulation_dtype(x.dtype))
     r = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return (wide * r * (weight * _gain(delta, x))).to(x.dtype)
+
+
+def composite_add(residual: Tensor, z: Tensor, delta: Tensor, bias: Tensor | None) -> Tensor:
+    """``add`` for activations of any rank, differentiable; z may be narrower than the residual."""
+    gained = z * _gain(delta, residual)
+    return (residual + gained if bias is None else residual + gained + bias).to(residual.dtype)
+
+
+def composite_add_rms_norm(
+    residual: Tensor, z: Tensor, delta: Tensor, bias: Tensor | None, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """``add_rms_norm`` for activations of any rank, differentiable: -> h, y."""
+    h = composite_add(residual, z, delta, bias)
+    return h, composite_rms_norm(h, weight, torch.zeros_like(weight), eps)
+
+
+def composite_rms_norm_add(residual: Tensor, z: Tensor, delta: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """``rms_norm_add`` for activations of any rank, differentiable; z may be narrower than the residual."""
+    s = z * _gain(delta, residual)
+    return (residual + s * torch.rsqrt(s.square().mean(-1, keepdim=True) + eps) * weight).to(residual.dtype)
 
 
 def composite(x: Tensor, weight: Tensor, delta: Tensor, bias: Tensor | None, side: str) -> Tensor:

@@ -26,6 +26,11 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
     "glu_ddelta": ("dh", "dy", "z", "activation"),
     "rms_norm": ("dy", "norm_weight", "delta_out", "eps"),
     "rms_norm_backward": ("dh", "dy", "norm_weight", "delta_out", "r"),
+    "add": ("dy", "z", "delta_out", "bias"),
+    "add_rms_norm": ("dy", "z", "delta_out", "bias", "norm_weight", "eps"),
+    "add_rms_norm_backward": ("dy", "dh", "h", "z", "delta_out", "norm_weight", "r"),
+    "rms_norm_add": ("dy", "z", "delta_out", "norm_weight", "eps"),
+    "rms_norm_add_backward": ("dh", "z", "delta_out", "norm_weight", "r"),
 }
 """By op, what it is called with in tests and benchmarks, by the names of ``tensors``."""
 
@@ -40,7 +45,7 @@ def tensors(
 ) -> dict[str, Any]:
     """Everything that ARGUMENTS names, of one linear map and its neighbours: x [T, in] and W [out, in] in ``dtype``.
 
-    dy, z and dh are [T, out]; vectors are [in] or [out], r is [T]. Gains are away from 1, and W keeps the size of x's elements.
+    dy, z, dh and h are [T, out]; vectors are [in] or [out], r is [T]. Gains are away from 1, and W keeps the size of x's elements.
     delta and r have the dtype of sums: fp64 of fp64, else fp32.
     make: what makes a tensor of a shape, as torch.randn and torch.empty do.
     """
@@ -60,6 +65,7 @@ def tensors(
         "norm_weight": of(o),
         "eps": 1e-5,
         "r": of(t, dtype=sums).abs_(),
+        "h": of(t, o),
     }
 
 

@@ -122,6 +122,36 @@ def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, delta: Tensor, r: T
     return dx, sums
 
 
+def add(residual: Tensor, z: Tensor, delta: Tensor, bias: Tensor | None) -> Tensor:
+    """Line (14): -> h [T, n], by one kernel of torch (with a bias by two)."""
+    return reference.add(residual, z, delta, bias)
+
+
+def add_rms_norm(
+    residual: Tensor, z: Tensor, delta: Tensor, bias: Tensor | None, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Lines (14), (15): -> h [T, n], y [T, n], r [T]; h is read once more than by one kernel."""
+    h = add(residual, z, delta, bias)
+    return h, *rms_norm(h, weight, torch.zeros_like(weight), eps)
+
+
+def add_rms_norm_backward(
+    dy: Tensor, dh: Tensor | None, h: Tensor, z: Tensor, delta: Tensor, weight: Tensor, r: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Line (16) by plain torch: the passes that exist would round dx before ddelta is summed from it."""
+    return reference.add_rms_norm_backward(dy, dh, h, z, delta, weight, r)
+
+
+def rms_norm_add(residual: Tensor, z: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Line (17) by plain torch: -> h [T, n], r [T]."""
+    return reference.rms_norm_add(residual, z, delta, weight, eps)
+
+
+def rms_norm_add_backward(dh: Tensor, z: Tensor, delta: Tensor, weight: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+    """Line (18) by plain torch: -> dz [T, n], ddelta [n]."""
+    return reference.rms_norm_add_backward(dh, z, delta, weight, r)
+
+
 def _scale_and_shift(z: Tensor, delta: Tensor, bias: Tensor | None) -> Tensor:
     y: Tensor = _ops.scale(z, _fp32(delta), _like(bias, z))
     return y

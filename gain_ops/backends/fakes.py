@@ -83,3 +83,32 @@ def rms_norm(x: Tensor, weight: Tensor, delta: Tensor, eps: float) -> tuple[Tens
 def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, delta: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
     """[T, n], ddelta [n]."""
     return _empty(x, *x.shape), _sums(x, x.shape[1])
+
+
+def add(residual: Tensor, z: Tensor, delta: Tensor, bias: Tensor | None) -> Tensor:
+    """[T, n]."""
+    return _empty(z, *z.shape)
+
+
+def add_rms_norm(
+    residual: Tensor, z: Tensor, delta: Tensor, bias: Tensor | None, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """h and y, [T, n] each, r [T]."""
+    return _empty(z, *z.shape), _empty(z, *z.shape), _sums(z, z.shape[0])
+
+
+def add_rms_norm_backward(
+    dy: Tensor, dh: Tensor | None, h: Tensor, z: Tensor, delta: Tensor, weight: Tensor, r: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx and dz, [T, n] each, ddelta [n]."""
+    return _empty(h, *h.shape), _empty(h, *h.shape), _sums(h, h.shape[1])
+
+
+def rms_norm_add(residual: Tensor, z: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """h [T, n], r [T]."""
+    return _empty(z, *z.shape), _sums(z, z.shape[0])
+
+
+def rms_norm_add_backward(dh: Tensor, z: Tensor, delta: Tensor, weight: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+    """dz [T, n], ddelta [n]."""
+    return _empty(z, *z.shape), _sums(z, z.shape[1])

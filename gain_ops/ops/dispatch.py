@@ -55,6 +55,19 @@ class Backend(Protocol):
     def rms_norm_backward(
         self, dy: Tensor, x: Tensor, weight: Tensor, delta: Tensor, r: Tensor
     ) -> tuple[Tensor, Tensor]: ...
+    def add(self, residual: Tensor, z: Tensor, delta: Tensor, bias: Tensor | None) -> Tensor: ...
+    def add_rms_norm(
+        self, residual: Tensor, z: Tensor, delta: Tensor, bias: Tensor | None, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+    def add_rms_norm_backward(
+        self, dy: Tensor, dh: Tensor | None, h: Tensor, z: Tensor, delta: Tensor, weight: Tensor, r: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+    def rms_norm_add(
+        self, residual: Tensor, z: Tensor, delta: Tensor, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]: ...
+    def rms_norm_add_backward(
+        self, dh: Tensor, z: Tensor, delta: Tensor, weight: Tensor, r: Tensor
+    ) -> tuple[Tensor, Tensor]: ...
 
 
 OPS = tuple(name for name in vars(Backend) if not name.startswith("_"))

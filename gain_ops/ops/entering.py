@@ -7,7 +7,7 @@ body, with x [T, n].
 
 from collections.abc import Callable
 from functools import wraps
-from typing import TypeVarTuple
+from typing import TypeVar, TypeVarTuple, cast
 
 import torch
 from torch import Tensor
@@ -16,12 +16,13 @@ from gain_ops.ops.arguments import any_sharded, flatten, transformed, unflatten
 from gain_ops.ops.autograd import autocast_enabled
 
 Ts = TypeVarTuple("Ts")
+Y = TypeVar("Y", bound=Tensor | tuple[Tensor, Tensor])
 
 
 def entry(
-    sharding: Callable[[Tensor, *Ts], tuple[str, int]], composite: Callable[[Tensor, *Ts], Tensor]
-) -> Callable[[Callable[[Tensor, *Ts], Tensor]], Callable[[Tensor, *Ts], Tensor]]:
-    """Let a function of x [T, n] -> y [T, m] take x [..., n] and everything else that a public function takes.
+    sharding: Callable[[Tensor, *Ts], tuple[str, int]], composite: Callable[[Tensor, *Ts], Y]
+) -> Callable[[Callable[[Tensor, *Ts], Y]], Callable[[Tensor, *Ts], Y]]:
+    """Let a function of x [T, n] -> y [T, m], or two such, take x [..., n] and everything else that a public function takes.
 
     DTensors go to sharding.on_shards, whose shards come back here and are not checked again. A torch.func transform or
     forward-mode goes to ``composite``. All else goes to the function, with x flat; the function flattens any other activation.
@@ -32,9 +33,9 @@ def entry(
 
     """
 
-    def decorate(function: Callable[[Tensor, *Ts], Tensor]) -> Callable[[Tensor, *Ts], Tensor]:
+    def decorate(function: Callable[[Tensor, *Ts], Y]) -> Callable[[Tensor, *Ts], Y]:
         @wraps(function)
-        def enter(x: Tensor, *rest: *Ts) -> Tensor:
+        def enter(x: Tensor, *rest: *Ts) -> Y:
             if any_sharded(x, *rest):
                 from gain_ops.ops.sharding import on_shards
 
@@ -42,7 +43,8 @@ def entry(
                 return on_shards(rule, features, enter, x, *rest)
             if transformed():
                 return composite(x, *rest)
-            return unflatten(function(flatten(x), *rest), x)
+            y = function(flatten(x), *rest)
+            return cast(Y, unflatten(y, x) if isinstance(y, Tensor) else (unflatten(y[0], x), unflatten(y[1], x)))
 
         return enter
 

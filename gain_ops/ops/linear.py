@@ -353,17 +353,21 @@ class Scale(Function):
         if dy is None:
             return (None,) * 3
         x, delta = ctx.saved_tensors
-        needs_x, needs_delta, _ = ctx.needs_input_grad
-        dx = ddelta = None
-        if differentiable():
-            if needs_x:
-                dx = reference.composite_scale(dy, delta)
-            if needs_delta:
-                ddelta = reference.ddelta(dy, x)
-        elif needs_x and needs_delta:
-            dx, ddelta = raw.backward(dy, x, delta, ctx.backend)
-        elif needs_delta:
-            ddelta = raw.ddelta(dy, x, ctx.backend)
-        elif needs_x:
-            dx = raw.scale(dy, delta, ctx.backend)
+        dx, ddelta = scale_gradients(dy, x, delta, ctx.backend)
         return dx, None if ddelta is None else ddelta.to(ctx.delta_dtype), None
+
+
+def scale_gradients(
+    dy: Tensor, x: Tensor | None, delta: Tensor | None, backend: str
+) -> tuple[Tensor | None, Tensor | None]:
+    """(dx, ddelta) of ``y = x * gain``; x is None when ddelta is not needed, delta is None when dx is not."""
+    if differentiable():
+        return (
+            None if delta is None else reference.composite_scale(dy, delta),
+            None if x is None else reference.ddelta(dy, x),
+        )
+    if delta is None:
+        return None, None if x is None else raw.ddelta(dy, x, backend)
+    if x is None:
+        return raw.scale(dy, delta, backend), None
+    return raw.backward(dy, x, delta, backend)

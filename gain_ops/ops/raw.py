@@ -124,3 +124,50 @@ def rms_norm_backward(
     dy: Tensor, x: Tensor, weight: Tensor, delta: Tensor, r: Tensor, backend: str
 ) -> tuple[Tensor, Tensor]:
     return implementation(backend, dy).rms_norm_backward(dy, x, weight, delta, r)
+
+
+@_op("(Tensor residual, Tensor z, Tensor delta, Tensor? bias, str backend) -> Tensor", _fakes.add)
+def add(residual: Tensor, z: Tensor, delta: Tensor, bias: Tensor | None, backend: str) -> Tensor:
+    return implementation(backend, z).add(residual, z, delta, bias)
+
+
+@_op(
+    "(Tensor residual, Tensor z, Tensor delta, Tensor? bias, Tensor weight, float eps, str backend)"
+    " -> (Tensor h, Tensor y, Tensor r)",
+    _fakes.add_rms_norm,
+)
+def add_rms_norm(
+    residual: Tensor, z: Tensor, delta: Tensor, bias: Tensor | None, weight: Tensor, eps: float, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    return implementation(backend, z).add_rms_norm(residual, z, delta, bias, weight, eps)
+
+
+@_op(
+    "(Tensor dy, Tensor? dh, Tensor h, Tensor z, Tensor delta, Tensor weight, Tensor r, str backend)"
+    " -> (Tensor dx, Tensor dz, Tensor ddelta)",
+    _fakes.add_rms_norm_backward,
+)
+def add_rms_norm_backward(
+    dy: Tensor, dh: Tensor | None, h: Tensor, z: Tensor, delta: Tensor, weight: Tensor, r: Tensor, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    return implementation(backend, dy).add_rms_norm_backward(dy, dh, h, z, delta, weight, r)
+
+
+@_op(
+    "(Tensor residual, Tensor z, Tensor delta, Tensor weight, float eps, str backend) -> (Tensor h, Tensor r)",
+    _fakes.rms_norm_add,
+)
+def rms_norm_add(
+    residual: Tensor, z: Tensor, delta: Tensor, weight: Tensor, eps: float, backend: str
+) -> tuple[Tensor, Tensor]:
+    return implementation(backend, z).rms_norm_add(residual, z, delta, weight, eps)
+
+
+@_op(
+    "(Tensor dh, Tensor z, Tensor delta, Tensor weight, Tensor r, str backend) -> (Tensor dz, Tensor ddelta)",
+    _fakes.rms_norm_add_backward,
+)
+def rms_norm_add_backward(
+    dh: Tensor, z: Tensor, delta: Tensor, weight: Tensor, r: Tensor, backend: str
+) -> tuple[Tensor, Tensor]:
+    return implementation(backend, dh).rms_norm_add_backward(dh, z, delta, weight, r)

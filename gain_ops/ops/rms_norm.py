@@ -48,16 +48,21 @@ def gain_rms_norm(x: Tensor, weight: Tensor, delta: Tensor, eps: float = 1e-6, *
     """
     check_floating(x=x, weight=weight, delta=delta)
     n = x.shape[-1] if x.dim() else 0
+    check_norm_weight(x, n, weight)
+    check_features(x, n, delta, "x.shape[-1]")
+    return _rms_norm(x, weight, delta, eps, backend)
+
+
+def check_norm_weight(x: Tensor, n: int, weight: Tensor) -> None:
+    """Raise ValueError unless weight is [n], on x's device and frozen."""
     if weight.shape != (n,):
         raise ValueError(f"weight must be [{n}] (x.shape[-1]), got shape {tuple(weight.shape)}")
     check_device(x, weight, "weight")
-    check_features(x, n, delta, "x.shape[-1]")
     if weight.requires_grad:
         raise ValueError(
             "weight requires a gradient, but the norm of a gained layer is frozen: call weight.requires_grad_(False) "
             "(gain_ops.apply does), or train it with torch.nn.functional.rms_norm"
         )
-    return _rms_norm(x, weight, delta, eps, backend)
 
 
 def _sharding(x: Tensor, weight: Tensor, delta: Tensor, eps: float, backend: str) -> tuple[str, int]:

@@ -19,7 +19,7 @@ at their first DTensor.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -28,6 +28,8 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 
 from gain_ops.backends import fakes
 from gain_ops.ops import dispatch
+
+Y = TypeVar("Y", bound=Tensor | tuple[Tensor, Tensor])
 
 # The operands and the results, then the rows. A letter is a placement on one dimension of the mesh:
 #   R  replicated        T  some of the tokens        F  some of an activation's features, its last dimension
@@ -66,6 +68,21 @@ _RULES: dict[str, tuple[str, ...]] = {
     "glu_ddelta": ("dh gate up -> ddelta", "R R R -> R", "T T T -> P", "F F F -> 0"),
     "rms_norm": ("x weight delta -> y r", "R R R -> R R", "T R R -> T T"),
     "rms_norm_backward": ("dy x weight delta r -> dx ddelta", "R R R R R -> R R", "T T R R T -> T P"),
+    "add": (
+        "residual z delta bias -> h",
+        "R R R R -> R",
+        "T T R R -> T",
+        "F F 0 0 -> F",
+        "P P R P -> P",
+    ),
+    "add_rms_norm": ("residual z delta bias weight -> h y r", "R R R R R -> R R R", "T T R R R -> T T T"),
+    "add_rms_norm_backward": (
+        "dy dh h z delta weight r -> dx dz ddelta",
+        "R R R R R R R -> R R R",
+        "T T T T R R T -> T T P",
+    ),
+    "rms_norm_add": ("residual z delta weight -> h r", "R R R R -> R R", "T T R R -> T T"),
+    "rms_norm_add_backward": ("dh z delta weight r -> dz ddelta", "R R R R R -> R R", "T T R R T -> T P"),
     # the public functions that are no raw op; in a packed gate, gate and up share one dimension, and a shard would split them
     "glu_packed": ("gate up delta -> h", "R - R -> R", "T - R -> T"),
     "mlp": (
@@ -82,7 +99,7 @@ _RULES: dict[str, tuple[str, ...]] = {
 }
 
 _WORDS = {"R": "Replicate", "T": "Shard(tokens)", "F": "Shard(-1)", "P": "Partial", "0": "Shard(0)", "1": "Shard(1)"}
-_ACTIVATIONS = {"x", "dy", "z", "dh", "gate", "up"}
+_ACTIVATIONS = {"x", "dy", "z", "dh", "h", "gate", "up", "residual"}
 
 
 @dataclass(frozen=True)
@@ -98,18 +115,19 @@ class _Row:
         return any(letter not in "R-" for letter in self.operands.values())
 
 
-def on_shards(rule: str, features: int, function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+def on_shards(rule: str, features: int, function: Callable[..., Y], *arguments: Any) -> Y:
     """``function(*arguments)`` on every rank's own shards, differentiable: what the public functions do with DTensors.
 
     Args:
         rule: the name of the rule in the table.
-        features: the last size of the result.
-        function: what computes it from plain tensors.
+        features: the last size of the result, or of both.
+        function: what computes it, or the first two results of the rule, from plain tensors.
         arguments: the rule's operands in its order, the first an activation [..., n]; then options, passed on unchanged.
 
     Returns:
-        A DTensor [..., features]. In backward the gradient of a parameter arrives in the parameter's own placements. Only its
-        sum over ranks is communicated, where the ranks hold terms of it. An activation's gradient may be Partial.
+        A DTensor [..., features] for each result. In backward the gradient of a parameter arrives in the parameter's own
+        placements. Only its sum over ranks is communicated, where the ranks hold terms of it. An activation's gradient may be
+        Partial.
 
     Raises:
         ValueError: operands that are not all DTensors on one mesh, or placements that fit no row.
@@ -120,9 +138,13 @@ def on_shards(rule: str, features: int, function: Callable[..., Tensor], *argume
     operands: dict[str, Tensor | None] = dict(zip(names, arguments, strict=False))
     layout = _Layout(rule, operands)
     y = function(*layout.local(operands).values(), *arguments[len(names) :])
-    if y.requires_grad and not torch.compiler.is_compiling():
-        y.register_hook(_refuse_double_backward)
-    return layout.distributed(0, y, (*arguments[0].shape[:-1], features))
+
+    def distributed(index: int, part: Tensor) -> Tensor:
+        if part.requires_grad and not torch.compiler.is_compiling():
+            part.register_hook(_refuse_double_backward)
+        return layout.distributed(index, part, (*arguments[0].shape[:-1], features))
+
+    return cast(Y, distributed(0, y) if isinstance(y, Tensor) else (distributed(0, y[0]), distributed(1, y[1])))
 
 
 class _Layout:

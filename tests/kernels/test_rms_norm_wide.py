@@ -4,14 +4,16 @@ import pytest
 import torch
 
 from gain_ops import reference
-from gain_ops.kernels import backend, config, rms_norm_wide
+from gain_ops.kernels import add_norm_wide, backend, config, norm_add_wide, rms_norm_wide
 from gain_ops.kernels.config import NORM_FEATURES
 
+from support.parity import CALLS as EVERY_CALL
 from support.parity import DEVICE, LAYOUTS, compare, laid_out, run, tensors
 from support.shapes import EMPTY, SMALL
 
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
-CALLS = ["rms_norm", "rms_norm_backward"]
+CALLS = [call for call in EVERY_CALL if "rms_norm" in call]
+MODULES = {"add_rms_norm": add_norm_wide, "rms_norm_add": norm_add_wide, "rms_norm": rms_norm_wide}
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -34,7 +36,7 @@ def test_no_worse_than_plain_torch(call: str, dtype: torch.dtype, shape: tuple[i
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_any_strides(call: str, layout: str) -> None:
     arguments = tensors(19, 1, 261, torch.float16)
-    for name in ("dy", "dh"):
+    for name in ("dy", "dh", "h", "z"):
         arguments[name] = laid_out(arguments[name], layout)
     compare(backend, call, arguments)
 
@@ -49,8 +51,10 @@ def test_the_widest_row_that_is_held_and_one_more(call: str, over: int, monkeypa
             used.append(grid)
             return kernel[grid]
 
-    kernel = getattr(rms_norm_wide, f"{call}_kernel")
-    monkeypatch.setattr(rms_norm_wide, f"{call}_kernel", Spy())
+    name = f"{call.split()[0]}_kernel"
+    module = MODULES[name.removesuffix("_kernel").removesuffix("_backward")]
+    kernel = getattr(module, name)
+    monkeypatch.setattr(module, name, Spy())
     compare(backend, call, tensors(2, 1, NORM_FEATURES + over, torch.float16))
     assert len(used) == over
 

@@ -26,6 +26,7 @@ from support import parity
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TARGETS = ("sm_80", "sm_90")
 ROW_CALLS = ("scale", "backward", "ddelta", "glu", "glu_backward", "glu_ddelta", "rms_norm", "rms_norm_backward")
+STREAM_CALLS = [call for call in parity.CALLS if "add" in call.split()[0].split("_")]
 GEMM_CALLS = ("linear", "linear without bias", "linear_z", "backward_recompute", "ddelta_recompute", "backward_input")
 
 
@@ -66,8 +67,15 @@ def _cases() -> list[Case]:
     for number, (call, layout) in enumerate(strided):
         layouts = dict.fromkeys(("x", "dy", "z", "dh"), layout)
         found.append(Case(TARGETS[number % 2], call, ("bf16", "fp32")[number % 2], odd, layouts=layouts))
+    # the residual stream: rows of 16 bytes and others, several chunks, strides, and a row in turns
+    for target, call, (number, dtype) in product(TARGETS, STREAM_CALLS, enumerate(DTYPES)):
+        found.append(Case(target, call, dtype, (odd, even, (5, 1, 520))[number]))
+    for target, layout in zip(TARGETS * 2, parity.LAYOUTS[1:], strict=True):
+        layouts = dict.fromkeys(("dy", "z", "dh", "h"), layout)
+        found += [Case(target, call, "bf16", odd, layouts=layouts) for call in STREAM_CALLS if " " not in call]
     # a row in turns, and several partials
-    found += [Case("sm_90", call, "bf16", (3, 1, 8200)) for call in ("rms_norm", "rms_norm_backward")]
+    wide = [call for call in parity.CALLS if "rms_norm" in call]
+    found += [Case("sm_90", call, "bf16", (3, 1, 8200)) for call in wide]
     found.append(Case("sm_80", "backward", "bf16", (130, 1, 320)))
     # products: small tiles on a large device, large ones on a small one, where a program has several
     transposed = {"weight": "transposed"}

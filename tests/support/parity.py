@@ -20,6 +20,9 @@ CALLS = {
     **{f"glu_backward {act}": ("dh", "dy", "z", "delta_out", act) for act in OTHERS},
     **{f"glu_backward without up {act}": ("dh", "dy", "no up", "delta_out", act) for act in reference.ACTIVATIONS},
     "glu_ddelta without up": ("dh", "dy", "no up", "gelu"),
+    "add without bias": ("dy", "z", "delta_out", "no bias"),
+    "add_rms_norm without bias": ("dy", "z", "delta_out", "no bias", "norm_weight", "eps"),
+    "add_rms_norm_backward without dh": ("dy", "no dh", "h", "z", "delta_out", "norm_weight", "r"),
 }
 
 LAYOUTS = ["contiguous", "transposed", "padded", "every other", "expanded"]
@@ -28,7 +31,7 @@ LAYOUTS = ["contiguous", "transposed", "padded", "every other", "expanded"]
 def tensors(t: int, i: int, o: int, dtype: torch.dtype) -> dict[str, Any]:
     """Every argument of CALLS."""
     others = {act: act for act in reference.ACTIVATIONS}
-    return testing.tensors(t, i, o, dtype, DEVICE) | {"no bias": None, "no up": None} | others
+    return testing.tensors(t, i, o, dtype, DEVICE) | {"no bias": None, "no up": None, "no dh": None} | others
 
 
 def laid_out(t: Tensor, layout: str) -> Tensor:

@@ -1,0 +1,71 @@
+"""The gain on the way into the residual stream: one pass, which reads the residual and z and writes h.
+
+add    h = residual + gain * z + b    line (14)
+
+Its backward is rows.py's: the gradient of h is that of the residual, and lines (3), (4) make dz and ddelta of it.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gain_ops.kernels._common import load_gain, load_tile, multiple, options, row_unit
+from gain_ops.kernels.config import ROWS
+from gain_ops.kernels.devices import on_device_of
+
+
+@triton.jit(do_not_specialize=["T"])
+def add_kernel(
+    residual,  # [T, N]
+    z,  # [T, N]
+    delta,  # [N]
+    bias,  # [N] or None
+    h,  # [T, N] contiguous
+    T,
+    N,
+    stride_rt,
+    stride_rn,
+    stride_zt,
+    stride_zn,
+    UNIT: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """A program makes one [BLOCK_T, BLOCK_N] tile."""
+    N = multiple(N, UNIT)
+    n_blocks = tl.cdiv(N, BLOCK_N)
+    rows = (tl.program_id(0) // n_blocks).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    cols = (tl.program_id(0) % n_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = (rows < T)[:, None] & (cols < N)[None, :]
+    tile = load_tile(residual, rows, cols, multiple(stride_rt, UNIT), stride_rn, mask)
+    if bias is not None:
+        tile += tl.load(bias + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
+    gained = load_tile(z, rows, cols, multiple(stride_zt, UNIT), stride_zn, mask) * load_gain(delta, cols, N)[None, :]
+    tl.store(h + rows[:, None] * N + cols[None, :], (tile + gained).to(h.dtype.element_ty), mask=mask)
+
+
+def add(residual: Tensor, z: Tensor, delta: Tensor, bias: Tensor | None) -> Tensor:
+    """H [T, n] contiguous."""
+    t, n = z.shape
+    h = torch.empty(z.shape, dtype=z.dtype, device=z.device)
+    if h.numel():
+        with on_device_of(z):
+            add_kernel[(triton.cdiv(t, ROWS.block_t) * triton.cdiv(n, ROWS.block_n),)](
+                residual,
+                z,
+                delta.contiguous(),
+                None if bias is None else bias.contiguous(),
+                h,
+                t,
+                n,
+                *residual.stride(),
+                *z.stride(),
+                UNIT=row_unit(z, residual.stride(0), z.stride(0)),
+                BLOCK_T=ROWS.block_t,
+                BLOCK_N=ROWS.block_n,
+                **options(ROWS.num_warps),
+            )
+    return h

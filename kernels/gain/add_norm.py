@@ -1,0 +1,189 @@
+"""The gain on the way into the residual stream and the norm that reads the stream: one pass each way, a row in registers at a
+time. add_norm_wide.py serves rows that are too wide for this.
+
+add_rms_norm             h = residual + gain * z + b, y = r * h * w    lines (14), (15): reads residual and z, writes h and y
+add_rms_norm_backward    dx, dz, partials of sum_t dx * z              line (16): reads dy, dh, h and z, writes dx and dz
+
+The norm is that of h as it is stored, so that the backward, which reads h, differentiates what the forward computed.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gain_ops import reference
+from gain_ops.kernels import add_norm_wide
+from gain_ops.kernels._common import load_gain, multiple, options, row_unit
+from gain_ops.kernels.config import rms_norm_chunk, rms_norm_config
+from gain_ops.kernels.devices import on_device_of
+from gain_ops.kernels.partials import sum_partials
+
+
+@triton.jit
+def add_rms_norm_kernel(
+    residual,  # [T, N]
+    z,  # [T, N]
+    delta,  # [N]
+    bias,  # [N] or None
+    weight,  # [N]
+    h,  # [T, N] contiguous
+    y,  # [T, N] contiguous
+    r,  # [T] fp32
+    N,
+    stride_rt,
+    stride_rn,
+    stride_zt,
+    stride_zn,
+    eps: tl.float32,
+    UNIT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """A program takes one row."""
+    N = multiple(N, UNIT)
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, BLOCK_N)
+    cols64 = cols.to(tl.int64)
+    mask = cols < N
+    total = tl.load(residual + row * multiple(stride_rt, UNIT) + cols64 * stride_rn, mask=mask, other=0.0).to(
+        tl.float32
+    )
+    tile = tl.load(z + row * multiple(stride_zt, UNIT) + cols64 * stride_zn, mask=mask, other=0.0).to(tl.float32)
+    if bias is not None:
+        total += tl.load(bias + cols, mask=mask, other=0.0).to(tl.float32)
+    stored = (total + tile * load_gain(delta, cols, N)).to(h.dtype.element_ty)
+    tl.store(h + row * N + cols, stored, mask=mask)
+    tile = stored.to(tl.float32)
+    scale = 1.0 / tl.sqrt_rn(tl.sum(tile * tile, axis=0) / N + eps)
+    tl.store(r + row, scale)
+    w = tl.load(weight + cols, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y + row * N + cols, (tile * scale * w).to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["T", "chunk"])
+def add_rms_norm_backward_kernel(
+    dy,  # [T, N]
+    dh,  # [T, N] or None
+    h,  # [T, N]
+    z,  # [T, N]
+    delta,  # [N]
+    weight,  # [N]
+    r,  # [T] fp32
+    dx,  # [T, N] contiguous
+    dz,  # [T, N] contiguous
+    partials,  # [chunks, N] fp32
+    T,
+    N,
+    stride_dyt,
+    stride_dyn,
+    stride_dht,
+    stride_dhn,
+    stride_ht,
+    stride_hn,
+    stride_zt,
+    stride_zn,
+    chunk,  # rows of a chunk
+    UNIT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """A program takes a chunk of rows, one after the other."""
+    N = multiple(N, UNIT)
+    stride_dyt = multiple(stride_dyt, UNIT)
+    stride_ht = multiple(stride_ht, UNIT)
+    stride_zt = multiple(stride_zt, UNIT)
+    place = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, BLOCK_N)
+    cols64 = cols.to(tl.int64)
+    mask = cols < N
+    w = tl.load(weight + cols, mask=mask, other=0.0).to(tl.float32)
+    gain = load_gain(delta, cols, N)
+    running = tl.zeros((BLOCK_N,), tl.float32)
+    for step in tl.range(0, chunk):
+        row = place * chunk + step
+        inside = cols < tl.where(row < T, N, 0)
+        scale = tl.load(r + tl.minimum(row, T - 1))
+        v = w * tl.load(dy + row * stride_dyt + cols64 * stride_dyn, mask=inside, other=0.0).to(tl.float32)
+        n = scale * tl.load(h + row * stride_ht + cols64 * stride_hn, mask=inside, other=0.0).to(tl.float32)
+        mean = tl.sum(v * n, axis=0) / N
+        gradient = scale * (v - n * mean)
+        if dh is not None:
+            at = dh + row * multiple(stride_dht, UNIT) + cols64 * stride_dhn
+            gradient += tl.load(at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(dx + row * N + cols, gradient.to(dx.dtype.element_ty), mask=inside)
+        tl.store(dz + row * N + cols, (gradient * gain).to(dz.dtype.element_ty), mask=inside)
+        running += gradient * tl.load(z + row * stride_zt + cols64 * stride_zn, mask=inside, other=0.0).to(tl.float32)
+    tl.store(partials + place * N + cols, running, mask=mask)
+
+
+def add_rms_norm(
+    residual: Tensor, z: Tensor, delta: Tensor, bias: Tensor | None, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """h and y [T, n] contiguous, and r [T] fp32."""
+    t, n = z.shape
+    if n == 0:
+        return reference.add_rms_norm(residual, z, delta, bias, weight, eps)
+    h, y = (torch.empty(z.shape, dtype=z.dtype, device=z.device) for _ in range(2))
+    r = torch.empty(t, dtype=torch.float32, device=z.device)
+    if t:
+        config = rms_norm_config(n, rows=1)
+        kernel = add_rms_norm_kernel if config.whole_row else add_norm_wide.add_rms_norm_kernel
+        with on_device_of(z):
+            kernel[(t,)](
+                residual,
+                z,
+                delta.contiguous(),
+                None if bias is None else bias.contiguous(),
+                weight.contiguous(),
+                h,
+                y,
+                r,
+                n,
+                *residual.stride(),
+                *z.stride(),
+                eps,
+                UNIT=row_unit(z, residual.stride(0), z.stride(0)),
+                BLOCK_N=config.block_n,
+                **options(config.num_warps),
+            )
+    return h, y, r
+
+
+def add_rms_norm_backward(
+    dy: Tensor, dh: Tensor | None, h: Tensor, z: Tensor, delta: Tensor, weight: Tensor, r: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx and dz [T, n] contiguous, and ddelta [n]."""
+    t, n = h.shape
+    if n == 0:
+        return reference.add_rms_norm_backward(dy, dh, h, z, delta, weight, r)
+    dx, dz = (torch.empty(h.shape, dtype=h.dtype, device=h.device) for _ in range(2))
+    if t == 0:
+        return dx, dz, torch.zeros(n, dtype=torch.float32, device=h.device)
+    chunk = rms_norm_chunk(t)
+    config = rms_norm_config(n, rows=chunk)
+    kernel = add_rms_norm_backward_kernel if config.whole_row else add_norm_wide.add_rms_norm_backward_kernel
+    chunks = triton.cdiv(t, chunk)
+    partials = torch.empty((chunks, n), dtype=torch.float32, device=h.device)
+    strides = [(0, 0) if tensor is None else tensor.stride() for tensor in (dy, dh, h, z)]
+    with on_device_of(h):
+        kernel[(chunks,)](
+            dy,
+            dh,
+            h,
+            z,
+            delta.contiguous(),
+            weight.contiguous(),
+            r,
+            dx,
+            dz,
+            partials,
+            t,
+            n,
+            *(stride for pair in strides for stride in pair),
+            chunk=chunk,
+            UNIT=row_unit(h, *(stride for stride, _ in strides)),
+            BLOCK_N=config.block_n,
+            **options(config.num_warps),
+        )
+    return dx, dz, sum_partials(partials)
