@@ -44,6 +44,7 @@ __all__ = [
     "combine_gains",
     "gain_activation",
     "gain_add",
+    "gain_add_layer_norm",
     "gain_add_rms_norm",
     "gain_geglu",
     "gain_glu",

@@ -31,6 +31,7 @@ from gain_ops.ops.linear import gain_linear as gain_linear
 from gain_ops.ops.linear import gain_scale as gain_scale
 from gain_ops.ops.mlp import gain_mlp as gain_mlp
 from gain_ops.ops.residual import gain_add as gain_add
+from gain_ops.ops.residual import gain_add_layer_norm as gain_add_layer_norm
 from gain_ops.ops.residual import gain_add_rms_norm as gain_add_rms_norm
 from gain_ops.ops.residual import gain_rms_norm_add as gain_rms_norm_add
 from gain_ops.ops.rms_norm import gain_rms_norm as gain_rms_norm

@@ -7,7 +7,8 @@ Results are contiguous.
 Products with the gain and all sums run in fp32 (fp64 for fp64). An activation is rounded once to its dtype. A ``ddelta`` stays
 in the accumulation dtype, and its caller rounds it to delta's. The op that computes an activation writes it rounded, without an
 fp32 copy between, so these functions are not differentiable; ``composite*``, ``ddelta``, ``ddelta_recompute``,
-``rms_norm_backward``, ``add_rms_norm_backward`` and ``rms_norm_add_backward`` are.
+``rms_norm_backward``, ``add_rms_norm_backward``, ``add_layer_norm_backward`` and
+``rms_norm_add_backward`` are.
 
 The kernels name these lines:
 
@@ -29,6 +30,8 @@ The kernels name these lines:
     (16) dx     = dh + r * (v - n * mean(v * n)),   v = dy * w,   n = r * h;   dz = gain * dx,   ddelta = sum_t dx[t] * z[t]
     (17) h      = x + r * s * w,   s = gain * z,   r = 1 / sqrt(mean(s^2) + eps)      an RMSNorm between the gain and the add
     (18) ds     = r * (v - n * mean(v * n)),   v = dh * w,   n = r * s;   dz = gain * ds,   ddelta = sum_t ds[t] * z[t]
+    (19) y      = n * w + c,   n = r * (h - mean(h)),   r = 1 / sqrt(mean((h - mean(h))^2) + eps)    line (15) of a LayerNorm
+    (20) dx     = dh + r * (v - mean(v) - n * mean(v * n)),   v = dy * w;   dz and ddelta as in (16)
 
 No line divides by a gain or by z, so a zero gain and an all-zero row of W have exact, finite gradients. dW is never formed.
 
@@ -176,7 +179,37 @@ def add_rms_norm_backward(
     """Line (16): -> dx [T, n], dz [T, n], ddelta [n]; without dh only the norm reads h."""
     n = h * r[:, None]
     v = dy * weight.to(r.dtype)
-    dx = r[:, None] * (v - n * (v * n).mean(1, keepdim=True))
+    return _through_add(r[:, None] * (v - n * (v * n).mean(1, keepdim=True)), dh, h, z, delta)
+
+
+def add_layer_norm(
+    residual: Tensor, z: Tensor, delta: Tensor, bias: Tensor | None, weight: Tensor, shift: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Lines (14), (19): -> h [T, n], y [T, n] from the rounded h, mean and r [T] in the accumulation dtype."""
+    h = add(residual, z, delta, bias)
+    wide = h.to(accumulation_dtype(h.dtype))
+    n = max(h.shape[1], 1)
+    mean = wide.sum(1) / n
+    wide = wide - mean[:, None]
+    r = torch.rsqrt(wide.square().sum(1) / n + eps)
+    wide *= r[:, None]
+    y = _empty(h, *h.shape)
+    weight = weight.to(wide.dtype)
+    return h, torch.mul(wide, weight, out=y) if shift is None else torch.addcmul(shift, wide, weight, out=y), mean, r
+
+
+def add_layer_norm_backward(
+    dy: Tensor, dh: Tensor | None, h: Tensor, z: Tensor, delta: Tensor, weight: Tensor, mean: Tensor, r: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Line (20): -> dx [T, n], dz [T, n], ddelta [n]; without dh only the norm reads h."""
+    n = (h - mean[:, None]) * r[:, None]
+    v = dy * weight.to(r.dtype)
+    dx = r[:, None] * (v - n * (v * n).mean(1, keepdim=True) - v.mean(1, keepdim=True))
+    return _through_add(dx, dh, h, z, delta)
+
+
+def _through_add(dx: Tensor, dh: Tensor | None, h: Tensor, z: Tensor, delta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The end of lines (16), (20), from the gradient of h through the norm."""
     if dh is not None:
         dx = dx + dh
     return dx.to(h.dtype).contiguous(), (dx * _gain(delta, h)).to(h.dtype).contiguous(), (dx * z).sum(0)
@@ -257,6 +290,17 @@ def composite_add_rms_norm(
     """``add_rms_norm`` for activations of any rank, differentiable: -> h, y."""
     h = composite_add(residual, z, delta, bias)
     return h, composite_rms_norm(h, weight, torch.zeros_like(weight), eps)
+
+
+def composite_add_layer_norm(
+    residual: Tensor, z: Tensor, delta: Tensor, bias: Tensor | None, weight: Tensor, shift: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """``add_layer_norm`` for activations of any rank, differentiable: -> h, y."""
+    h = composite_add(residual, z, delta, bias)
+    wide = h.to(accumulation_dtype(h.dtype))
+    wide = wide - wide.mean(-1, keepdim=True)
+    y = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight
+    return h, (y if shift is None else y + shift).to(h.dtype)
 
 
 def composite_rms_norm_add(residual: Tensor, z: Tensor, delta: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -29,6 +29,8 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
     "add": ("dy", "z", "delta_out", "bias"),
     "add_rms_norm": ("dy", "z", "delta_out", "bias", "norm_weight", "eps"),
     "add_rms_norm_backward": ("dy", "dh", "h", "z", "delta_out", "norm_weight", "r"),
+    "add_layer_norm": ("dy", "z", "delta_out", "bias", "norm_weight", "norm_bias", "eps"),
+    "add_layer_norm_backward": ("dy", "dh", "h", "z", "delta_out", "norm_weight", "mean", "r"),
     "rms_norm_add": ("dy", "z", "delta_out", "norm_weight", "eps"),
     "rms_norm_add_backward": ("dh", "z", "delta_out", "norm_weight", "r"),
 }
@@ -45,8 +47,8 @@ def tensors(
 ) -> dict[str, Any]:
     """Everything that ARGUMENTS names, of one linear map and its neighbours: x [T, in] and W [out, in] in ``dtype``.
 
-    dy, z, dh and h are [T, out]; vectors are [in] or [out], r is [T]. Gains are away from 1, and W keeps the size of x's elements.
-    delta and r have the dtype of sums: fp64 of fp64, else fp32.
+    dy, z, dh and h are [T, out]; vectors are [in] or [out], mean and r are [T]. Gains are away from 1, and W keeps the size of
+    x's elements. delta, mean and r have the dtype of sums: fp64 of fp64, else fp32.
     make: what makes a tensor of a shape, as torch.randn and torch.empty do.
     """
     sums = torch.promote_types(dtype, torch.float32)
@@ -66,6 +68,8 @@ def tensors(
         "eps": 1e-5,
         "r": of(t, dtype=sums).abs_(),
         "h": of(t, o),
+        "norm_bias": of(o),
+        "mean": of(t, dtype=sums),
     }
 
 

@@ -24,6 +24,7 @@ def test_the_names() -> None:
         "combine_gains",
         "gain_activation",
         "gain_add",
+        "gain_add_layer_norm",
         "gain_add_rms_norm",
         "gain_geglu",
         "gain_glu",

@@ -142,6 +142,20 @@ def add_rms_norm_backward(
     return reference.add_rms_norm_backward(dy, dh, h, z, delta, weight, r)
 
 
+def add_layer_norm(
+    residual: Tensor, z: Tensor, delta: Tensor, bias: Tensor | None, weight: Tensor, shift: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Lines (14), (19) by plain torch: -> h [T, n], y [T, n], mean [T], r [T]."""
+    return reference.add_layer_norm(residual, z, delta, bias, weight, shift, eps)
+
+
+def add_layer_norm_backward(
+    dy: Tensor, dh: Tensor | None, h: Tensor, z: Tensor, delta: Tensor, weight: Tensor, mean: Tensor, r: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Line (20) by plain torch: -> dx [T, n], dz [T, n], ddelta [n]."""
+    return reference.add_layer_norm_backward(dy, dh, h, z, delta, weight, mean, r)
+
+
 def rms_norm_add(residual: Tensor, z: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Line (17) by plain torch: -> h [T, n], r [T]."""
     return reference.rms_norm_add(residual, z, delta, weight, eps)

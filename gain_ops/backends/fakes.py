@@ -104,6 +104,21 @@ def add_rms_norm_backward(
     return _empty(h, *h.shape), _empty(h, *h.shape), _sums(h, h.shape[1])
 
 
+def add_layer_norm(
+    residual: Tensor, z: Tensor, delta: Tensor, bias: Tensor | None, weight: Tensor, shift: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """h and y, [T, n] each, mean and r, [T] each."""
+    t = z.shape[0]
+    return _empty(z, *z.shape), _empty(z, *z.shape), _sums(z, t), _sums(z, t)
+
+
+def add_layer_norm_backward(
+    dy: Tensor, dh: Tensor | None, h: Tensor, z: Tensor, delta: Tensor, weight: Tensor, mean: Tensor, r: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx and dz, [T, n] each, ddelta [n]."""
+    return _empty(h, *h.shape), _empty(h, *h.shape), _sums(h, h.shape[1])
+
+
 def rms_norm_add(residual: Tensor, z: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """h [T, n], r [T]."""
     return _empty(z, *z.shape), _sums(z, z.shape[0])

@@ -62,6 +62,27 @@ class Backend(Protocol):
     def add_rms_norm_backward(
         self, dy: Tensor, dh: Tensor | None, h: Tensor, z: Tensor, delta: Tensor, weight: Tensor, r: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]: ...
+    def add_layer_norm(
+        self,
+        residual: Tensor,
+        z: Tensor,
+        delta: Tensor,
+        bias: Tensor | None,
+        weight: Tensor,
+        shift: Tensor | None,
+        eps: float,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
+    def add_layer_norm_backward(
+        self,
+        dy: Tensor,
+        dh: Tensor | None,
+        h: Tensor,
+        z: Tensor,
+        delta: Tensor,
+        weight: Tensor,
+        mean: Tensor,
+        r: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
     def rms_norm_add(
         self, residual: Tensor, z: Tensor, delta: Tensor, weight: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]: ...

@@ -154,6 +154,43 @@ def add_rms_norm_backward(
 
 
 @_op(
+    "(Tensor residual, Tensor z, Tensor delta, Tensor? bias, Tensor weight, Tensor? shift, float eps, str backend)"
+    " -> (Tensor h, Tensor y, Tensor mean, Tensor r)",
+    _fakes.add_layer_norm,
+)
+def add_layer_norm(
+    residual: Tensor,
+    z: Tensor,
+    delta: Tensor,
+    bias: Tensor | None,
+    weight: Tensor,
+    shift: Tensor | None,
+    eps: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return implementation(backend, z).add_layer_norm(residual, z, delta, bias, weight, shift, eps)
+
+
+@_op(
+    "(Tensor dy, Tensor? dh, Tensor h, Tensor z, Tensor delta, Tensor weight, Tensor mean, Tensor r, str backend)"
+    " -> (Tensor dx, Tensor dz, Tensor ddelta)",
+    _fakes.add_layer_norm_backward,
+)
+def add_layer_norm_backward(
+    dy: Tensor,
+    dh: Tensor | None,
+    h: Tensor,
+    z: Tensor,
+    delta: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    r: Tensor,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return implementation(backend, dy).add_layer_norm_backward(dy, dh, h, z, delta, weight, mean, r)
+
+
+@_op(
     "(Tensor residual, Tensor z, Tensor delta, Tensor weight, float eps, str backend) -> (Tensor h, Tensor r)",
     _fakes.rms_norm_add,
 )

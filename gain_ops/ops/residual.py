@@ -1,5 +1,6 @@
 """The gain on the way into the residual stream: the public functions and their autograd Functions."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -101,7 +102,56 @@ def gain_add_rms_norm(
     _check(residual, z, delta, bias)
     check_floating(weight=weight)
     check_norm_weight(residual, delta.shape[0], weight)
-    return _add_rms_norm(residual, z, delta, bias, weight, eps, backend)
+    return _add_norm(residual, z, delta, bias, weight, None, eps, False, backend)
+
+
+def gain_add_layer_norm(
+    residual: Tensor,
+    z: Tensor,
+    delta: Tensor,
+    weight: Tensor,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    bias: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    r"""gain_add and the LayerNorm that reads the stream next (GPT-2, OPT), in one pass each way: ``gain = 1 + delta``.
+
+    ::
+
+        h         = residual + gain * z + bias                r = 1 / sqrt(mean((h - mean(h))^2) + eps)
+        y         = n * weight + norm_bias,                   n = r * (h - mean(h))
+        dresidual = dh + r * (v - mean(v) - n * mean(v * n)), v = dy * weight
+        dz        = dresidual * gain                          ddelta = sum over tokens of dresidual * z
+
+    Args:
+        residual: [..., n], any strides; float64, float32, bfloat16 or float16.
+        z: [..., n] in residual's dtype, or in a narrower one (as under autocast); a projection's output without its bias.
+        delta: [n], any floating dtype.
+        weight: [n], any floating dtype, frozen.
+        norm_bias: [n] or None, any floating dtype, frozen.
+        eps: added to the variance.
+        bias: [n] or None; the projection's own bias, which the gain does not scale.
+        backend: as in gain_linear.
+
+    Returns: as gain_add_rms_norm.
+
+    Saved for backward: h, the mean and r (two numbers a token), and z if delta needs a gradient. A frozen model saves h as well.
+
+    Raises: as gain_add_rms_norm; ValueError also for a norm_bias that requires a gradient.
+
+    Source: LayerNorm, arXiv 1607.06450; GAIN, arXiv 2604.04516.
+
+    """
+    _check(residual, z, delta, bias)
+    n = delta.shape[0]
+    check_floating(weight=weight)
+    check_norm_weight(residual, n, weight)
+    if norm_bias is not None:
+        check_floating(norm_bias=norm_bias)
+        check_norm_weight(residual, n, norm_bias, "norm_bias")
+    return _add_norm(residual, z, delta, bias, weight, norm_bias, eps, True, backend)
 
 
 def gain_rms_norm_add(
@@ -180,26 +230,53 @@ def _add(residual: Tensor, z: Tensor, delta: Tensor, bias: Tensor | None, backen
 
 
 def _norm_sharding(
-    residual: Tensor, z: Tensor, delta: Tensor, bias: Tensor | None, weight: Tensor, eps: float, backend: str
+    residual: Tensor,
+    z: Tensor,
+    delta: Tensor,
+    bias: Tensor | None,
+    weight: Tensor,
+    shift: Tensor | None,
+    eps: float,
+    centred: bool,
+    backend: str,
 ) -> tuple[str, int]:
-    return "add_rms_norm", delta.shape[0]
+    # the rule of an RMSNorm has no shift: there this None goes with the options
+    return "add_layer_norm" if centred else "add_rms_norm", delta.shape[0]
 
 
 def _norm_composite(
-    residual: Tensor, z: Tensor, delta: Tensor, bias: Tensor | None, weight: Tensor, eps: float, backend: str
+    residual: Tensor,
+    z: Tensor,
+    delta: Tensor,
+    bias: Tensor | None,
+    weight: Tensor,
+    shift: Tensor | None,
+    eps: float,
+    centred: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
+    if centred:
+        return reference.composite_add_layer_norm(residual, z, delta, bias, weight, shift, eps)
     return reference.composite_add_rms_norm(residual, z, delta, bias, weight, eps)
 
 
 @entry(_norm_sharding, _norm_composite)
-def _add_rms_norm(
-    residual: Tensor, z: Tensor, delta: Tensor, bias: Tensor | None, weight: Tensor, eps: float, backend: str
+def _add_norm(
+    residual: Tensor,
+    z: Tensor,
+    delta: Tensor,
+    bias: Tensor | None,
+    weight: Tensor,
+    shift: Tensor | None,
+    eps: float,
+    centred: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     z = flatten(z)
     if _wants_grad(residual, z, delta, bias):
-        h, y = AddRmsNorm.apply(residual, z, delta, bias, weight, eps, backend)
+        h, y = AddNorm.apply(residual, z, delta, bias, weight, shift, eps, centred, backend)
         return h, y
-    h, y, _ = raw.add_rms_norm(residual, cast_to(z, residual.dtype), delta, bias, weight, eps, backend)
+    h, y, *_ = _add_norm_op(residual, z, delta, bias, weight, shift, eps, centred, backend)
     return h, y
 
 
@@ -242,8 +319,11 @@ class Add(Function):
         return *_add_gradients(ctx, dh, *ctx.saved_tensors), None
 
 
-class AddRmsNorm(Function):
-    """``h = residual + gain * z + b`` and ``y = r * h * weight``; saves h and r, and z when delta needs a gradient."""
+_NormBackward = Callable[..., tuple[Tensor, Tensor, Tensor]]
+
+
+class AddNorm(Function):
+    """``h = residual + gain * z + b`` and a norm of h; saves h, the norm's statistics, and z when delta needs a gradient."""
 
     @staticmethod
     def forward(
@@ -253,43 +333,73 @@ class AddRmsNorm(Function):
         delta: Tensor,
         bias: Tensor | None,
         weight: Tensor,
+        shift: Tensor | None,
         eps: float,
+        centred: bool,
         backend: str,
     ) -> tuple[Tensor, Tensor]:
-        """residual and z [T, n], delta, bias and weight [n] -> h and y [T, n]."""
+        """residual and z [T, n], delta, bias, weight and shift [n] -> h and y [T, n]; a LayerNorm is centred."""
         _remember(ctx, residual, z, delta, bias, backend)
-        ctx.eps = eps
-        h, y, r = raw.add_rms_norm(residual, cast_to(z, residual.dtype), delta, bias, weight, eps, backend)
-        ctx.save_for_backward(h, z if ctx.needs_input_grad[2] else None, delta, weight, r)
+        ctx.eps, ctx.centred = eps, centred
+        h, y, *statistics = _add_norm_op(residual, z, delta, bias, weight, shift, eps, centred, backend)
+        ctx.save_for_backward(h, z if ctx.needs_input_grad[2] else None, delta, weight, *statistics)
         return h, y
 
     @staticmethod
     @outside_autocast
     def backward(ctx: Any, dh: Tensor | None, dy: Tensor | None) -> Gradients:
         """dh and dy [T, n] -> dresidual, dz, ddelta, dbias."""
-        h, z, delta, weight, r = ctx.saved_tensors
+        h, z, delta, weight, *statistics = ctx.saved_tensors
         needs_residual, needs_z, needs_delta, *_ = ctx.needs_input_grad
+        nothing = (None,) * 5
         if dy is None:
             if dh is None:
-                return (None,) * 7
-            return *_add_gradients(ctx, dh, z, delta if needs_z else None), None, None, None
+                return *(None,) * 4, *nothing
+            return *_add_gradients(ctx, dh, z, delta if needs_z else None), *nothing
         # z is read for ddelta alone: where nobody wants that, h, which is read anyway, stands in its place
         z = h if z is None else cast_to(z, h.dtype)
         if differentiable():
-            # r depends on h: r is computed again, so that the graph reaches h through it
-            r = torch.rsqrt(h.to(r.dtype).square().mean(1) + ctx.eps)
-            dx, dz, ddelta = reference.add_rms_norm_backward(dy, dh, h, z, delta, weight, r)
+            # the statistics depend on h: they are computed again, so that the graph reaches h through them
+            statistics = _statistics(h.to(statistics[0].dtype), ctx.eps, ctx.centred)
+            gradients: _NormBackward = (
+                reference.add_layer_norm_backward if ctx.centred else reference.add_rms_norm_backward
+            )
+            dx, dz, ddelta = gradients(dy, dh, h, z, delta, weight, *statistics)
         else:
-            dx, dz, ddelta = raw.add_rms_norm_backward(dy, dh, h, z, delta, weight, r, ctx.backend)
+            op: _NormBackward = raw.add_layer_norm_backward if ctx.centred else raw.add_rms_norm_backward
+            dx, dz, ddelta = op(dy, dh, h, z, delta, weight, *statistics, ctx.backend)
         return (
             dx if needs_residual else None,
             cast_to(dz, ctx.z_dtype) if needs_z else None,
             ddelta.to(ctx.delta_dtype) if needs_delta else None,
             bias_gradient(ctx, dx),
-            None,
-            None,
-            None,
+            *nothing,
         )
+
+
+def _add_norm_op(
+    residual: Tensor,
+    z: Tensor,
+    delta: Tensor,
+    bias: Tensor | None,
+    weight: Tensor,
+    shift: Tensor | None,
+    eps: float,
+    centred: bool,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    """h, y, then the statistics: mean and r of a LayerNorm, r of an RMSNorm."""
+    z = cast_to(z, residual.dtype)
+    if centred:
+        return raw.add_layer_norm(residual, z, delta, bias, weight, shift, eps, backend)
+    return raw.add_rms_norm(residual, z, delta, bias, weight, eps, backend)
+
+
+def _statistics(h: Tensor, eps: float, centred: bool) -> list[Tensor]:
+    """What ``_add_norm_op`` returns after y, differentiable."""
+    mean = [h.mean(1)] if centred else []
+    away = h - mean[0][:, None] if centred else h
+    return [*mean, torch.rsqrt(away.square().mean(1) + eps)]
 
 
 class RmsNormAdd(Function):

@@ -53,14 +53,14 @@ def gain_rms_norm(x: Tensor, weight: Tensor, delta: Tensor, eps: float = 1e-6, *
     return _rms_norm(x, weight, delta, eps, backend)
 
 
-def check_norm_weight(x: Tensor, n: int, weight: Tensor) -> None:
-    """Raise ValueError unless weight is [n], on x's device and frozen."""
+def check_norm_weight(x: Tensor, n: int, weight: Tensor, name: str = "weight") -> None:
+    """Raise ValueError unless weight is [n], on x's device and frozen; ``name`` is its own."""
     if weight.shape != (n,):
-        raise ValueError(f"weight must be [{n}] (x.shape[-1]), got shape {tuple(weight.shape)}")
-    check_device(x, weight, "weight")
+        raise ValueError(f"{name} must be [{n}] (x.shape[-1]), got shape {tuple(weight.shape)}")
+    check_device(x, weight, name)
     if weight.requires_grad:
         raise ValueError(
-            "weight requires a gradient, but the norm of a gained layer is frozen: call weight.requires_grad_(False) "
+            f"{name} requires a gradient, but the norm of a gained layer is frozen: call {name}.requires_grad_(False) "
             "(gain_ops.apply does), or train it with torch.nn.functional.rms_norm"
         )
 

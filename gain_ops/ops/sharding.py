@@ -81,6 +81,16 @@ _RULES: dict[str, tuple[str, ...]] = {
         "R R R R R R R -> R R R",
         "T T T T R R T -> T T P",
     ),
+    "add_layer_norm": (
+        "residual z delta bias weight shift -> h y mean r",
+        "R R R R R R -> R R R R",
+        "T T R R R R -> T T T T",
+    ),
+    "add_layer_norm_backward": (
+        "dy dh h z delta weight mean r -> dx dz ddelta",
+        "R R R R R R R R -> R R R",
+        "T T T T R R T T -> T T P",
+    ),
     "rms_norm_add": ("residual z delta weight -> h r", "R R R R -> R R", "T T R R -> T T"),
     "rms_norm_add_backward": ("dh z delta weight r -> dz ddelta", "R R R R R -> R R", "T T R R T -> T P"),
     # the public functions that are no raw op; in a packed gate, gate and up share one dimension, and a shard would split them
@@ -99,6 +109,7 @@ _RULES: dict[str, tuple[str, ...]] = {
 }
 
 _WORDS = {"R": "Replicate", "T": "Shard(tokens)", "F": "Shard(-1)", "P": "Partial", "0": "Shard(0)", "1": "Shard(1)"}
+_STATISTICS = {"mean", "r"}
 _ACTIVATIONS = {"x", "dy", "z", "dh", "h", "gate", "up", "residual"}
 
 
@@ -158,7 +169,9 @@ class _Layout:
         for i in range(self.mesh.ndim):
             letters = {name: _letter(name, tensor, i) for name, tensor in sharded.items()}
             token_dims = {
-                _sharded_dim(sharded[name].placements[i]) for name in sharded if letters[name] == "T" and name != "r"
+                _sharded_dim(sharded[name].placements[i])
+                for name in sharded
+                if letters[name] == "T" and name not in _STATISTICS
             }
             row = next((row for row in _TABLE[rule] if _fits(row, letters)), None)
             if row is None or len(token_dims) > 1:
@@ -224,7 +237,7 @@ def _letter(name: str, tensor: DTensor, i: int) -> str:
     dim = _sharded_dim(placement)
     if dim is None:
         return "?"
-    if name == "r":
+    if name in _STATISTICS:
         return "T"
     if name in _ACTIVATIONS:
         return "F" if dim == tensor.dim() - 1 else "T"

@@ -1,10 +1,13 @@
 """The gain on the way into the residual stream and the norm that reads the stream: one pass each way, a row in registers at a
 time. add_norm_wide.py serves rows that are too wide for this.
 
-add_rms_norm             h = residual + gain * z + b, y = r * h * w    lines (14), (15): reads residual and z, writes h and y
-add_rms_norm_backward    dx, dz, partials of sum_t dx * z              line (16): reads dy, dh, h and z, writes dx and dz
+add_rms_norm               h = residual + gain * z + b, y = r * h * w    lines (14), (15): reads residual and z, writes h and y
+add_rms_norm_backward      dx, dz, partials of sum_t dx * z              line (16): reads dy, dh, h and z, writes dx and dz
+add_layer_norm             the same, y = r * (h - mean) * w + c          lines (14), (19)
+add_layer_norm_backward                                                  line (20)
 
-The norm is that of h as it is stored, so that the backward, which reads h, differentiates what the forward computed.
+The norm is that of h as it is stored, so that the backward, which reads h, differentiates what the forward computed. Both norms
+are one kernel: a LayerNorm has a mean, an RMSNorm has none.
 """
 
 from __future__ import annotations
@@ -23,14 +26,16 @@ from gain_ops.kernels.partials import sum_partials
 
 
 @triton.jit
-def add_rms_norm_kernel(
+def add_norm_kernel(
     residual,  # [T, N]
     z,  # [T, N]
     delta,  # [N]
     bias,  # [N] or None
     weight,  # [N]
+    shift,  # [N] or None
     h,  # [T, N] contiguous
     y,  # [T, N] contiguous
+    mean,  # [T] fp32, or None of an RMSNorm
     r,  # [T] fp32
     N,
     stride_rt,
@@ -56,20 +61,28 @@ def add_rms_norm_kernel(
     stored = (total + tile * load_gain(delta, cols, N)).to(h.dtype.element_ty)
     tl.store(h + row * N + cols, stored, mask=mask)
     tile = stored.to(tl.float32)
+    if mean is not None:
+        centre = tl.sum(tile, axis=0) / N
+        tl.store(mean + row, centre)
+        tile = tl.where(mask, tile - centre, 0.0)
     scale = 1.0 / tl.sqrt_rn(tl.sum(tile * tile, axis=0) / N + eps)
     tl.store(r + row, scale)
     w = tl.load(weight + cols, mask=mask, other=0.0).to(tl.float32)
-    tl.store(y + row * N + cols, (tile * scale * w).to(y.dtype.element_ty), mask=mask)
+    out = tile * scale * w
+    if shift is not None:
+        out += tl.load(shift + cols, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y + row * N + cols, out.to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["T", "chunk"])
-def add_rms_norm_backward_kernel(
+def add_norm_backward_kernel(
     dy,  # [T, N]
     dh,  # [T, N] or None
     h,  # [T, N]
     z,  # [T, N]
     delta,  # [N]
     weight,  # [N]
+    mean,  # [T] fp32, or None of an RMSNorm
     r,  # [T] fp32
     dx,  # [T, N] contiguous
     dz,  # [T, N] contiguous
@@ -105,9 +118,14 @@ def add_rms_norm_backward_kernel(
         inside = cols < tl.where(row < T, N, 0)
         scale = tl.load(r + tl.minimum(row, T - 1))
         v = w * tl.load(dy + row * stride_dyt + cols64 * stride_dyn, mask=inside, other=0.0).to(tl.float32)
-        n = scale * tl.load(h + row * stride_ht + cols64 * stride_hn, mask=inside, other=0.0).to(tl.float32)
-        mean = tl.sum(v * n, axis=0) / N
-        gradient = scale * (v - n * mean)
+        tile = tl.load(h + row * stride_ht + cols64 * stride_hn, mask=inside, other=0.0).to(tl.float32)
+        if mean is not None:
+            tile = tl.where(inside, tile - tl.load(mean + tl.minimum(row, T - 1)), 0.0)
+        n = scale * tile
+        gradient = v - n * (tl.sum(v * n, axis=0) / N)
+        if mean is not None:
+            gradient -= tl.sum(v, axis=0) / N
+        gradient *= scale
         if dh is not None:
             at = dh + row * multiple(stride_dht, UNIT) + cols64 * stride_dhn
             gradient += tl.load(at, mask=inside, other=0.0).to(tl.float32)
@@ -121,14 +139,57 @@ def add_rms_norm(
     residual: Tensor, z: Tensor, delta: Tensor, bias: Tensor | None, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """h and y [T, n] contiguous, and r [T] fp32."""
-    t, n = z.shape
-    if n == 0:
+    if z.shape[1] == 0:
         return reference.add_rms_norm(residual, z, delta, bias, weight, eps)
+    r = torch.empty(z.shape[0], dtype=torch.float32, device=z.device)
+    return *_forward(residual, z, delta, bias, weight, None, eps, None, r), r
+
+
+def add_layer_norm(
+    residual: Tensor, z: Tensor, delta: Tensor, bias: Tensor | None, weight: Tensor, shift: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """h and y [T, n] contiguous, and mean and r [T] fp32."""
+    if z.shape[1] == 0:
+        return reference.add_layer_norm(residual, z, delta, bias, weight, shift, eps)
+    mean, r = (torch.empty(z.shape[0], dtype=torch.float32, device=z.device) for _ in range(2))
+    return *_forward(residual, z, delta, bias, weight, shift, eps, mean, r), mean, r
+
+
+def add_rms_norm_backward(
+    dy: Tensor, dh: Tensor | None, h: Tensor, z: Tensor, delta: Tensor, weight: Tensor, r: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx and dz [T, n] contiguous, and ddelta [n]."""
+    if h.shape[1] == 0:
+        return reference.add_rms_norm_backward(dy, dh, h, z, delta, weight, r)
+    return _backward(dy, dh, h, z, delta, weight, None, r)
+
+
+def add_layer_norm_backward(
+    dy: Tensor, dh: Tensor | None, h: Tensor, z: Tensor, delta: Tensor, weight: Tensor, mean: Tensor, r: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx and dz [T, n] contiguous, and ddelta [n]."""
+    if h.shape[1] == 0:
+        return reference.add_layer_norm_backward(dy, dh, h, z, delta, weight, mean, r)
+    return _backward(dy, dh, h, z, delta, weight, mean, r)
+
+
+def _forward(
+    residual: Tensor,
+    z: Tensor,
+    delta: Tensor,
+    bias: Tensor | None,
+    weight: Tensor,
+    shift: Tensor | None,
+    eps: float,
+    mean: Tensor | None,
+    r: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """h and y [T, n] contiguous; mean (of a LayerNorm) and r are written."""
+    t, n = z.shape
     h, y = (torch.empty(z.shape, dtype=z.dtype, device=z.device) for _ in range(2))
-    r = torch.empty(t, dtype=torch.float32, device=z.device)
     if t:
         config = rms_norm_config(n, rows=1)
-        kernel = add_rms_norm_kernel if config.whole_row else add_norm_wide.add_rms_norm_kernel
+        kernel = add_norm_kernel if config.whole_row else add_norm_wide.add_norm_kernel
         with on_device_of(z):
             kernel[(t,)](
                 residual,
@@ -136,8 +197,10 @@ def add_rms_norm(
                 delta.contiguous(),
                 None if bias is None else bias.contiguous(),
                 weight.contiguous(),
+                None if shift is None else shift.contiguous(),
                 h,
                 y,
+                mean,
                 r,
                 n,
                 *residual.stride(),
@@ -147,22 +210,26 @@ def add_rms_norm(
                 BLOCK_N=config.block_n,
                 **options(config.num_warps),
             )
-    return h, y, r
+    return h, y
 
 
-def add_rms_norm_backward(
-    dy: Tensor, dh: Tensor | None, h: Tensor, z: Tensor, delta: Tensor, weight: Tensor, r: Tensor
+def _backward(
+    dy: Tensor,
+    dh: Tensor | None,
+    h: Tensor,
+    z: Tensor,
+    delta: Tensor,
+    weight: Tensor,
+    mean: Tensor | None,
+    r: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx and dz [T, n] contiguous, and ddelta [n]."""
     t, n = h.shape
-    if n == 0:
-        return reference.add_rms_norm_backward(dy, dh, h, z, delta, weight, r)
     dx, dz = (torch.empty(h.shape, dtype=h.dtype, device=h.device) for _ in range(2))
     if t == 0:
         return dx, dz, torch.zeros(n, dtype=torch.float32, device=h.device)
     chunk = rms_norm_chunk(t)
     config = rms_norm_config(n, rows=chunk)
-    kernel = add_rms_norm_backward_kernel if config.whole_row else add_norm_wide.add_rms_norm_backward_kernel
+    kernel = add_norm_backward_kernel if config.whole_row else add_norm_wide.add_norm_backward_kernel
     chunks = triton.cdiv(t, chunk)
     partials = torch.empty((chunks, n), dtype=torch.float32, device=h.device)
     strides = [(0, 0) if tensor is None else tensor.stride() for tensor in (dy, dh, h, z)]
@@ -174,6 +241,7 @@ def add_rms_norm_backward(
             z,
             delta.contiguous(),
             weight.contiguous(),
+            mean,
             r,
             dx,
             dz,

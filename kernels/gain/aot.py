@@ -99,7 +99,9 @@ CALLS = {name: _op(name, activation="gelu") for name in ARGUMENTS} | {
     "glu_backward, no up": _op("glu_backward", activation="gelu", z=None),
     "add, no bias": _op("add", bias=None),
     "add_rms_norm, no bias": _op("add_rms_norm", bias=None),
+    "add_layer_norm, no biases": _op("add_layer_norm", bias=None, norm_bias=None),
     "add_rms_norm_backward, no dh": _op("add_rms_norm_backward", dh=None),
+    "add_layer_norm_backward, no dh": _op("add_layer_norm_backward", dh=None),
 }
 OTHER_ACTIVATIONS = {
     f"glu_backward, {act}": _op("glu_backward", activation=act) for act in ("silu", "relu2", "gelu_tanh")
@@ -130,7 +132,7 @@ def problems() -> Iterator[Problem]:
     for dtype in ("bfloat16", "float16", "float32"):
         yield Problem("linear_input", dtype, 8192, 4096, transposed=True)
     # a row that fits one warp's registers, the widest that fits a block's, and one that fits neither
-    for call, n in product([call for call in CALLS if "rms_norm" in call], (456, 8192, 16384)):
+    for call, n in product([call for call in CALLS if "norm" in call], (456, 8192, 16384)):
         yield Problem(call, "float32", 4096, n)
         for t in tokens:
             yield Problem(call, "bfloat16", t, n)

@@ -1,7 +1,12 @@
 """The functions of gain_ops.reference as Triton kernels, by the same names: dispatch.py loads this module."""
 
 from gain_ops.kernels.add import add
-from gain_ops.kernels.add_norm import add_rms_norm, add_rms_norm_backward
+from gain_ops.kernels.add_norm import (
+    add_layer_norm,
+    add_layer_norm_backward,
+    add_rms_norm,
+    add_rms_norm_backward,
+)
 from gain_ops.kernels.glu import glu, glu_backward, glu_ddelta
 from gain_ops.kernels.linear_backward import backward_input, backward_recompute, ddelta_recompute
 from gain_ops.kernels.linear_forward import linear, linear_z
@@ -11,6 +16,8 @@ from gain_ops.kernels.rows import backward, ddelta, linear_input, scale
 
 __all__ = [
     "add",
+    "add_layer_norm",
+    "add_layer_norm_backward",
     "add_rms_norm",
     "add_rms_norm_backward",
     "backward",

@@ -35,18 +35,28 @@ def signs(*shape: int) -> torch.Tensor:
     return torch.ones(shape) - 2 * (whole(*shape) > 0)
 
 
+def balanced(*shape: int) -> torch.Tensor:
+    return signs(*shape, 1) * torch.tensor([1.0, -1.0] * (IN // 2))
+
+
 def raw_operands(op: str) -> dict[str, torch.Tensor]:
-    """Operands by name, flat; in an RMSNorm every |x| or |h| is 1, so that r is 1 as well, and means are whole."""
+    """Operands by name, flat; what a norm reads is 1 or -1 (a LayerNorm half of each), so that r is 1, and means are whole."""
     out = OUT if "linear" in op or "recompute" in op or op == "backward_input" else IN
     shapes = {
         "x": (T, IN), "z": (T, IN), "dy": (T, out), "dh": (T, IN), "gate": (T, IN), "up": (T, IN), "residual": (T, IN),
-        "weight": (IN,) if "rms" in op else (OUT, IN), "bias": (IN,) if "add" in op else (OUT,),
+        "weight": (IN,) if "norm" in op else (OUT, IN), "bias": (IN,) if "add" in op else (OUT,), "shift": (IN,),
         "delta": (IN,) if op in ("linear_input", "backward_input") else (out,),
     }  # fmt: skip
     operands = {name: whole(*shape) for name, shape in shapes.items()}
-    if "rms" in op:
-        ones = signs(T, IN)
-        operands |= {"x": ones, "h": ones, "r": torch.ones(T), "weight": IN * operands["weight"]}
+    if "norm" in op:
+        ones = balanced(T) if "layer" in op else signs(T, IN)
+        operands |= {
+            "x": ones,
+            "h": ones,
+            "r": torch.ones(T),
+            "mean": torch.zeros(T),
+            "weight": IN * operands["weight"],
+        }
         if "norm_add" in op:
             operands |= {"z": ones, "delta": signs(IN) - 1}
         operands["residual"] = ones - ((1 + operands["delta"]) * operands["z"] + operands["bias"][:IN])
@@ -56,7 +66,7 @@ def raw_operands(op: str) -> dict[str, torch.Tensor]:
 def call(op: str, operands: dict[str, torch.Tensor | None]) -> tuple[torch.Tensor, ...]:
     options = {"backend": "eager"}
     options |= {"activation": "relu2"} if "glu" in op else {}
-    options |= {"eps": 0.0} if "rms_norm" in op and "backward" not in op else {}
+    options |= {"eps": 0.0} if "norm" in op and "backward" not in op else {}
     return several(getattr(torch.ops.gain_ops, op)(**operands, **options))
 
 
@@ -161,6 +171,11 @@ def test_all_other_placements_raise(two, op):
         assert rejected > taken
 
 
+def layer_norm(shift: torch.Tensor, **operands: object) -> tuple[torch.Tensor, torch.Tensor]:
+    """gain_add_layer_norm by the names of the rule."""
+    return gain_ops.gain_add_layer_norm(norm_bias=shift, **operands)
+
+
 def public_case(name: str, **options: object) -> tuple[object, dict[str, torch.Tensor], str]:
     """A public function, its operands by name, and the rule for it."""
     x = whole(*TOKENS, IN)
@@ -186,7 +201,7 @@ def public_case(name: str, **options: object) -> tuple[object, dict[str, torch.T
             "rms_norm",
         )
     if "add" in name:
-        ones = signs(*TOKENS, IN)
+        ones = balanced(*TOKENS) if "layer" in name else signs(*TOKENS, IN)
         operands = {"z": whole(*TOKENS, IN), "delta": whole(IN), "bias": whole(IN)}
         operands = {"residual": ones - ((1 + operands["delta"]) * operands["z"] + operands["bias"])} | operands
         if name == "add":
@@ -195,7 +210,10 @@ def public_case(name: str, **options: object) -> tuple[object, dict[str, torch.T
             operands |= {"z": ones, "delta": signs(IN) - 1}
             del operands["bias"]
             return partial(gain_ops.gain_rms_norm_add, eps=0.0), operands | {"weight": IN * whole(IN)}, name
-        return partial(gain_ops.gain_add_rms_norm, eps=0.0), operands | {"weight": IN * whole(IN)}, name
+        operands["weight"] = IN * whole(IN)
+        if name == "add_layer_norm":
+            return partial(layer_norm, eps=0.0), operands | {"shift": whole(IN)}, name
+        return partial(gain_ops.gain_add_rms_norm, eps=0.0), operands, name
     packed, gated = name == "mlp_packed", name == "mlp"
     operands = {
         "x": x, "gate_weight": whole(wide if packed else n, IN, limit=1), "up_weight": whole(n, IN) if gated else None,
@@ -215,13 +233,14 @@ PUBLIC = [
     ("rms_norm", {}),
     ("add", {}),
     ("add_rms_norm", {}),
+    ("add_layer_norm", {}),
     ("rms_norm_add", {}),
     ("mlp", {}),
     ("mlp", {"recompute": True, "chunk": 3}),
     ("mlp_packed", {}),
     ("mlp_ungated", {}),
 ]
-FROZEN = {"weight", "gate_weight", "up_weight", "down_weight", "gate_bias", "up_bias", "down_bias"}
+FROZEN = {"weight", "shift", "gate_weight", "up_weight", "down_weight", "gate_bias", "up_bias", "down_bias"}
 
 
 def several(results: torch.Tensor | tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:

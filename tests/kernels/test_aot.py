@@ -35,7 +35,7 @@ ONE_PASS = {
 } - FUSED
 # the arguments of all kernels that are [T, n] or a weight
 MATRICES = {"a", "b", "c", "out", "x", "y", "z", "dx", "dy", "dz", "gate", "up", "h", "dh", "dgate_up", "residual"}
-VECTORS = {"delta", "bias", "weight", "r", "partials", "sums"}
+VECTORS = {"delta", "bias", "weight", "shift", "mean", "r", "partials", "sums"}
 
 ROOT = Path(__file__).resolve().parents[2]
 

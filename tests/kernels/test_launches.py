@@ -131,7 +131,7 @@ def _record() -> dict[str, Any]:
         return ""
 
     before = driver._active
-    norms = [call for call in ARGUMENTS if "rms_norm" in call]
+    norms = [call for call in ARGUMENTS if "norm" in call]
     calls = ("linear_z", "backward_input", "scale", "backward", "glu", "glu_backward", "add", *norms)
     problems = [aot.Problem(call, "bfloat16", 64, 4104) for call in calls]
     problems += [aot.Problem(call, "bfloat16", 64, 16392) for call in norms]

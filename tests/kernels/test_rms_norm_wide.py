@@ -12,8 +12,7 @@ from support.parity import DEVICE, LAYOUTS, compare, laid_out, run, tensors
 from support.shapes import EMPTY, SMALL
 
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
-CALLS = [call for call in EVERY_CALL if "rms_norm" in call]
-MODULES = {"add_rms_norm": add_norm_wide, "rms_norm_add": norm_add_wide, "rms_norm": rms_norm_wide}
+CALLS = [call for call in EVERY_CALL if "norm" in call]
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -52,7 +51,9 @@ def test_the_widest_row_that_is_held_and_one_more(call: str, over: int, monkeypa
             return kernel[grid]
 
     name = f"{call.split()[0]}_kernel"
-    module = MODULES[name.removesuffix("_kernel").removesuffix("_backward")]
+    module = norm_add_wide if name.startswith("rms_norm_add") else rms_norm_wide
+    if name.startswith("add"):
+        module, name = add_norm_wide, "add_norm_backward_kernel" if "backward" in name else "add_norm_kernel"
     kernel = getattr(module, name)
     monkeypatch.setattr(module, name, Spy())
     compare(backend, call, tensors(2, 1, NORM_FEATURES + over, torch.float16))

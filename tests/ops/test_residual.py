@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from gain_ops import gain_add, gain_add_rms_norm, gain_rms_norm, gain_rms_norm_add
+from gain_ops import gain_add, gain_add_layer_norm, gain_add_rms_norm, gain_rms_norm, gain_rms_norm_add
 from gain_ops.measure.saved_bytes import saved_bytes
 from gain_ops.testing import assert_no_worse_than_torch
 
@@ -35,6 +35,14 @@ def add_rms_norm(residual: Tensor, z: Tensor, delta: Tensor, bias: Tensor | None
     return gain_add_rms_norm(residual, z, delta, weight, EPS, bias=bias)
 
 
+def add_layer_norm(residual: Tensor, z: Tensor, delta: Tensor, bias: Tensor | None, weight: Tensor) -> Results:
+    return gain_add_layer_norm(residual, z, delta, weight, weight.flip(0), EPS, bias=bias)
+
+
+def add_plain_layer_norm(residual: Tensor, z: Tensor, delta: Tensor, bias: Tensor | None, weight: Tensor) -> Results:
+    return gain_add_layer_norm(residual, z, delta, weight, eps=EPS, bias=bias)
+
+
 def rms_norm_add(residual: Tensor, z: Tensor, delta: Tensor, bias: Tensor | None, weight: Tensor) -> Results:
     return (gain_rms_norm_add(residual, z, delta, weight, EPS),)
 
@@ -49,13 +57,31 @@ def plain_add_rms_norm(residual: Tensor, z: Tensor, delta: Tensor, bias: Tensor 
     return h, F.rms_norm(h, h.shape[-1:], weight, EPS)
 
 
+def plain_add_layer_norm(residual: Tensor, z: Tensor, delta: Tensor, bias: Tensor | None, weight: Tensor) -> Results:
+    (h,) = plain_add(residual, z, delta, bias, weight)
+    return h, F.layer_norm(h, h.shape[-1:], weight, weight.flip(0), EPS)
+
+
+def plain_add_plain_layer_norm(
+    residual: Tensor, z: Tensor, delta: Tensor, bias: Tensor | None, weight: Tensor
+) -> Results:
+    (h,) = plain_add(residual, z, delta, bias, weight)
+    return h, F.layer_norm(h, h.shape[-1:], weight, None, EPS)
+
+
 def plain_rms_norm_add(residual: Tensor, z: Tensor, delta: Tensor, bias: Tensor | None, weight: Tensor) -> Results:
     gained = (z * (1 + delta)).to(z.dtype)
     return (residual + F.rms_norm(gained, gained.shape[-1:], weight.to(z.dtype), EPS),)
 
 
-PLAIN: dict[Op, Op] = {add: plain_add, add_rms_norm: plain_add_rms_norm, rms_norm_add: plain_rms_norm_add}
-BIASED = [add, add_rms_norm]
+PLAIN: dict[Op, Op] = {
+    add: plain_add,
+    add_rms_norm: plain_add_rms_norm,
+    add_layer_norm: plain_add_layer_norm,
+    add_plain_layer_norm: plain_add_plain_layer_norm,
+    rms_norm_add: plain_rms_norm_add,
+}
+BIASED = [op for op in PLAIN if op is not rms_norm_add]
 every_op = pytest.mark.parametrize("op", PLAIN, ids=lambda op: op.__name__)
 
 
@@ -140,8 +166,10 @@ def parameters(*tensors: Tensor | None) -> list[Tensor]:
 
 
 def new_bytes(op: Op, residual: Tensor) -> int:
-    """h where a norm reads it, which a frozen one saves as well, and r in fp32."""
+    """h where a norm reads it, which a frozen one saves as well, and r in fp32; the mean of a LayerNorm."""
     r = 4 * residual[..., 0].numel()
+    if op in (add_layer_norm, add_plain_layer_norm):
+        return residual.nbytes + 2 * r
     return {add: 0, add_rms_norm: residual.nbytes + r, rms_norm_add: r}[op]
 
 
@@ -285,3 +313,13 @@ def test_a_norm_is_frozen_and_as_wide_as_the_stream(op: Op) -> None:
         op(*given_, weight.requires_grad_())
     with pytest.raises(ValueError, match=r"weight must be \[6\]"):
         op(*given_, torch.ones(3))
+
+
+def test_the_bias_of_a_norm_is_frozen_and_as_wide_as_the_stream() -> None:
+    residual, z, delta, _, weight = draw(add, T, dtype=torch.float32)
+    with pytest.raises(ValueError, match="norm_bias requires a gradient"):
+        gain_add_layer_norm(residual, z, delta, weight, torch.zeros(N, requires_grad=True))
+    with pytest.raises(ValueError, match=r"norm_bias must be \[6\]"):
+        gain_add_layer_norm(residual, z, delta, weight, torch.zeros(3))
+    with pytest.raises(TypeError, match="norm_bias must be float64"):
+        gain_add_layer_norm(residual, z, delta, weight, torch.zeros(N).int())

@@ -74,7 +74,7 @@ def _cases() -> list[Case]:
         layouts = dict.fromkeys(("dy", "z", "dh", "h"), layout)
         found += [Case(target, call, "bf16", odd, layouts=layouts) for call in STREAM_CALLS if " " not in call]
     # a row in turns, and several partials
-    wide = [call for call in parity.CALLS if "rms_norm" in call]
+    wide = [call for call in parity.CALLS if "norm" in call]
     found += [Case("sm_90", call, "bf16", (3, 1, 8200)) for call in wide]
     found.append(Case("sm_80", "backward", "bf16", (130, 1, 320)))
     # products: small tiles on a large device, large ones on a small one, where a program has several

@@ -22,6 +22,8 @@ CALLS = {
     "glu_ddelta without up": ("dh", "dy", "no up", "gelu"),
     "add without bias": ("dy", "z", "delta_out", "no bias"),
     "add_rms_norm without bias": ("dy", "z", "delta_out", "no bias", "norm_weight", "eps"),
+    "add_layer_norm without biases": ("dy", "z", "delta_out", "no bias", "norm_weight", "no bias", "eps"),
+    "add_layer_norm_backward without dh": ("dy", "no dh", "h", "z", "delta_out", "norm_weight", "mean", "r"),
     "add_rms_norm_backward without dh": ("dy", "no dh", "h", "z", "delta_out", "norm_weight", "r"),
 }
 
