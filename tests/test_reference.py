@@ -121,6 +121,10 @@ PEAKS = {  # bytes an element of [T, n], in bf16 and in fp32, of what the op mak
     "glu_backward": (28, 28),
     "glu_ddelta": (8, 4),
     "rms_norm": (8, 8),
+    "add without bias": (2, 4),
+    "add_rms_norm without bias": (10, 12),
+    "add_layer_norm": (10, 12),
+    "rms_norm_add": (8, 8),
 }
 
 

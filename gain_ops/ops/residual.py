@@ -137,7 +137,7 @@ def gain_add_layer_norm(
 
     Returns: as gain_add_rms_norm.
 
-    Saved for backward: h, the mean and r (two numbers a token), and z if delta needs a gradient. A frozen model saves h as well.
+    Saved for backward: h, the mean and r (two numbers a token), and z if delta needs a gradient. A frozen model saves h too.
 
     Raises: as gain_add_rms_norm; ValueError also for a norm_bias that requires a gradient.
 

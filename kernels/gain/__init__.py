@@ -7,6 +7,11 @@ rows.py              one bandwidth-bound pass: the backward from a saved z, and 
 glu.py               the gain in an FFN's activation, forward and backward
 rms_norm.py          the gain in an RMSNorm, forward and backward
 rms_norm_wide.py     the same for rows that do not fit the registers
+add.py               the gain on the way into the residual stream
+add_norm.py          the same and the norm that reads the stream next, forward and backward
+add_norm_wide.py     the same for rows that do not fit the registers
+norm_add.py          the gain, an RMSNorm and the add, forward and backward
+norm_add_wide.py     the same for rows that do not fit the registers
 partials.py          the second stage of every ddelta, in fixed order
 config.py            launch configurations and their heuristics
 devices.py           the device that a kernel is launched on

@@ -13,7 +13,19 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import gain_ops
-from gain_ops import GainLinear, gain_activation, gain_glu, gain_linear, gain_mlp, gain_rms_norm, gain_scale
+from gain_ops import (
+    GainLinear,
+    gain_activation,
+    gain_add,
+    gain_add_layer_norm,
+    gain_add_rms_norm,
+    gain_glu,
+    gain_linear,
+    gain_mlp,
+    gain_rms_norm,
+    gain_rms_norm_add,
+    gain_scale,
+)
 from gain_ops.models.record import gained_modules
 from gain_ops.testing import assert_no_worse_than_torch
 
@@ -221,6 +233,16 @@ OPS: dict[str, tuple[str, Callable[[dict[str, Tensor], str], Tensor]]] = {
     "glu": ("narrow", lambda t, b: gain_glu(t["x"], t["x"].flip(-1), t["narrow"], backend=b)),
     "activation": ("narrow", lambda t, b: gain_activation(t["x"], t["narrow"], activation="relu2", backend=b)),
     "rms_norm": ("narrow", lambda t, b: gain_rms_norm(t["x"], t["up"][0], t["narrow"], backend=b)),
+    "add": ("narrow", lambda t, b: gain_add(t["x"], t["x"].flip(-1), t["narrow"], t["up"][1], backend=b)),
+    "add and norm": (
+        "narrow",
+        lambda t, b: sum(gain_add_rms_norm(t["x"], t["x"] / 2, t["narrow"], t["up"][0], backend=b)),
+    ),
+    "add and layer norm": (
+        "narrow",
+        lambda t, b: sum(gain_add_layer_norm(t["x"], t["x"] / 2, t["narrow"], *t["up"][:2], backend=b)),
+    ),
+    "norm and add": ("narrow", lambda t, b: gain_rms_norm_add(t["x"], t["x"] / 2, t["narrow"], t["up"][0], backend=b)),
     **{
         f"mlp, recompute={again}": (
             "wide",

@@ -30,6 +30,9 @@ COUNTED = [
     "sm_90 glu bf16 37x64x72 on 132",
     "sm_80 glu_backward fp32 37x64x72 on 132",
     "sm_90 rms_norm bf16 3x1x8200 on 132",
+    "sm_90 add_rms_norm without bias bf16 37x64x72 on 132",
+    "sm_90 add_rms_norm_backward bf16 37x64x72 on 132",
+    "sm_90 rms_norm_add_backward bf16 37x64x72 on 132",
     "sm_80 linear bf16 70x96x136 on 132",
     "sm_90 linear bf16 70x96x136 on 132",
     "sm_90 linear bf16 140x328x264 on 1, weight transposed",
@@ -59,3 +62,16 @@ def test_a_pass_moves_its_bytes_once(worker: Worker) -> None:
     (counts,) = worker.call("ptx.cases:count", name=COUNTED[0]).values()
     assert counts["global store bytes"] == 37 * 64 * 2
     assert counts["global load bytes"] >= 37 * 64 * 2
+
+
+@pytest.mark.slow
+def test_an_add_and_its_norm_move_every_byte_once(worker: Worker) -> None:
+    """On [37, 72] in bf16: the activations once, weight (bf16) and delta (fp32) by every row, or by every chunk of 4 rows."""
+    activation, vectors = 37 * 72 * 2, 72 * (2 + 4)
+    (forward,) = worker.call("ptx.cases:count", name="sm_90 add_rms_norm without bias bf16 37x64x72 on 132").values()
+    assert forward["global load bytes"] == 2 * activation + 37 * vectors
+    assert forward["global store bytes"] == 2 * activation + 37 * 4
+    backward, _ = worker.call("ptx.cases:count", name="sm_90 add_rms_norm_backward bf16 37x64x72 on 132").values()
+    # every lane reads its row's r, and those past the end the last row's
+    assert backward["global load bytes"] == 4 * activation + 10 * vectors + 40 * 32 * 4
+    assert backward["global store bytes"] == 2 * activation + 10 * 72 * 4
