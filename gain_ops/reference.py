@@ -298,8 +298,8 @@ def composite_add_layer_norm(
     """``add_layer_norm`` for activations of any rank, differentiable: -> h, y."""
     h = composite_add(residual, z, delta, bias)
     wide = h.to(accumulation_dtype(h.dtype))
-    wide = wide - wide.mean(-1, keepdim=True)
-    y = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight
+    away = wide - wide.mean(-1, keepdim=True)
+    y = away * torch.rsqrt(away.square().mean(-1, keepdim=True) + eps) * weight
     return h, (y if shift is None else y + shift).to(h.dtype)
 
 

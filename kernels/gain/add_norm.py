@@ -120,7 +120,7 @@ def add_norm_backward_kernel(
         v = w * tl.load(dy + row * stride_dyt + cols64 * stride_dyn, mask=inside, other=0.0).to(tl.float32)
         tile = tl.load(h + row * stride_ht + cols64 * stride_hn, mask=inside, other=0.0).to(tl.float32)
         if mean is not None:
-            tile = tl.where(inside, tile - tl.load(mean + tl.minimum(row, T - 1)), 0.0)
+            tile -= tl.load(mean + tl.minimum(row, T - 1))  # past the end too, where v and z are 0
         n = scale * tile
         gradient = v - n * (tl.sum(v * n, axis=0) / N)
         if mean is not None:
