@@ -48,7 +48,7 @@ def add_kernel(
 
 
 def add(residual: Tensor, z: Tensor, delta: Tensor, bias: Tensor | None) -> Tensor:
-    """H [T, n] contiguous."""
+    """h [T, n] contiguous."""
     t, n = z.shape
     h = torch.empty(z.shape, dtype=z.dtype, device=z.device)
     if h.numel():

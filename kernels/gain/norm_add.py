@@ -99,7 +99,7 @@ def rms_norm_add_backward_kernel(
 
 
 def rms_norm_add(residual: Tensor, z: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """H [T, n] contiguous and r [T] fp32."""
+    """h [T, n] contiguous and r [T] fp32."""
     t, n = z.shape
     if n == 0:
         return reference.rms_norm_add(residual, z, delta, weight, eps)
@@ -128,7 +128,7 @@ def rms_norm_add(residual: Tensor, z: Tensor, delta: Tensor, weight: Tensor, eps
 
 
 def rms_norm_add_backward(dh: Tensor, z: Tensor, delta: Tensor, weight: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
-    """Dz [T, n] contiguous and ddelta [n]."""
+    """dz [T, n] contiguous and ddelta [n]."""
     t, n = z.shape
     if n == 0:
         return reference.rms_norm_add_backward(dh, z, delta, weight, r)
