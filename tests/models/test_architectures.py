@@ -25,9 +25,10 @@ IGNORED = {
     "granitemoehybrid": r"mamba\.out_proj",
     "nemotron_h": r"mixer\.out_proj",
     "zamba2": r"mamba.*\.out_proj",
-    "mobilebert": r"cls\.predictions\.dense|lm_head\.dense|dense",
     "deberta": r"in_proj",
 }
+
+ENDLESS = ("vits",)  # a gain on the durations that it predicts makes minutes of speech
 
 # Linear maps that return more than a tensor, or are called with more or with another size: they fail in words.
 UNLIKE = r"returns a tuple|positional arguments|object has no attribute|delta must be"
@@ -68,14 +69,14 @@ def prove(model, inputs):
     moved = []
     for name in tried:
         layer = layers[name]
-        layer.delta.data.fill_(7.0)
+        layer.delta.data.fill_(0.25)
         changed = not same(expected, outputs(model, inputs))
         layer.delta.data.zero_()
         if changed:
             moved.append(name)
         elif isinstance(layer.weight, torch.Tensor) and not _tied(model, layer.weight):
             before = layer.weight.data.clone()
-            layer.weight.data.mul_(8.0)
+            layer.weight.data.mul_(1.25)
             assert same(expected, outputs(model, inputs)), f"the gain on {name} is ignored"
             layer.weight.data.copy_(before)
     return moved
@@ -107,7 +108,7 @@ def test_more_layers_that_are_not_called(model_type):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model_type", [name for name in model_types() if name not in FEW])
+@pytest.mark.parametrize("model_type", [name for name in model_types() if name not in (*FEW, *ENDLESS)])
 def test_every_architecture(model_type):
     try:
         model, inputs = build(model_type)
