@@ -14,6 +14,7 @@ CUDA, no triton and no transformers.
     gain_mlp                            an FFN as one function             ops/mlp.py
     GainLinear, GainWrapper             the layers                         layers/
     apply, remove                       gains on a model                   models/apply.py
+    check                               proof that a model uses its gains  models/check.py
     save_gains, load_gains              a model's gain file                models/files.py
     GainFile, read_gains, write_gains   a gain file, without a model       gainfiles/file.py
     absorb                              fold the gains into the weights    models/absorb.py
@@ -41,6 +42,7 @@ __all__ = [
     "active_gains",
     "add_gains",
     "apply",
+    "check",
     "combine_gains",
     "gain_activation",
     "gain_add",

@@ -14,6 +14,7 @@ from gain_ops.measure.saved_bytes import saved_bytes as saved_bytes
 from gain_ops.models.absorb import absorb as absorb
 from gain_ops.models.apply import apply as apply
 from gain_ops.models.apply import remove as remove
+from gain_ops.models.check import check as check
 from gain_ops.models.files import load_gains as load_gains
 from gain_ops.models.files import save_gains as save_gains
 from gain_ops.models.sets import active_gains as active_gains

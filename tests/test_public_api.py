@@ -21,6 +21,7 @@ def test_the_names() -> None:
         "active_gains",
         "add_gains",
         "apply",
+        "check",
         "combine_gains",
         "gain_activation",
         "gain_add",

@@ -13,6 +13,7 @@ GainTrainerMixin adapts a trainer to gains: the trainer accepts a quantised base
 """
 
 import importlib.util
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerContr
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from gain_ops.models.check import watch
 from gain_ops.models.files import load_gains, save_gains
 from gain_ops.models.plots import write_gain_plot
 from gain_ops.models.quantized import forget_quantizer
@@ -64,6 +66,8 @@ class GainCallback(TrainerCallback):
       reaches TensorBoard, W&B and every other callback, in any order.
     - Each checkpoint gets a gain file, ``gains.safetensors``; at the end ``output_dir`` gets one too. A hyperparameter
       search has its checkpoints elsewhere, and gets only the one at the end.
+    - The first forward of the training is watched, and raises if the model reads a weight whose layer it does not call: the
+      gain of that layer would be ignored.
     - ``gains.png`` in ``output_dir`` is drawn at each checkpoint and at the end.
 
     Only the world's process zero writes.
@@ -85,6 +89,18 @@ class GainCallback(TrainerCallback):
                 'the plot needs matplotlib: pip install "gain-ops[cli]", or turn it off with plot=False'
             )
         self._trainer, self._plot, self._dead_below = trainer, plot, dead_below
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Let the first forward of the training be watched: gain_ops.models.check.watch()."""
+        if model is not None and not args.torch_compile:
+            _watch_first_loss(self._trainer, model)
 
     def on_log(
         self,
@@ -162,6 +178,9 @@ class GainTrainerMixin(_Trainer):
       gains exactly into the model that the trainer was built with, and refuse other frozen weights. FSDP and DeepSpeed have
       checkpoints of their own, which are not changed.
 
+    Warns:
+        UserWarning: on building, if TRL takes the base as reference and the gains have learned something already.
+
     Raises:
         ValueError: on building, if the model has no gains, if a parameter is trained that is not a gain, or if transformers
             cannot train on this quantisation; on resuming, if the checkpoint has no gain file.
@@ -173,6 +192,8 @@ class GainTrainerMixin(_Trainer):
         with _counts_as_adapted(model):
             super().__init__(model, *args, **kwargs)
         _refuse_other_trained(self._gained())
+        if not any(isinstance(given, nn.Module) for given in (*args, kwargs.get("ref_model"))):
+            _warn_of_reference(self, self._gained())
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if self._keeps_its_own():
@@ -200,6 +221,33 @@ class GainTrainerMixin(_Trainer):
 
     def _gained(self) -> nn.Module:
         return cast(nn.Module, self.model)
+
+
+def _watch_first_loss(trainer: Trainer, model: nn.Module) -> None:
+    own = vars(trainer).get("compute_loss")
+    compute_loss = trainer.compute_loss
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        vars(trainer).pop("compute_loss")
+        if own is not None:
+            vars(trainer)["compute_loss"] = own
+        with watch(model):
+            return compute_loss(*args, **kwargs)
+
+    vars(trainer)["compute_loss"] = watched
+
+
+def _warn_of_reference(trainer: Trainer, model: nn.Module) -> None:
+    """Warn if TRL has loaded the base as the reference of a model whose gains have learned something already."""
+    reference = getattr(trainer, "ref_model", None)
+    layers = gained_modules(model).values()
+    if reference is None or gained_modules(reference) or not any(layer.delta.any() for layer in layers):
+        return
+    warnings.warn(
+        f"{type(trainer).__name__} compares with the base as it lies on disk, without the gains that this model has: absorb "
+        "them, save the model, and start from that folder with new gains; or give the trainer a ref_model",
+        stacklevel=3,  # the caller of the trainer
+    )
 
 
 def _output_dir(args: TrainingArguments) -> Path:

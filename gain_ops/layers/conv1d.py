@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from gain_ops.layers.gained import Gained, check_options, share_hooks
+from gain_ops.layers.gained import Gained, check_options, frozen, share_hooks
 from gain_ops.layers.linears import describe, is_plain_conv1d
 from gain_ops.ops.linear import gain_linear
 
@@ -77,7 +77,13 @@ class GainConv1D(Gained, Conv1D):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., nx] -> y [..., nf]."""
         return gain_linear(
-            x, self.weight.T, self.delta, self.bias, side=self.side, save=self.save, backend=self.backend
+            x,
+            frozen(self.weight).T,
+            self.delta,
+            frozen(self.bias),
+            side=self.side,
+            save=self.save,
+            backend=self.backend,
         )
 
     def reset_parameters(self) -> None:

@@ -10,16 +10,15 @@ It stays float32 when the model is cast to half precision, where small updates w
 """
 
 from collections.abc import Callable
-from typing import Self, TypeVar, cast
+from typing import Any, Self, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from gain_ops.layers.linears import (
-    refuse_sharded,
-)
+from gain_ops.layers.linears import is_packed, refuse_sharded
 from gain_ops.ops.dispatch import check_name
 from gain_ops.ops.linear import check_side_and_save
+from gain_ops.utils.errors import UsageError
 
 _Linear = TypeVar("_Linear", bound=nn.Module)
 
@@ -104,17 +103,36 @@ class Gained(nn.Module):
         linear.training = self.training
         return linear
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight" and isinstance(value, Tensor) and is_packed(value):
+            raise UsageError(
+                f"the weight of a {type(self).__name__} cannot become a {type(value).__name__}: quantise the model first, and "
+                "put the gains on after it (gain_ops.remove(), then torchao.quantize_(), then gain_ops.apply())"
+            )
+        super().__setattr__(name, value)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         own = (self.delta, self.delta.grad)
 
         def keep_wide(tensor: Tensor) -> Tensor:
             result = fn(tensor)
+            if tensor is self.delta and tensor.is_meta and not result.is_meta:
+                return result.zero_()  # to_empty() of a model that was built on meta: no memory holds a gain of chance
             if result.dtype in (torch.bfloat16, torch.float16) and any(tensor is mine for mine in own):
                 return tensor.detach().to(result.device)
             return result
 
         super()._apply(keep_wide, recurse)
         return self
+
+
+def frozen(tensor: Tensor) -> Tensor:
+    """A frozen weight, without the gradient that FSDP1 gives it.
+
+    With use_orig_params FSDP1 shows the parameters as views of one flat parameter, which is trained as soon as a delta is in
+    it. The flat gradient is then that of the deltas, and zero elsewhere.
+    """
+    return tensor.detach() if tensor.requires_grad and hasattr(tensor._base, "_fsdp_flattened") else tensor
 
 
 def check_options(side: str, save: str, backend: str) -> None:

@@ -11,7 +11,7 @@ from typing import Self, cast
 import torch
 from torch import Tensor, nn
 
-from gain_ops.layers.gained import Gained, check_options, share_hooks
+from gain_ops.layers.gained import Gained, check_options, frozen, share_hooks
 from gain_ops.layers.linears import describe, is_plain_conv1d, is_plain_linear, sizes
 from gain_ops.ops.linear import gain_linear
 
@@ -90,8 +90,9 @@ class GainLinear(Gained, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """x [..., in_features] -> y [..., out_features]."""
+        bias = None if self.bias is None else frozen(self.bias)
         return gain_linear(
-            input, self.weight, self.delta, self.bias, side=self.side, save=self.save, backend=self.backend
+            input, frozen(self.weight), self.delta, bias, side=self.side, save=self.save, backend=self.backend
         )
 
     def reset_parameters(self) -> None:

@@ -70,6 +70,11 @@ def has_plain_weight(module: nn.Module) -> bool:
     )
 
 
+def is_packed(tensor: Tensor) -> bool:
+    """Whether a tensor is of another package's class that holds tensors, such as torchao's quantised weights."""
+    return hasattr(tensor, "__tensor_flatten__") and type(tensor).__module__.partition(".")[0] != "torch"
+
+
 def refuse_sharded(module: nn.Module) -> None:
     """Raise ValueError if a parameter is a DTensor: a plain delta beside it cannot work."""
     for name, parameter in module.named_parameters():

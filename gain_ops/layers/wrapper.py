@@ -89,6 +89,10 @@ class GainWrapper(Gained):
 
     def _through_base(self, x: Tensor) -> Tensor:
         y = cast(Tensor, self.base(x))
+        if not isinstance(y, Tensor):
+            raise TypeError(
+                f"{describe(self.base)} returns a {type(y).__name__}, and a gain scales a tensor: leave it out of the targets"
+            )
         if torch.is_grad_enabled() and (x.requires_grad or (self._for_inference and self.delta.requires_grad)):
             self._refuse_cut(y)
         return y

@@ -13,7 +13,7 @@ from gain_ops.layers.linears import computes_from_weight, own_tensors, refuse_fs
 from gain_ops.layers.wrapper import GainWrapper
 from gain_ops.models.apply import remove
 from gain_ops.models.carriers import CannotFold, Carrier, Foldable, fold_gain, has_own_gain
-from gain_ops.models.record import gained_modules, refuse_base_active, refuse_outside, refuse_part
+from gain_ops.models.record import gained_modules, refuse_base_active, refuse_lost, refuse_outside, refuse_part
 from gain_ops.models.up_rows import up_rows
 from gain_ops.utils.dtensors import is_sharded
 from gain_ops.utils.errors import UsageError
@@ -80,12 +80,14 @@ def absorb(model: nn.Module) -> Absorbed:
         Absorbed: the layers, the largest rounding errors, and how many gains the weights' dtype has lost.
 
     Raises:
-        ValueError: no gains; gains that were applied to a larger model, or that lie outside the part that apply() was called
-            on; gains or absorbed weights that are not finite (float16 overflows); a quantised weight that would have to be
-            quantised again, or another wrapped layer, such as one with forward hooks; a weight that something else in the model
-            shares; weights on the meta device or sharded; or named gain sets of which none is active.
+        ValueError: no gains; gains that were applied to a larger model, that lie outside the part that apply() was called
+            on, or that are no longer there; gains or absorbed weights that are not finite (float16 overflows); a quantised
+            weight that would have to be quantised again, or another wrapped layer, such as one with forward hooks; a weight
+            that something else in the model shares; weights on the meta device or sharded; or named gain sets of which none
+            is active.
 
     """
+    refuse_lost(model, "absorb")
     layers = gained_modules(model)
     if not layers:
         raise UsageError(f"{type(model).__name__} has no gains to absorb")

@@ -3,10 +3,11 @@
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 
+import torch
 from torch import nn
 
 from gain_ops.layers.gained import Gained, check_options
-from gain_ops.layers.linears import is_kind, refuse_fsdp, refuse_sharded, sizes
+from gain_ops.layers.linears import is_kind, own_tensors, refuse_fsdp, refuse_sharded, sizes
 from gain_ops.layers.make import gain_layer
 from gain_ops.models.fused_mlp import fuse_all, unfuse
 from gain_ops.models.record import (
@@ -20,7 +21,7 @@ from gain_ops.models.record import (
     refuse_gained,
     refuse_part,
 )
-from gain_ops.models.sites import Site, pattern_sites, preset_sites, refuse_bypassed
+from gain_ops.models.sites import Site, pattern_sites, preset_sites, refuse_ignored
 from gain_ops.utils.errors import UsageError
 from gain_ops.utils.wording import first_of
 
@@ -98,6 +99,7 @@ def apply(
         )
     if not sites:
         raise UsageError("targets is empty: give 'gain', 'gain-ffn' or at least one pattern")
+    _refuse_inference(sites)
     applied = place(model, [(site, side) for site in sites], targets, memory, backend)
     if fuse_mlp:
         try:
@@ -144,7 +146,7 @@ def place(
     sites = list(first.values())
     _check_memory(memory)
     refuse_fsdp(model, "put gains on")
-    refuse_bypassed(model, (site for site, _ in sites))
+    refuse_ignored(model, [site for site, _ in sites])
     for site, _ in sites:
         refuse_sharded(site.module)
         _refuse_adapted(site)
@@ -177,6 +179,18 @@ def _restore_flags(model: nn.Module, flags: Mapping[str, bool]) -> None:
     """Restore the requires_grad flags of parameters, by their canonical names."""
     for name, parameter in model.named_parameters(remove_duplicate=False):
         parameter.requires_grad_(flags.get(canonical_name(name), parameter.requires_grad))
+
+
+def _refuse_inference(sites: Iterable[Site]) -> None:
+    """Raise ValueError for tensors of torch.inference_mode(): autograd does not take them, even outside of it."""
+    made = (site.name for site in sites for tensor in own_tensors(site.module).values() if tensor.is_inference())
+    name = "the gains" if torch.is_inference_mode_enabled() else next(made, None)
+    if name is not None:
+        raise UsageError(
+            f"{name} cannot be trained under, or after, torch.inference_mode(): what is made in it can never have a "
+            "gradient. Load the model and call apply() outside of it, under torch.no_grad() if need be; load_gains() "
+            "serves a model in inference mode."
+        )
 
 
 def _refuse_adapted(site: Site) -> None:

@@ -14,7 +14,7 @@ from gain_ops._version import __version__
 from gain_ops.gainfiles.file import GainFile, GainFileError, read_gains, write_gains
 from gain_ops.gainfiles.fingerprints import digest, sample
 from gain_ops.layers.gained import Gained, check_options
-from gain_ops.layers.linears import has_plain_weight, own_tensors, sizes
+from gain_ops.layers.linears import describe, has_plain_weight, is_packed, own_tensors, sizes
 from gain_ops.layers.wrapper import GainWrapper
 from gain_ops.models.apply import place
 from gain_ops.models.record import (
@@ -23,6 +23,7 @@ from gain_ops.models.record import (
     canonical_name,
     gained_modules,
     refuse_base_active,
+    refuse_lost,
     refuse_outside,
 )
 from gain_ops.models.sites import Site, linear_modules, names_attention_output
@@ -51,8 +52,8 @@ def save_gains(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
     Raises:
         ValueError: the model has no gains, or a delta that is not finite, on the meta device or partitioned by ZeRO-3;
-            it has gains outside the module that apply() was called on; or it has named gain sets, and none of them is
-            active.
+            it has gains outside the module that apply() was called on; a gain that apply() put on is no longer there; or
+            it has named gain sets, and none of them is active.
         OSError: the file cannot be written; under FSDP2 or tensor parallelism on every rank.
 
     """
@@ -68,6 +69,7 @@ def collect_gains(
         ValueError: as save_gains().
 
     """
+    refuse_lost(model, "save the gains")
     layers = gained_modules(model)
     if not layers:
         raise UsageError(f"{type(model).__name__} has no gains to save: put them on with gain_ops.apply()")
@@ -115,7 +117,8 @@ def load_gains(
         Applied as from apply(), or None for gains put on by hand.
 
     Raises:
-        GainFileError: not a gain file, damaged, of a later version, not finite, or not fitting the model.
+        GainFileError: not a gain file, damaged, of a later version, not finite, or not fitting the model; or a model whose
+            weights are on the meta device or offloaded.
         ValueError: options that do not exist; or the model has named gain sets, and none of them is active.
         FileNotFoundError: no such file.
 
@@ -127,6 +130,7 @@ def load_gains(
     gained = gained_modules(model)
     found: dict[str, nn.Module] = dict(gained) if gained else named_linears(model)
     refuse_misfit(file, found, exact=bool(gained), path=path)
+    refuse_absent(file, found, path)
     if check_base:
         refuse_other_base(file, found, model, path)
     applied = applied_record(model)
@@ -159,6 +163,11 @@ def fingerprint(layer: nn.Module) -> str | None:
 
     """
     base = layer.base if isinstance(layer, GainWrapper) else layer
+    if isinstance(base, Gained) and is_packed(cast(Tensor, base.weight)):
+        raise UsageError(
+            f"{describe(base)} was quantised after it got its gain: take the gains off with gain_ops.remove(), and quantise "
+            "before apply()"
+        )
     if isinstance(base, Gained) or has_plain_weight(base):
         tensors = {"weight": cast(Tensor, base.weight)}
     else:
@@ -211,7 +220,8 @@ def _saveable(name: str, layer: Gained) -> Tensor:
         where = (
             "on the meta device"
             if delta.is_meta
-            else "partitioned: call gain_ops.integrations.deepspeed.save_gains() on every process"
+            else "partitioned: call gain_ops.integrations.deepspeed.save_gains() on every process, or under FSDP1 save "
+            "inside FullyShardedDataParallel.summon_full_params(model)"
         )
         raise UsageError(f"cannot save {name}: its delta is {where}")
     if not delta.isfinite().all():
@@ -255,6 +265,17 @@ def refuse_misfit(file: GainFile, found: dict[str, nn.Module], *, exact: bool, p
             )
     if problems:
         raise GainFileError(f"{path} does not fit the model: {first_of(problems, '; ')}")
+
+
+def refuse_absent(file: GainFile, found: dict[str, nn.Module], path: object) -> None:
+    """Raise GainFileError for layers that have no values yet: a delta beside them would be lost with to_empty()."""
+    absent = [name for name in file.deltas if any(tensor.is_meta for tensor in raw_tensors(found[name]).values())]
+    if absent:
+        raise GainFileError(
+            f"{path} cannot be loaded yet: the weights of {some_of(absent)} are not there (meta device, or offloaded by "
+            "accelerate). Load the weights first, as by from_pretrained() or load_checkpoint_and_dispatch() without "
+            "offloading, and load the gains after them."
+        )
 
 
 def refuse_other_base(file: GainFile, found: dict[str, nn.Module], model: nn.Module, path: object) -> None:

@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gain_ops.layers.gained import Gained
+from gain_ops.layers.gained import Gained, frozen
 from gain_ops.layers.linears import is_conv1d, is_plain_linear
 from gain_ops.layers.wrapper import GainWrapper
 from gain_ops.models.ffn_layout import Layout, layout_of
@@ -169,12 +169,13 @@ def _hooked(module: nn.Module) -> bool:
 
 def _weight(module: nn.Module) -> Tensor:
     """[out, in]; transformers' Conv1D stores the transpose."""
-    weight = cast(Tensor, module.weight)
+    weight = frozen(cast(Tensor, module.weight))
     return weight.T if hasattr(module, "nf") else weight
 
 
 def _bias(module: nn.Module) -> Tensor | None:
-    return cast("Tensor | None", module.bias)
+    bias = cast("Tensor | None", module.bias)
+    return None if bias is None else frozen(bias)
 
 
 def _activation(module: nn.Module) -> str:

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from gain_ops.layers.gained import Gained
 from gain_ops.utils.errors import UsageError
+from gain_ops.utils.wording import first_of
 
 # Components that torch.compile, activation checkpointing and FSDP1 put into module names.
 _WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
@@ -99,6 +100,38 @@ def refuse_part(model: nn.Module, action: str) -> None:
     """Raise ValueError if gains of the model were applied to a larger model, which alone knows what they replaced."""
     if any(module.placed for module in all_gained(model).values()) and not record_holders(model):
         raise UsageError(f"the gains were applied to a larger model: call {action}() on that one")
+
+
+def lost_gains(model: nn.Module) -> tuple[str, ...]:
+    """The layers that apply() put a gain on and that have none any more, since something replaced or removed the module.
+
+    Not those below an nn.Identity, which stands for a block that another stage of a pipeline has.
+    """
+    applied = applied_record(model)
+    if applied is None:
+        return ()
+    modules = {canonical_name(name): module for name, module in _root(model).named_modules()}
+    present = [f"{name}." for name in gained_modules(model)]
+
+    def stands_in(name: str) -> bool:
+        parts = name.split(".")
+        return any(isinstance(modules.get(".".join(parts[:i])), nn.Identity) for i in range(1, len(parts)))
+
+    # inside another layer of that name it is still there: PEFT wraps an adapter around it
+    gone = (name for name in applied.names if not any(other.startswith(f"{name}.") for other in present))
+    return tuple(name for name in gone if not stands_in(name))
+
+
+def refuse_lost(model: nn.Module, action: str) -> None:
+    """Raise ValueError if a gain that apply() put on is no longer there."""
+    if lost := lost_gains(model):
+        now = {canonical_name(name): module for name, module in _root(model).named_modules()}
+        what = type(now[lost[0]]).__name__ if lost[0] in now else "nothing"
+        raise UsageError(
+            f"cannot {action}: apply() put a gain on {first_of(lost)}, and it is gone: {what} is there now, put in its place "
+            "by something that ran later, such as resize_token_embeddings(). Change the model before apply(); or put the "
+            "layer with the gain back, or call gain_ops.remove() to give up all gains."
+        )
 
 
 def refuse_outside(model: nn.Module, action: str) -> None:

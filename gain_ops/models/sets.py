@@ -20,8 +20,8 @@ from gain_ops.gainfiles.combining import merged_sides, merged_targets
 from gain_ops.gainfiles.file import read_gains
 from gain_ops.layers.gained import check_options
 from gain_ops.models.apply import place
-from gain_ops.models.files import named_linears, refuse_misfit, refuse_other_base, reshard
-from gain_ops.models.record import Applied, GainSets, applied_record, gained_modules, keep_sets, kept_sets
+from gain_ops.models.files import named_linears, refuse_absent, refuse_misfit, refuse_other_base, reshard
+from gain_ops.models.record import Applied, GainSets, applied_record, gained_modules, keep_sets, kept_sets, refuse_lost
 from gain_ops.models.sites import Site, names_attention_output
 from gain_ops.utils.dtensors import copy_delta, whole
 from gain_ops.utils.errors import UsageError
@@ -77,6 +77,7 @@ def add_gains(
     found: dict[str, nn.Module] = dict(gained) if gained else named_linears(model)
     for path, file in opened.values():
         refuse_misfit(file, found, exact=False, path=path)
+        refuse_absent(file, found, path)
         if check_base:
             refuse_other_base(file, found, model, path)
     applied = applied_record(model)
@@ -100,8 +101,9 @@ def set_gains(model: nn.Module, name: str | None) -> None:
     too: clear them before you train another set. Under DDP, FSDP2 or tensor parallelism every rank must call it.
 
     Raises:
-        ValueError: the model has no such set, or no sets; deltas that are on the meta device or partitioned by ZeRO-3; or
-            gains that no set has, which a switch would lose: they were trained or loaded while the base was active.
+        ValueError: the model has no such set, or no sets; a gain that apply() put on and that is no longer there; deltas
+            that are on the meta device or partitioned by ZeRO-3; or gains that no set has, which a switch would lose: they
+            were trained or loaded while the base was active.
 
     """
     sets = kept_sets(model)
@@ -111,6 +113,7 @@ def set_gains(model: nn.Module, name: str | None) -> None:
         raise UsageError(f"the model has no gain set {name!r}, it has {', '.join(sets.deltas)}")
     if name == sets.active:
         return
+    refuse_lost(model, "switch gains")
     before = _values(model)
     if sets.active is not None:
         sets.deltas[sets.active] = before

@@ -8,13 +8,14 @@ found by name and shape, see ``_by_name_and_shape``. Names are matched at their 
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
 from torch import nn
 
 from gain_ops.layers.linears import sizes
+from gain_ops.models.weight_reads import weight_reads
 from gain_ops.utils.errors import UsageError
 
 
@@ -111,26 +112,16 @@ def pattern_sites(model: nn.Module, patterns: Iterable[str]) -> list[Site]:
     return [Site(name, module, names_attention_output(name)) for name, module in modules if name in matched]
 
 
-def refuse_bypassed(model: nn.Module, sites: Iterable[Site]) -> None:
-    """Raise ValueError for a site whose weight the model reads without calling the module: a gain would do nothing."""
-    parents = {id(child): parent for parent in model.modules() for child in parent.children()}
-    for site in sites:
-        parent = parents[id(site.module)]
-        leaf = site.name.rpartition(".")[2]
-        config = getattr(model, "config", None)
-        if isinstance(parent, nn.MultiheadAttention):
-            why = "torch.nn.MultiheadAttention uses the weight of its out_proj without calling it"
-        elif isinstance(parent, nn.TransformerEncoderLayer):
-            why = (
-                "torch.nn.TransformerEncoderLayer has a fast path for inference that uses the weight without calling it"
-            )
-        elif leaf == "out_proj" and re.search("mamba|bamba", type(parent).__name__, re.IGNORECASE):
-            why = "the fused Mamba kernels use the weight of out_proj without calling it"
-        elif getattr(config, "slow_but_exact", False) and getattr(config, "pretraining_tp", 1) > 1:
-            why = "with config.slow_but_exact Bloom uses slices of the weight without calling it; set it to False"
-        else:
-            continue
-        raise UsageError(f"a gain on {site.name} would be ignored: {why}. Leave it out of the targets.")
+def refuse_ignored(model: nn.Module, sites: Sequence[Site]) -> None:
+    """Raise ValueError for a site whose weight the model's code reads without calling the module: a gain would do nothing."""
+    reads = weight_reads(model, (site.module for site in sites))
+    ignored = [site for site in sites if id(site.module) in reads]
+    if ignored:
+        more = f" The same holds for {len(ignored) - 1} other layers." if len(ignored) > 1 else ""
+        raise UsageError(
+            f"a gain on {ignored[0].name} would be ignored: {reads[id(ignored[0].module)]}. Leave it out of the "
+            f"targets.{more}"
+        )
 
 
 def linear_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:

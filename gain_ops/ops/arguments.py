@@ -22,9 +22,16 @@ def unflatten(y: Tensor, like: Tensor) -> Tensor:
 
 
 def transformed() -> bool:
-    """Whether a torch.func transform or forward-mode is active: plain torch supports them all, a Function needs rules."""
+    """Whether plain torch has to compute: a torch.func transform, forward-mode, torch.jit.trace or an export to ONNX.
+
+    Plain torch supports them all; a Function needs rules, and other runtimes do not have the ops.
+    """
+    if torch.onnx.is_in_onnx_export():
+        return True
     if torch.compiler.is_compiling():
         return False
+    if torch._C._is_tracing():
+        return True
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 

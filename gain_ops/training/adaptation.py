@@ -21,6 +21,7 @@ from gain_ops.measure.perplexity import largest_difference, logits, perplexity
 from gain_ops.measure.step_bytes import backward_bytes, lora_backward_bytes
 from gain_ops.models.absorb import absorb
 from gain_ops.models.apply import PRESETS, apply, remove
+from gain_ops.models.check import check
 from gain_ops.models.files import save_gains
 from gain_ops.models.record import Applied
 from gain_ops.training import domains
@@ -42,6 +43,7 @@ from gain_ops.training.report import (
 from gain_ops.training.settings import Settings
 from gain_ops.utils.errors import FileError, MissingPackageError, UsageError, file_errors
 from gain_ops.utils.files import PART, locked_folder, naming, regular_file, replace_file
+from gain_ops.utils.wording import first_of
 
 __all__ = ["FILES", "Settings", "Watcher", "adapt"]
 
@@ -128,6 +130,9 @@ def _adapt(settings: Settings, watcher: Watcher) -> Report:
     clock.lap("perplexity before")
 
     applied = _apply(model, settings)
+    unused = check(model, batches[0][:1].to(device)).unused
+    if unused:
+        watcher.notice(f"not called by this model on the first text, so not trained by it: {first_of(unused)}")
     watcher.phase(f"training gains on {len(applied.names)} layers")
     torch.manual_seed(settings.seed)  # dropout draws from the global generator
     gains = settings.out / GAINS

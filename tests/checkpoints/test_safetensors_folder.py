@@ -120,6 +120,8 @@ def test_what_is_copied_and_what_is_not(tmp_path: Path):
     for name in (
         "pytorch_model.bin",
         "optimizer.pt",
+        "adapter_config.json",  # PEFT's, whose weights are not copied either
+        "adapter_model.safetensors",
         "model.gguf",
         "consolidated.safetensors",
         "pytorch_model.bin.index.json",

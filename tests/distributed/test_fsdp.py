@@ -416,3 +416,31 @@ def test_a_model_from_the_meta_device_is_loaded_in_shards(two, tmp_path, how, ti
     for logits, found in two(_from_meta, str(tmp_path), how):
         assert torch.equal(logits, expected)
         torch.testing.assert_close(found, gradients(base))
+
+
+# FSDP1, accelerate's default
+
+
+def _under_fsdp1(options):
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+    policy = ModuleWrapPolicy({LlamaDecoderLayer})
+    model = build(**options)
+    wrapped = FullyShardedDataParallel(
+        model, use_orig_params=True, auto_wrap_policy=policy, device_id=torch.device("cpu")
+    )
+    loss = backward(wrapped, next(batches()))
+    with FullyShardedDataParallel.summon_full_params(wrapped, with_grads=True):
+        return loss, {name: delta.grad.clone() for name, delta in deltas(model)}
+
+
+@pytest.mark.parametrize("options", [{}, {"side": "input", "fuse_mlp": True}], ids=["output", "fused"])
+def test_fsdp1_with_original_parameters(two, options):
+    model = build(**options)
+    expected_loss, expected = backward(model, next(batches())), gradients(model)
+    for loss, found in two(_under_fsdp1, options):
+        assert loss == pytest.approx(expected_loss)
+        names = {name.replace("_fsdp_wrapped_module.", ""): value for name, value in found.items()}
+        torch.testing.assert_close(names, expected)

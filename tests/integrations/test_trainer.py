@@ -432,3 +432,59 @@ def test_trl_leaves_the_gains_of_a_quantised_base_in_float32(tmp_path):
     )
     assert {delta.dtype for delta in deltas(model).values()} == {torch.float32}
     assert not same(deltas(model), before)
+
+
+# gains that the model ignores, and TRL's reference
+
+
+class Reads(torch.nn.Module):
+    """A head whose weight is read, by code that apply() cannot see."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.head = model, torch.nn.Linear(96, 96)
+        self.read = torch.compiler.disable(lambda name: getattr(self.head, name))
+
+    def forward(self, input_ids, labels=None):
+        logits = torch.nn.functional.linear(self.model(input_ids).logits, self.read("".join(["wei", "ght"])))
+        return {"loss": torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())}
+
+
+def test_the_callback_raises_where_a_gain_is_ignored(tmp_path):
+    model = Reads(llama())
+    gain_ops.apply(model, ["head", "o_proj"])
+    trainer = Trainer(model, arguments(tmp_path, save_strategy="no"), train_dataset=rows())
+    trainer.add_callback(GainCallback(trainer, plot=False))
+    with pytest.raises(ValueError, match="the gain on head is ignored"):
+        trainer.train()
+
+
+def test_the_callback_watches_one_forward(tmp_path):
+    trainer = GainTrainer(gained(), arguments(tmp_path, max_steps=2, save_strategy="no"), train_dataset=rows())
+    trainer.add_callback(GainCallback(trainer, plot=False))
+    trainer.train()
+    assert "compute_loss" not in vars(trainer)
+    assert not any("forward" in vars(layer) for layer in gained_modules(trainer.model).values())
+
+
+class Comparing(GainTrainer):
+    """A trainer that takes the base as reference, as TRL's do."""
+
+    def __init__(self, model, *args, ref_model=None, **kwargs):
+        super().__init__(model, *args, **kwargs)
+
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        self.ref_model = llama()
+
+
+def test_a_reference_without_the_gains_is_warned_of(tmp_path, recwarn):
+    model = gained()
+    Comparing(model, arguments(tmp_path))
+    assert not [warning for warning in recwarn if "compares with the base" in str(warning.message)], (
+        "nothing is learned yet"
+    )
+    for layer in gained_modules(model).values():
+        layer.delta.data.fill_(0.1)
+    with pytest.warns(UserWarning, match=r"Comparing compares with the base .* absorb them"):
+        Comparing(model, arguments(tmp_path))

@@ -6,6 +6,7 @@ import io
 import pickle
 import subprocess
 import sys
+import warnings
 import weakref
 
 import pytest
@@ -678,14 +679,14 @@ def test_a_merged_adapter_is_no_obstacle(recwarn):
 
 def test_bypassed_projections_are_refused():
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
-    with pytest.raises(ValueError, match="MultiheadAttention uses the weight of its out_proj without calling it"):
+    with pytest.raises(ValueError, match=r"MultiheadAttention\.forward computes with its weight without calling it"):
         gain_ops.apply(nn.Sequential(layer), "gain")
-    with pytest.raises(ValueError, match="fast path for inference"):
+    with pytest.raises(ValueError, match="if not why_not_sparsity_fast_path"):
         gain_ops.apply(nn.Sequential(layer), ["linear2"])
     mamba = AutoModelForCausalLM.from_config(
         AutoConfig.for_model("mamba", hidden_size=16, num_hidden_layers=1, vocab_size=16, state_size=4)
     )
-    with pytest.raises(ValueError, match="fused Mamba kernels"):
+    with pytest.raises(ValueError, match=r"MambaMixer\.forward computes .* if self.training"):
         gain_ops.apply(mamba, ["out_proj"])
     with pytest.raises(ValueError, match="slow_but_exact"):
         gain_ops.apply(build("bloom", slow_but_exact=True, pretraining_tp=2))
@@ -714,3 +715,51 @@ def test_names_under_compile_and_checkpoint_wrappers():
 def test_importing_gain_ops_imports_no_transformers():
     code = "import gain_ops, sys; sys.exit('transformers' in sys.modules or 'triton' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("made", [True, False], ids=["made in it", "applied in it"])
+def test_inference_mode_is_refused_in_words(made):
+    with torch.inference_mode(made):
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    with (
+        torch.inference_mode(not made),
+        pytest.raises(ValueError, match=r"cannot be trained under, or after, torch.infer"),
+    ):
+        gain_ops.apply(model, [".*"])
+    assert not gained_modules(model)
+
+
+class Logits(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids):
+        return self.model(ids).logits
+
+
+@pytest.mark.parametrize(("targets", "options"), [("gain-ffn", {}), ("gain-ffn", {"side": "input", "fuse_mlp": True})])
+def test_a_model_with_gains_is_traced_in_plain_torch(targets, options):
+    model = build(use_cache=False)
+    gain_ops.apply(model, targets, **options)
+    for layer in gained_modules(model).values():
+        layer.delta.data.normal_()
+    expected = model(IDS).logits
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(Logits(model), IDS)
+    torch.testing.assert_close(traced(IDS), expected)
+    assert "gain_ops" not in str(traced.graph)
+    assert "PythonOp" not in str(traced.graph)
+
+
+class ReturnsTwo(nn.Linear):
+    def forward(self, x):
+        return x, x
+
+
+def test_a_linear_map_that_returns_more_fails_in_words():
+    model = nn.Sequential(ReturnsTwo(4, 4))
+    gain_ops.apply(model, [".*"])
+    with pytest.raises(TypeError, match=r"ReturnsTwo .* returns a tuple, and a gain scales a tensor"):
+        model(torch.randn(2, 4))

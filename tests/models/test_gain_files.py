@@ -445,3 +445,46 @@ def test_sharded_model(path, tmp_path):
     plain = build()
     gain_ops.load_gains(plain, path)
     torch.testing.assert_close(plain(IDS).logits, expected)
+
+
+# weights that are not there yet
+
+
+@pytest.mark.parametrize("check_base", [True, False])
+@pytest.mark.parametrize("with_gains", [False, True])
+def test_gains_are_not_loaded_before_the_weights(tmp_path, check_base, with_gains):
+    path = tmp_path / "g.safetensors"
+    gain_ops.save_gains(gained(), path)
+    model = (gained() if with_gains else build()).to("meta")
+    before = list(model.state_dict())
+    load = {"load_gains": lambda: gain_ops.load_gains(model, path, check_base=check_base)}
+    if not with_gains:
+        load["add_gains"] = lambda: gain_ops.add_gains(model, {"a": path}, check_base=check_base)
+    for call in load.values():
+        with pytest.raises(GainFileError, match=r"cannot be loaded yet: the weights of .* are not there"):
+            call()
+    assert list(model.state_dict()) == before
+    assert not gain_ops.list_gains(model)
+
+
+def test_gains_applied_on_meta_begin_at_one_wherever_the_weights_come_from():
+    poisoned = torch.full((1 << 16,), float("nan"))
+    model = gained().to("meta")
+    del poisoned
+    model.to_empty(device="cpu")
+    assert all(not layer.delta.any() for layer in gained_modules(model).values())
+
+
+def test_a_weight_is_not_quantised_under_its_gain(tmp_path):
+    torchao = pytest.importorskip("torchao.quantization")
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    gain_ops.apply(model, ["1"])
+    with pytest.raises(ValueError, match=r"quantise the model first, and put the gains on after it"):
+        torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
+    model[1]._parameters["weight"] = model[0].weight  # past the check, as swap_tensors does it
+    with pytest.raises(ValueError, match="was quantised after it got its gain"):
+        gain_ops.save_gains(model, tmp_path / "g")
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
+    gain_ops.apply(model, ["1"])
+    gain_ops.save_gains(model, tmp_path / "g")

@@ -30,6 +30,7 @@ _INDEX = "model.safetensors.index.json"
 _TORCHAO = re.compile("^_weight_")
 _LASTING = frozenset(["SCB", "bias", "weight", "weight.absmax"])
 
+_ADAPTER = "adapter_config.json"
 _SKIPPED_FOLDER = re.compile(r"checkpoint-\d+|__pycache__")
 
 # The weights in other formats, and a trainer's state: a copy would still hold them as they were before the gains.
@@ -252,13 +253,15 @@ def _indexed(folder: Path, index: Mapping[str, object]) -> tuple[list[Path], Map
 
 
 def _to_copy(folder: Path, shards: list[Path]) -> Iterable[Path]:
-    """All files of a model folder but hidden ones, other weights than these, and the checkpoints of a trainer."""
+    """All files of a model folder but hidden ones, other weights than these, a PEFT adapter, and a trainer's checkpoints."""
     for path in folder.rglob("*"):
         inside = path.relative_to(folder).parts
         if any(part.startswith(".") or _SKIPPED_FOLDER.fullmatch(part) for part in inside):
             continue
         if path.is_symlink() and not path.exists():
             raise CheckpointError(f"{path} is a link to nothing: fetch the rest of the model")
+        if path.name == _ADAPTER:  # its weights are left out, and it would be loaded without them
+            continue
         other_model = len(inside) == 1 and path.name.endswith((".safetensors", ".index.json")) and path.name != _INDEX
         if path in shards or (path.is_file() and path.suffix not in _NOT_COPIED and not other_model):
             yield path
