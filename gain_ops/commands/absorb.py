@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from gain_ops.commands.console import STDOUT, clear_errors, print_table
+from gain_ops.commands.console import STDOUT, clear_errors, escape, print_table
 from gain_ops.utils.errors import BusyError, FileError, file_errors
 from gain_ops.utils.stages import stage_of
 from gain_ops.utils.wording import first_of, size_text

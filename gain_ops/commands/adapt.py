@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from gain_ops.commands.console import STDOUT, clear_errors, print_pairs, print_table
+from gain_ops.commands.console import STDOUT, clear_errors, escape, print_pairs, print_table
 from gain_ops.commands.interrupts import Interrupted, StopRequest
 from gain_ops.training.settings import Settings
 from gain_ops.utils.wording import size_text

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.markup import escape
 
-from gain_ops.commands.console import STDOUT, clear_errors, print_table
+from gain_ops.commands.console import STDOUT, clear_errors, escape, print_table
 from gain_ops.planning.configs import BUNDLED, read_config
 from gain_ops.utils.errors import UsageError, file_errors
 from gain_ops.utils.files import regular_file, replace_file

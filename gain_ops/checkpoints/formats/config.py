@@ -1,12 +1,12 @@
 """What only a model's config.json knows, and not its tensors."""
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from gain_ops.checkpoints.edits import CheckpointError
+from gain_ops.utils import strict_json
 
 # Architectures whose projections of these names are transformers' Conv1D, weight [in, out].
 _CONV1D_TYPES = frozenset(["clvp", "clvp_decoder", "decision_transformer", "gpt2", "imagegpt", "jais", "openai-gpt"])
@@ -90,7 +90,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = strict_json.read(path)
     except ValueError as error:
         raise CheckpointError(f"{path} is not JSON ({error}): fetch it again") from error
     if not isinstance(content, dict):
