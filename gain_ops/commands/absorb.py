@@ -160,7 +160,12 @@ def _files(work: Plan) -> str:
 
 
 def _print_left_out(work: Plan) -> None:
-    """Names of files that a user may miss."""
+    """Names of files that a user may miss, and of those that a user may not expect in the copy."""
+    for folder, linked in work.linked.items():
+        STDOUT.print(
+            f"[yellow]copied from outside the base, through links:[/] {escape(first_of(linked))} (in {escape(folder)})",
+            soft_wrap=True,
+        )
     if work.left_out:
         names = first_of(work.left_out)
         STDOUT.print(f"[yellow]not copied, as no gain is folded into it:[/] {escape(names)}", soft_wrap=True)

@@ -47,6 +47,9 @@ def adapt(
     dtype: Annotated[str, typer.Option(help="Of the frozen weights: float32 or bfloat16.")] = Settings.dtype,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = Settings.device,
     force: Annotated[bool, typer.Option("--force", help="Replace the gain file of an earlier run.")] = Settings.force,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run the code in the model's folder, where it has its own.")
+    ] = Settings.trust_remote_code,
 ) -> None:
     """Adapt a language model to a domain, and measure what it gained, cost and kept.
 
@@ -69,6 +72,7 @@ def adapt(
             dtype=dtype,
             device=device,
             force=force,
+            trust_remote_code=trust_remote_code,
         )
         from gain_ops.training.adaptation import adapt as run_adaptation
 

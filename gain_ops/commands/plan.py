@@ -70,7 +70,7 @@ def plan(
         config = read_config(model)
         length = sequence_length or min(tokens, getattr(config, "max_position_embeddings", tokens))
         job = Job(config, gpus, round(memory * GIB), tokens, length, weights, reserve=round(reserve * GIB))
-        with STDOUT.status("counting on the meta device"):
+        with STDOUT.status("counting on the meta device", spinner="line"):
             found = list(rows(job))
         best = recommend(found, targets)
         if out is not None:
