@@ -7,7 +7,6 @@ import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from gain_ops.checkpoints.formats.config import read_object
 from gain_ops.utils.errors import MissingFileError, UsageError, file_errors
 from gain_ops.utils.kinds import pickled
 
@@ -70,6 +69,8 @@ def read_config(model: str) -> Any:
             f"no config at {model}: give a config.json, the folder of a transformers model, or one of {', '.join(BUNDLED)}"
         )
     from transformers import AutoConfig, LlamaConfig
+
+    from gain_ops.checkpoints.formats.config import read_object  # needs torch, and --help does not wait for it
 
     if model in BUNDLED:
         return LlamaConfig(vocab_size=128256, tie_word_embeddings=False, **BUNDLED[model])

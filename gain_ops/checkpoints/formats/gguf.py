@@ -33,7 +33,7 @@ from gain_ops.checkpoints.formats.gguf_blocks import (
     requantize_rows,
     scale_rows,
 )
-from gain_ops.checkpoints.formats.gguf_header import OtherByteOrder, Value, read_gguf_header
+from gain_ops.checkpoints.formats.gguf_header import Value, read_gguf_header
 from gain_ops.checkpoints.formats.names import without_shells
 from gain_ops.checkpoints.schemes import plain
 from gain_ops.checkpoints.schemes.exact import scaled
@@ -365,10 +365,8 @@ def read_gguf(file: Path) -> tuple[Mapping[str, Value], dict[str, _Tensor]]:
                     f"{named(tensor.name)} of {kind} {list(tensor.shape)} at byte {region.offset:,} of {total:,}"
                 )
             tensors[tensor.name] = _Tensor(tensor.name, kind, tensor.shape, region)
-    except OtherByteOrder as error:
-        raise CheckpointError(
-            f"{file} has its numbers in the other byte order than this machine: convert it again"
-        ) from error
+    except CheckpointError:
+        raise
     except (ValueError, LookupError) as error:
         raise CheckpointError(
             f"{file} is not a whole GGUF file, or of a kind that the installed gguf does not know ({error}): fetch it "

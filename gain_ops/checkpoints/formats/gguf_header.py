@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
+from gain_ops.checkpoints.edits import CheckpointError
 from gain_ops.utils.limits import check_name
 from gain_ops.utils.wording import named
 
@@ -72,14 +73,11 @@ class GGUFHeader:
     tensors: tuple[GGUFTensor, ...]
 
 
-class OtherByteOrder(ValueError):
-    """A file of a machine with the other byte order."""
-
-
 def read_gguf_header(file: Path) -> GGUFHeader:
     """Read and check a header; whether the tensors' data is there depends on their types, and is not checked.
 
     Raises:
+        CheckpointError: written for the other byte order.
         ValueError: not a header of version 2 or 3, cut, or with counts beyond the limits above.
         OSError: it cannot be read.
 
@@ -90,7 +88,7 @@ def read_gguf_header(file: Path) -> GGUFHeader:
             raise ValueError("it does not begin with GGUF")
         version = reader.number(_U32)
         if version and version % 65536 == 0:
-            raise OtherByteOrder(f"version {version}")
+            raise CheckpointError(f"{file} has its numbers in the other byte order than this machine: convert it again")
         if version not in (2, 3):
             raise ValueError(f"version {version}")
         tensors, values = reader.number(_U64), reader.number(_U64)
