@@ -72,6 +72,13 @@ def test_names_are_printed_escaped_in_tables_and_blocks(tmp_path: Path, monkeypa
     assert SHOWN in printed("absorb", "--base", folders[0], "--gain", one, "--out", tmp_path / "o", "--dry-run", code=0)
 
 
+def test_names_with_the_markup_of_formulas_are_drawn_as_they_are(tmp_path: Path):
+    name = "layers.0.$\\frac$"
+    file = tmp_path / "$\\bad{$.safetensors"
+    write_gains(GainFile({name: torch.ones(4)}, {name: "output"}, {name: None}, "gain", None, "0"), file)
+    printed("inspect", file, "--plot", tmp_path / "a.png", code=0)
+
+
 def test_names_are_printed_escaped_in_errors(tmp_path: Path):
     gain = odd_gains(tmp_path / "g.safetensors", 0.1)
     base = save_folder(tmp_path / f"b{ESCAPE}", [{"a.weight": torch.ones(4, 6)}])
