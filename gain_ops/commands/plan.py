@@ -71,7 +71,10 @@ def plan(
         length = sequence_length or min(tokens, getattr(config, "max_position_embeddings", tokens))
         job = Job(config, gpus, round(memory * GIB), tokens, length, weights, reserve=round(reserve * GIB))
         with STDOUT.status("counting on the meta device", spinner="line"):
-            found = list(rows(job))
+            try:
+                found = list(rows(job))
+            except RuntimeError as error:  # torch's, for sizes that no tensor has
+                raise UsageError(f"the model of the config at {model} cannot be counted: {error}") from error
         best = recommend(found, targets)
         if out is not None:
             with file_errors():

@@ -44,6 +44,8 @@ BUNDLED: dict[str, dict[str, Any]] = {
 }
 """Sizes by name; the vocabulary is 128256 in all."""
 
+_MOST_LAYERS = 10_000  # each is made, if without its weights
+
 # The styles of weights in transformers' plans: split into smaller layers, split outside of blocks, not split.
 _SPLIT_IN_A_BLOCK = {"colwise", "rowwise"}
 _SPLIT_OUTSIDE = {"colwise_gather_output", "embedding_rowwise"}
@@ -77,7 +79,7 @@ def read_config(model: str) -> Any:
     with file_errors():
         content = read_object(path if path.is_file() else path / "config.json")
     try:
-        return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # a value of another type ends in errors of every kind there
         if "auto_map" in content:
             raise UsageError(
@@ -85,6 +87,10 @@ def read_config(model: str) -> Any:
                 "config of a model of the same sizes that transformers has"
             ) from error
         raise UsageError(f"transformers cannot read the config at {model}: {str(error) or repr(error)}") from error
+    layers = getattr(config, "num_hidden_layers", None)
+    if isinstance(layers, int) and layers > _MOST_LAYERS:
+        raise UsageError(f"the config at {model} has {layers:,} layers, of at most {_MOST_LAYERS:,}")
+    return config
 
 
 def with_layers(config: Any, layers: int) -> Any:

@@ -221,6 +221,7 @@ def test_a_pipeline_of_diffusers_is_several_models(tmp_path: Path):
         '{"model_type": "llama", "hidden_size": "\x1b[2J"}'.replace("\x1b", "\\u001b"),
         '{"model_type": "llama", "num_attention_heads": 0}',
         '{"model_type": "llama", "rope_parameters": 7}',
+        '{"model_type": "llama", "num_hidden_layers": 1000000000}',
         '{"model_type": "llama", "layer_types": {"a": 1}}',
         "[]",
         "",
