@@ -125,7 +125,7 @@ def _parse(header: dict[str, Any], tensors: Any, path: object) -> GainFile:
     """The contents by the header; ``tensors`` is the opened file, of which nothing is read that the header does not name."""
     if header["format"] != FORMAT:
         raise GainFileError(f"{path} has format {named(repr(header['format']))}, expected {FORMAT!r}")
-    if header["version"] != VERSION or isinstance(header["version"], bool):
+    if header["version"] != VERSION:
         raise GainFileError(
             f"{path} has format version {named(repr(header['version']))}, written by gain_ops "
             f"{named(str(header['package']))}; gain_ops {__version__} reads version {VERSION}: upgrade gain_ops, or save the "
@@ -157,6 +157,8 @@ def _parse(header: dict[str, Any], tensors: Any, path: object) -> GainFile:
 
 def _check_types(header: dict[str, Any]) -> None:
     """Raise TypeError or ValueError for a value that write_gains() would not write."""
+    if header["version"] is True:  # which equals 1
+        raise TypeError("version is True")
     for key, kinds in _KINDS.items():
         if not isinstance(header[key], kinds):
             raise TypeError(f"{key} is {named(repr(header[key]))}")
