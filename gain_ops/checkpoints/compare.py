@@ -12,6 +12,7 @@ from gain_ops.checkpoints.edits import CheckpointError, Region
 from gain_ops.checkpoints.formats.gguf import read_gguf
 from gain_ops.checkpoints.formats.gguf_blocks import decode
 from gain_ops.checkpoints.formats.headers import read_header
+from gain_ops.utils.kinds import kind_of, pickled
 
 __all__ = ["Difference", "Listed", "compare", "list_tensors"]
 
@@ -86,7 +87,9 @@ def list_tensors(path: Path) -> dict[str, Listed]:
         OSError: it cannot be read.
 
     """
-    if path.suffix == ".gguf" and path.is_file():
+    if why := pickled(path):
+        raise CheckpointError(why)
+    if path.is_file() and kind_of(path) == "gguf":
         return _list_gguf(path)
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     if path.is_dir() and not files:
@@ -96,6 +99,8 @@ def list_tensors(path: Path) -> dict[str, Listed]:
         raise CheckpointError(f"{path} holds {len(gguf)} GGUF files and no safetensors: name one file")
     if not path.exists():
         raise CheckpointError(f"no checkpoint at {path}: give a model folder, a .safetensors or a .gguf file")
+    if not path.is_file() and not path.is_dir():
+        raise CheckpointError(f"{path} is neither a file nor a folder: give a model on this machine")
     listed: dict[str, Listed] = {}
     for file in files:
         for name, entry in read_header(file).entries.items():

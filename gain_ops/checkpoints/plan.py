@@ -14,6 +14,7 @@ from gain_ops.checkpoints.formats.safetensors_folder import SafetensorsCheckpoin
 from gain_ops.checkpoints.states import FileState, time_of, times_of
 from gain_ops.gainfiles.file import GainFile, read_gains
 from gain_ops.utils.errors import MissingFileError
+from gain_ops.utils.kinds import kind_of, pickled
 from gain_ops.utils.wording import some_of
 
 __all__ = ["Change", "Plan", "open_checkpoint", "plan"]
@@ -47,6 +48,7 @@ class Plan:
         edits: what is rewritten in the copy, in no particular order.
         changes: the same in readable form.
         left_out: files of the base that are not copied, and links to folders.
+        linked: files that are copied from outside the base, as it holds links to them; by the folder of their targets.
         identity: a hash of everything that the result depends on.
 
     """
@@ -58,6 +60,7 @@ class Plan:
     edits: tuple[Edit, ...]
     changes: tuple[Change, ...]
     left_out: tuple[str, ...]
+    linked: dict[str, tuple[str, ...]]
     identity: str
 
     @property
@@ -118,12 +121,13 @@ def plan(base: Path, gain: Path, *, requantize: bool = False, check_base: bool =
         edits=tuple(edits),
         changes=tuple(_change(edit, gains, container, names) for edit in edits),
         left_out=tuple(_left_out(base, files)),
+        linked=_linked(container.root, files) if base.is_dir() else {},
         identity=_identity(gains, states, requantize=requantize),
     )
 
 
 def open_checkpoint(path: Path) -> Container:
-    """Open a folder with config.json and safetensors, a .safetensors file, a .gguf file, or a folder with one of those.
+    """Open a folder with config.json and safetensors, a safetensors or GGUF file of any name, or a folder with a .gguf file.
 
     Raises:
         CheckpointError: none of these, or damaged.
@@ -135,19 +139,27 @@ def open_checkpoint(path: Path) -> Container:
         if len(files) > 1:
             raise CheckpointError(f"{path} holds {len(files)} GGUF files: name one of them, for example {files[0]}")
         path = files[0] if files else path
-    if path.suffix == ".gguf" and path.is_file():
+    if why := pickled(path):
+        raise CheckpointError(why)
+    kind = kind_of(path) if path.is_file() else None
+    if kind == "gguf":
         from gain_ops.checkpoints.formats.gguf import open_gguf
 
         return open_gguf(path)
-    if path.is_file() and path.suffix != ".safetensors":
+    if path.is_file() and kind != "safetensors":
         raise CheckpointError(
-            f"{path} is neither a .safetensors nor a .gguf file. Pickles (.bin, .pt) are not read: save the model with "
-            "save_pretrained(), which writes safetensors, and give that folder"
+            f"{path} is neither a safetensors nor a GGUF file: give one, or the folder of a complete model"
         )
     if not path.exists():
         raise CheckpointError(
             f"no checkpoint at {path}: give a model folder, a .safetensors or a .gguf file on this machine (models are "
             "read from disk, never downloaded)"
+        )
+    if not path.is_file() and not path.is_dir():
+        raise CheckpointError(f"{path} is neither a file nor a folder: give a model on this machine")
+    if (path / "model_index.json").is_file() and not (path / "config.json").is_file():
+        raise CheckpointError(
+            f"{path} is a pipeline of diffusers, of several models: name the folder of one, such as {path / 'transformer'}"
         )
     if path.is_dir() and not (path / "config.json").is_file():
         raise CheckpointError(
@@ -192,6 +204,17 @@ def _left_out(base: Path, files: dict[str, Path]) -> Iterable[str]:
                 yield str(inside)
             elif path.is_symlink():
                 yield f"{inside} (a link to a folder)"
+
+
+def _linked(root: Path, files: dict[str, Path]) -> dict[str, tuple[str, ...]]:
+    """The files whose bytes lie outside the base, by the folder of their targets."""
+    inside = root.resolve()
+    found: dict[str, tuple[str, ...]] = {}
+    for name, file in files.items():
+        target = file.resolve()
+        if not target.is_relative_to(inside):
+            found[str(target.parent)] = (*found.get(str(target.parent), ()), name)
+    return found
 
 
 def _identity(gains: GainFile, states: Mapping[str, FileState], *, requantize: bool) -> str:

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from gain_ops.commands.console import STDOUT, clear_errors, print_table
+from gain_ops.commands.console import STDOUT, clear_errors, escape, print_table
 from gain_ops.utils.errors import BusyError, FileError, file_errors
 from gain_ops.utils.stages import stage_of
 from gain_ops.utils.wording import first_of, size_text
@@ -161,7 +160,12 @@ def _files(work: Plan) -> str:
 
 
 def _print_left_out(work: Plan) -> None:
-    """Names of files that a user may miss."""
+    """Names of files that a user may miss, and of those that a user may not expect in the copy."""
+    for folder, linked in work.linked.items():
+        STDOUT.print(
+            f"[yellow]copied from outside the base, through links:[/] {escape(first_of(linked))} (in {escape(folder)})",
+            soft_wrap=True,
+        )
     if work.left_out:
         names = first_of(work.left_out)
         STDOUT.print(f"[yellow]not copied, as no gain is folded into it:[/] {escape(names)}", soft_wrap=True)

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from gain_ops.commands.console import STDOUT, clear_errors, print_pairs, print_table
+from gain_ops.commands.console import STDOUT, clear_errors, escape, print_pairs, print_table
 from gain_ops.commands.interrupts import Interrupted, StopRequest
 from gain_ops.training.settings import Settings
 from gain_ops.utils.wording import size_text
@@ -48,6 +47,9 @@ def adapt(
     dtype: Annotated[str, typer.Option(help="Of the frozen weights: float32 or bfloat16.")] = Settings.dtype,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = Settings.device,
     force: Annotated[bool, typer.Option("--force", help="Replace the gain file of an earlier run.")] = Settings.force,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run the code in the model's folder, where it has its own.")
+    ] = Settings.trust_remote_code,
 ) -> None:
     """Adapt a language model to a domain, and measure what it gained, cost and kept.
 
@@ -70,6 +72,7 @@ def adapt(
             dtype=dtype,
             device=device,
             force=force,
+            trust_remote_code=trust_remote_code,
         )
         from gain_ops.training.adaptation import adapt as run_adaptation
 

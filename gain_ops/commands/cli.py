@@ -1,6 +1,7 @@
 """The entry of the command ``gain-ops``: says what to install if something is missing, and starts the commands."""
 
 import importlib.util
+import io
 import os
 import sys
 
@@ -21,6 +22,9 @@ def main() -> None:
     missing = [name for name in _NEEDED if not _installed(name)]
     if missing:
         sys.exit(f'gain-ops needs {", ".join(missing)}, not installed here: pip install "gain-ops[cli]"')
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal in ASCII shows the rest escaped, and ends nothing
+            stream.reconfigure(errors="backslashreplace")
     # huggingface_hub reads it when it is imported: this command never needs the network.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     try:

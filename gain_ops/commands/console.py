@@ -13,17 +13,26 @@ from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import typer
-from rich import box
+from rich import box, markup
 from rich.cells import cell_len
 from rich.console import Console
-from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Table
 
 from gain_ops.commands.interrupts import Interrupted, raised_signals
 from gain_ops.utils.errors import GainOpsError
+from gain_ops.utils.wording import printable
 
-__all__ = ["STDERR", "STDOUT", "clear_errors", "print_pairs", "print_table", "quiet_libraries", "show_tracebacks"]
+__all__ = [
+    "STDERR",
+    "STDOUT",
+    "clear_errors",
+    "escape",
+    "print_pairs",
+    "print_table",
+    "quiet_libraries",
+    "show_tracebacks",
+]
 
 STDOUT = Console()
 STDERR = Console(stderr=True)
@@ -50,6 +59,11 @@ def show_tracebacks(asked: bool) -> None:
     _tracebacks = asked
 
 
+def escape(text: str) -> str:
+    """A text for print() as it is: without effect on the terminal, and without meaning as markup."""
+    return markup.escape(printable(text))
+
+
 @contextmanager
 def clear_errors(kept: Callable[[], str] = lambda: "Nothing was written.") -> Iterator[None]:
     """A GainOpsError becomes one red line and exit code 2; any other error is a bug and shows its traceback.
@@ -66,7 +80,7 @@ def clear_errors(kept: Callable[[], str] = lambda: "Nothing was written.") -> It
         raise typer.Exit(128 + number) from None
     except GainOpsError as error:
         if _tracebacks:
-            STDERR.print(escape(traceback.format_exc()), soft_wrap=True, highlight=False)
+            STDERR.print("\n".join(map(escape, traceback.format_exc().split("\n"))), soft_wrap=True, highlight=False)
         STDERR.print(f"[red]{escape(' '.join(str(error).split()))}[/]", soft_wrap=True)
         raise typer.Exit(2) from None
 
@@ -130,7 +144,7 @@ def quiet_libraries() -> None:
 
 def _print_lines(pairs: Iterable[tuple[str, str]], *, dim: bool = False) -> None:
     """Values in a column of their own; a value that is too long continues below, and a long word is not split."""
-    pairs = list(pairs)
+    pairs = [(printable(name), printable(value)) for name, value in pairs]
     indent = max((cell_len(name) for name, _ in pairs), default=0) + _GAP
     for name, value in pairs:
         width = max(STDOUT.width - indent, 1)

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
 
-from gain_ops.commands.console import STDOUT, clear_errors, print_pairs, print_table
+from gain_ops.commands.console import STDOUT, clear_errors, escape, print_pairs, print_table
 from gain_ops.utils.errors import UsageError, file_errors
 from gain_ops.utils.wording import size_text
 

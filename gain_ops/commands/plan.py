@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.markup import escape
 
-from gain_ops.commands.console import STDOUT, clear_errors, print_table
+from gain_ops.commands.console import STDOUT, clear_errors, escape, print_table
 from gain_ops.planning.configs import BUNDLED, read_config
 from gain_ops.utils.errors import UsageError, file_errors
 from gain_ops.utils.files import regular_file, replace_file
@@ -71,8 +70,11 @@ def plan(
         config = read_config(model)
         length = sequence_length or min(tokens, getattr(config, "max_position_embeddings", tokens))
         job = Job(config, gpus, round(memory * GIB), tokens, length, weights, reserve=round(reserve * GIB))
-        with STDOUT.status("counting on the meta device"):
-            found = list(rows(job))
+        with STDOUT.status("counting on the meta device", spinner="line"):
+            try:
+                found = list(rows(job))
+            except RuntimeError as error:  # torch's, for sizes that no tensor has
+                raise UsageError(f"the model of the config at {model} cannot be counted: {error}") from error
         best = recommend(found, targets)
         if out is not None:
             with file_errors():

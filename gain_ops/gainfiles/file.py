@@ -16,19 +16,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from gain_ops._version import __version__
 from gain_ops.reference import SIDES
+from gain_ops.utils import strict_json
 from gain_ops.utils.errors import GainOpsError, MissingFileError
 from gain_ops.utils.files import replace_file
-from gain_ops.utils.wording import some_of
+from gain_ops.utils.limits import check_name
+from gain_ops.utils.wording import named, some_of
 
 FORMAT = "gain_ops.gains"
 VERSION = 1
 
 _SUFFIX = ".delta"
+_KINDS = {"package": str, "targets": str | list, "base_model": str | None, "layers": dict}
 
 
 class GainFileError(GainOpsError, ValueError):
@@ -56,7 +58,15 @@ def write_gains(file: GainFile, path: str | os.PathLike[str]) -> None:
         file: deltas in float32, 1-D and finite, with the side and the fingerprint of each.
         path: the file to write; its folder is made.
 
+    Raises:
+        GainFileError: a layer's name that is too long to be read again.
+
     """
+    try:
+        for name in file.deltas:
+            check_name(name)
+    except ValueError as error:
+        raise GainFileError(f"{path} would not be read again: {error}") from error
     header = {
         "format": FORMAT,
         "version": VERSION,
@@ -88,21 +98,22 @@ def read_gains(path: str | os.PathLike[str]) -> GainFile:
         )
     if not os.path.exists(path):
         raise MissingFileError(f"no gain file at {path}: give one that gain-ops adapt or gain_ops.save_gains() wrote")
+    if not os.path.isfile(path):
+        raise GainFileError(f"{path} is a device or a pipe: give a file that gain_ops.save_gains() wrote")
     try:
         with safetensors.safe_open(os.fspath(path), framework="pt") as opened:
-            names: list[str] = opened.keys()
             header = (opened.metadata() or {}).get("gain_ops")
-            tensors = {} if header is None else {name: opened.get_tensor(name) for name in names}
+            if header is None:
+                raise GainFileError(
+                    f"{path} is not a gain file: it has no gain_ops header, and holds {some_of(opened.keys()) or 'nothing'}. "
+                    "Gain files are written by gain_ops.save_gains()."
+                )
+            file = _parse(strict_json.parse(header, finite=True), opened, path)
     except safetensors.SafetensorError as error:
         raise GainFileError(f"{path} is not a complete safetensors file: {error}") from error
-    if header is None:
-        raise GainFileError(
-            f"{path} is not a gain file: it has no gain_ops header, and holds {some_of(names) or 'nothing'}. Gain "
-            "files are written by gain_ops.save_gains()."
-        )
-    try:
-        file = _parse(json.loads(header), tensors, path)
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        if isinstance(error, GainFileError):
+            raise
         raise GainFileError(f"{path} has a damaged gain_ops header: {error!r}") from error
     bad = [name for name, delta in file.deltas.items() if not delta.isfinite().all()]
     if bad:
@@ -110,33 +121,50 @@ def read_gains(path: str | os.PathLike[str]) -> GainFile:
     return file
 
 
-def _parse(header: dict[str, Any], tensors: dict[str, Tensor], path: object) -> GainFile:
+def _parse(header: dict[str, Any], tensors: Any, path: object) -> GainFile:
+    """The contents by the header; ``tensors`` is the opened file, of which nothing is read that the header does not name."""
     if header["format"] != FORMAT:
-        raise GainFileError(f"{path} has format {header['format']!r}, expected {FORMAT!r}")
+        raise GainFileError(f"{path} has format {named(repr(header['format']))}, expected {FORMAT!r}")
     if header["version"] != VERSION:
         raise GainFileError(
-            f"{path} has format version {header['version']!r}, written by gain_ops {header['package']}; gain_ops "
-            f"{__version__} reads version {VERSION}: upgrade gain_ops, or save the gains again with this version"
+            f"{path} has format version {named(repr(header['version']))}, written by gain_ops "
+            f"{named(str(header['package']))}; gain_ops {__version__} reads version {VERSION}: upgrade gain_ops, or save the "
+            "gains again with this version"
         )
     layers: dict[str, dict[str, Any]] = header["layers"]
+    _check_types(header)
     expected = {f"{name}{_SUFFIX}" for name in layers}
-    if expected != tensors.keys():
-        raise GainFileError(
-            f"{path} is damaged: its header and its tensors disagree on {some_of(expected ^ tensors.keys())}"
-        )
-    deltas = {name: tensors[f"{name}{_SUFFIX}"] for name in layers}
-    for name, delta in deltas.items():
-        if delta.dtype != torch.float32 or delta.dim() != 1 or layers[name]["side"] not in SIDES:
+    if differing := expected.symmetric_difference(tensors.keys()):
+        raise GainFileError(f"{path} is damaged: its header and its tensors disagree on {some_of(differing)}")
+    for name, layer in layers.items():
+        stored = tensors.get_slice(f"{name}{_SUFFIX}")
+        dtype, shape = stored.get_dtype(), stored.get_shape()
+        if dtype != "F32" or len(shape) != 1 or shape == [0] or layer["side"] not in SIDES:
             raise GainFileError(
-                f"{path} is damaged: {name} has a delta of shape {tuple(delta.shape)} and {delta.dtype} on side "
-                f"{layers[name]['side']!r}, expected a 1-D float32 tensor on side 'output' or 'input'"
+                f"{path} is damaged: {named(name)} has a delta of shape {tuple(shape)} and {dtype} on side "
+                f"{named(repr(layer['side']))}, expected a 1-D float32 tensor on side 'output' or 'input'"
             )
     targets = header["targets"]
     return GainFile(
-        deltas=deltas,
+        deltas={name: tensors.get_tensor(f"{name}{_SUFFIX}") for name in layers},
         sides={name: layer["side"] for name, layer in layers.items()},
         fingerprints={name: layer["base"] for name, layer in layers.items()},
         targets=targets if isinstance(targets, str) else tuple(targets),
         base_model=header["base_model"],
         package=header["package"],
     )
+
+
+def _check_types(header: dict[str, Any]) -> None:
+    """Raise TypeError or ValueError for a value that write_gains() would not write."""
+    if header["version"] is True:  # which equals 1
+        raise TypeError("version is True")
+    for key, kinds in _KINDS.items():
+        if not isinstance(header[key], kinds):
+            raise TypeError(f"{key} is {named(repr(header[key]))}")
+    if not all(isinstance(target, str) for target in header["targets"]):
+        raise TypeError(f"targets are {named(repr(header['targets']))}")
+    for name, layer in header["layers"].items():
+        check_name(name)
+        if not isinstance(layer["side"], str) or not isinstance(layer["base"], str | None):
+            raise TypeError(f"the entry of {named(name)} is {named(repr(layer))}")

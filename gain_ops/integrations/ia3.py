@@ -30,9 +30,10 @@ from gain_ops.layers.linears import sizes
 from gain_ops.models.files import fingerprint, named_linears, refuse_misfit
 from gain_ops.models.record import canonical_name
 from gain_ops.reference import SIDES
+from gain_ops.utils import strict_json
 from gain_ops.utils.errors import MissingFileError, UsageError
 from gain_ops.utils.stages import staged_folder
-from gain_ops.utils.wording import some_of
+from gain_ops.utils.wording import named, some_of
 
 __all__ = ["from_peft", "to_peft"]
 
@@ -128,7 +129,7 @@ def from_peft(folder: str | os.PathLike[str], gains: str | os.PathLike[str], mod
         deltas={name: vectors[name].flatten() - 1 for name in layers},
         sides=sides,
         fingerprints={name: fingerprint(layer) for name, layer in layers.items()},
-        targets=tuple(sorted(targets)) if isinstance(targets, list) else tuple(layers),
+        targets=tuple(sorted(map(str, targets))) if isinstance(targets, list) else tuple(layers),
         base_model=Path(base_model).name if base_model else None,
         package=__version__,
     )
@@ -215,17 +216,20 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise MissingFileError(f"{folder} is not a folder: download an adapter on the Hub first")
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        kind = config["peft_type"]
+        config = strict_json.read(folder / CONFIG)
+        kind, trained = str(config["peft_type"]), config.get("modules_to_save")
+        trained = [str(module) for module in trained or ()]
+        if not isinstance(base := config.get("base_model_name_or_path"), str | None):
+            raise TypeError(f"base_model_name_or_path is {named(repr(base))}")
     except FileNotFoundError:
         raise MissingFileError(f"{folder} is not a PEFT adapter: it has no {CONFIG}") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{folder / CONFIG} is damaged: {error!r}") from error
     if kind != "IA3":
-        raise UsageError(f"{folder} is a {kind} adapter; of PEFT's methods only IA3 is a gain")
-    if trained := config.get("modules_to_save"):
+        raise UsageError(f"{folder} is a {named(kind)} adapter; of PEFT's methods only IA3 is a gain")
+    if trained:
         raise UsageError(
-            f"{folder} also trained other modules ({', '.join(trained)}: its modules_to_save), and a gain file holds "
+            f"{folder} also trained other modules ({some_of(trained)}: its modules_to_save), and a gain file holds "
             "gains alone"
         )
     return cast(dict[str, Any], config)

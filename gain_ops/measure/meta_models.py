@@ -44,9 +44,13 @@ def build(config: Any, device: torch.device | str = "meta", dtype: torch.dtype =
     AttentionInterface.register(ATTENTION, _attend)
     try:
         with torch.device(device):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=ATTENTION)
-    except ValueError as error:
-        raise UsageError(f"transformers makes no causal language model of this config: {error}") from error
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=ATTENTION, trust_remote_code=False
+            )
+    except Exception as error:  # a value of another type ends in errors of every kind there
+        raise UsageError(
+            f"transformers makes no causal language model of this config: {str(error) or repr(error)}"
+        ) from error
     model.enable_input_require_grads()
     return cast(nn.Module, model.train())
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from gain_ops.models.statistics import GainStatistics, LayerGains
 from gain_ops.utils.errors import MissingPackageError, UsageError
 from gain_ops.utils.files import replace_file
+from gain_ops.utils.wording import named, printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -83,7 +84,7 @@ def draw_gains(statistics: GainStatistics, *, title: str = "") -> Figure:
         _plot_panel(axes, kind, layers)
         _plot_alarms(axes, layers)
     rows[-1].set_xlabel("layer")
-    figure.suptitle(_headline(statistics, title), fontsize=10, x=0.01, ha="left")
+    figure.suptitle(_headline(statistics, printable(title)), fontsize=10, x=0.01, ha="left", parse_math=False)
     alarms = bool(statistics.overall.dead or statistics.overall.negative)
     figure.legend(handles=_legend(alarms), loc="outside lower right", ncols=5, frameon=False, fontsize=8)
     return figure
@@ -119,7 +120,7 @@ def _plot_panel(axes: Axes, kind: str, layers: Sequence[LayerGains]) -> None:
     sizes = {layer.gains.count for layer in layers}
     count = f"{len(layers)} x {sizes.pop():,} gains" if len(sizes) == 1 else f"{len(layers)} layers"
     sides = " and ".join(sorted({layer.side for layer in layers}))
-    axes.set_title(f"{kind}  ({count}, {sides} side)", loc="left", fontsize=9)
+    axes.set_title(f"{named(kind)}  ({count}, {sides} side)", loc="left", fontsize=9, parse_math=False)
     axes.set_ylabel("gain")
     axes.set_xlim(-0.7, len(layers) - 0.3)
     _label_layers(axes, layers)

@@ -7,7 +7,8 @@ import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from gain_ops.utils.errors import MissingFileError, UsageError
+from gain_ops.utils.errors import MissingFileError, UsageError, file_errors
+from gain_ops.utils.kinds import pickled
 
 if TYPE_CHECKING:
     from torch import nn
@@ -43,6 +44,8 @@ BUNDLED: dict[str, dict[str, Any]] = {
 }
 """Sizes by name; the vocabulary is 128256 in all."""
 
+_MOST_LAYERS = 10_000  # each is made, if without its weights
+
 # The styles of weights in transformers' plans: split into smaller layers, split outside of blocks, not split.
 _SPLIT_IN_A_BLOCK = {"colwise", "rowwise"}
 _SPLIT_OUTSIDE = {"colwise_gather_output", "embedding_rowwise"}
@@ -54,22 +57,40 @@ def read_config(model: str) -> Any:
 
     Raises:
         MissingFileError: none of these.
-        UsageError: a config that transformers cannot read.
+        UsageError: a pickle, or a config that transformers cannot read, such as that of a model with code of its own.
+        CheckpointError: not a JSON object.
 
     """
     path = Path(model)
+    with file_errors():
+        why = None if model in BUNDLED else pickled(path)
+    if why:
+        raise UsageError(why)
     if not (model in BUNDLED or path.is_file() or (path / "config.json").is_file()):
         raise MissingFileError(
             f"no config at {model}: give a config.json, the folder of a transformers model, or one of {', '.join(BUNDLED)}"
         )
     from transformers import AutoConfig, LlamaConfig
 
+    from gain_ops.checkpoints.formats.config import read_object  # needs torch, and --help does not wait for it
+
     if model in BUNDLED:
         return LlamaConfig(vocab_size=128256, tie_word_embeddings=False, **BUNDLED[model])
+    with file_errors():
+        content = read_object(path if path.is_file() else path / "config.json")
     try:
-        return AutoConfig.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"transformers cannot read the config at {model}: {error}") from error
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # a value of another type ends in errors of every kind there
+        if "auto_map" in content:
+            raise UsageError(
+                f"the config at {model} is of a model with code of its own (auto_map), which plan does not run: give the "
+                "config of a model of the same sizes that transformers has"
+            ) from error
+        raise UsageError(f"transformers cannot read the config at {model}: {str(error) or repr(error)}") from error
+    layers = getattr(config, "num_hidden_layers", None)
+    if isinstance(layers, int) and layers > _MOST_LAYERS:
+        raise UsageError(f"the config at {model} has {layers:,} layers, of at most {_MOST_LAYERS:,}")
+    return config
 
 
 def with_layers(config: Any, layers: int) -> Any:

@@ -114,7 +114,7 @@ def _adapt(settings: Settings, watcher: Watcher) -> Report:
         target = domains.python_source() if settings.data is None else domains.from_path(settings.data)
     held_out = [domains.licence_texts(), domains.readme_bodies()]
     watcher.phase(f"loading {source.name}")
-    loaded = load_model(source, dtype=dtype, device=device)
+    loaded = load_model(source, dtype=dtype, device=device, trust_remote_code=settings.trust_remote_code)
     model = loaded.model
     check_length(model, settings.sequence_length)
     model_parameters = sum(parameter.numel() for parameter in model.parameters())

@@ -10,8 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from gain_ops.checkpoints.formats.config import read_object
+from gain_ops.checkpoints.formats.gguf import read_gguf
 from gain_ops.training.domains import Tokenizer
-from gain_ops.utils.errors import MissingFileError, MissingPackageError, UsageError
+from gain_ops.utils.errors import MissingFileError, MissingPackageError, UsageError, file_errors
+from gain_ops.utils.kinds import kind_of, pickled
 
 __all__ = [
     "BUNDLED_PACKAGE",
@@ -56,34 +59,55 @@ def bundled_model() -> Path:
     return files[0]
 
 
-def load_model(path: Path, *, dtype: torch.dtype | None, device: torch.device) -> LoadedModel:
+def load_model(
+    path: Path, *, dtype: torch.dtype | None, device: torch.device, trust_remote_code: bool = False
+) -> LoadedModel:
     """Load a transformers model folder, a GGUF file, or a folder with one GGUF file in it.
 
     Args:
         path: where the model is. A folder with a ``config.json`` is a transformers model.
         dtype: of the weights; None means the checkpoint's own (a GGUF file is dequantised to float32).
         device: where the model goes.
+        trust_remote_code: whether code in the folder may be run. Without it nobody is asked, and none is run.
 
     Raises:
         MissingFileError: there is no model at ``path``.
-        UsageError: the folder holds several GGUF files and no ``config.json``, or a model that transformers cannot load.
+        UsageError: the folder holds several GGUF files and no ``config.json``, weights as pickles, code of its own that was
+            not asked for, or a model that transformers cannot load.
+        CheckpointError: a damaged GGUF file or config.
         MissingPackageError: the model is a GGUF file, and the package ``gguf`` is not installed.
     """
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    folder, gguf = _locate(path)
-    place: dict[str, Any] = {"local_files_only": True}
+    with file_errors():
+        folder, gguf = _locate(path)
+    place: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+    weights: dict[str, Any] = {}
     if gguf is not None:
         if importlib.util.find_spec("gguf") is None:
             raise MissingPackageError('reading a GGUF file needs the package gguf: pip install "gain-ops[cli]"')
+        with file_errors():
+            read_gguf(
+                folder / gguf
+            )  # transformers reads it with the package gguf, which allocates what a header asks for
         place["gguf_file"] = gguf
         dtype = dtype or torch.float32
+    else:
+        with file_errors():
+            read_object(folder / "config.json")  # within limits that transformers does not have
+        weights["use_safetensors"] = True
     try:
+        if gguf is None:
+            AutoConfig.from_pretrained(folder, **place)  # first, so that code of its own is what is complained about
         tokenizer = AutoTokenizer.from_pretrained(folder, **place)
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", **place)
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
-        raise UsageError(f"transformers cannot load {path}: {error}") from error
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", **place, **weights)
+    except Exception as error:  # a damaged folder ends in errors of every kind there
+        if not trust_remote_code and "trust_remote_code" in str(error):
+            raise UsageError(
+                f"{path} has code of its own, which is not run unasked: read it, and allow it with --trust-remote-code of "
+                "gain-ops adapt"
+            ) from error
+        raise UsageError(f"transformers cannot load {path}: {str(error) or repr(error)}") from error
     name = Path(gguf).stem if gguf is not None else folder.resolve().name
     return LoadedModel(model.to(device).eval(), tokenizer, name, path)
 
@@ -123,9 +147,11 @@ def resolve_dtype(name: str) -> torch.dtype:
 
 def _locate(path: Path) -> tuple[Path, str | None]:
     """The folder to load from, and the GGUF file's name in it for a GGUF file."""
+    if why := pickled(path):
+        raise UsageError(why)
     if path.is_file():
-        if path.suffix != ".gguf":
-            raise UsageError(f"{path} is not a model: give a .gguf file, or the folder of a transformers model")
+        if kind_of(path) != "gguf":
+            raise UsageError(f"{path} is not a model: give a GGUF file, or the folder of a transformers model")
         return path.parent, path.name
     if not path.is_dir():
         raise MissingFileError(

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gain_ops.utils import strict_json
 from gain_ops.utils.wording import size_text, time_text
 
 if TYPE_CHECKING:
@@ -159,7 +160,7 @@ class Report:
 def written_here(path: Path) -> bool:
     """Whether the file is a report.json of :func:`write_json`."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = strict_json.read(path)
     except (OSError, ValueError):
         return False
     return isinstance(found, dict) and found.get("written_by") == WRITTEN_BY

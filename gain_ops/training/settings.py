@@ -17,6 +17,7 @@ class Settings:
 
     ``model`` None is SmolLM2-135M-Instruct, ``data`` None is Python source. ``targets`` is a preset of ``gain_ops.apply``,
     or patterns of module names separated by commas. ``force`` allows the run to replace a gain file of an earlier run.
+    ``trust_remote_code`` allows code in the model's folder to run.
 
     Raises:
         ValueError: a number out of its range.
@@ -36,6 +37,7 @@ class Settings:
     dtype: str = "float32"
     device: str = "auto"
     force: bool = False
+    trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         if self.steps < 1:

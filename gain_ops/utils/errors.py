@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from gain_ops.utils.wording import printable
+
 __all__ = [
     "BusyError",
     "DivergedError",
@@ -23,7 +25,13 @@ __all__ = [
 
 
 class GainOpsError(Exception):
-    """The base of the package's own errors: the message is for the caller, who can correct what it names."""
+    """The base of the package's own errors: the message is for the caller, who can correct what it names.
+
+    What a message quotes may come from a file that anyone wrote, so its control characters are escaped, but line breaks.
+    """
+
+    def __str__(self) -> str:
+        return "\n".join(map(printable, super().__str__().split("\n")))
 
 
 class UsageError(GainOpsError, ValueError):

@@ -23,6 +23,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from gain_ops.utils import strict_json
 from gain_ops.utils.errors import FileError
 from gain_ops.utils.files import PART, found_at, lock, naming, replace_file, sync_folder
 
@@ -70,7 +71,7 @@ class StagedFolder:
     def _read_journal(self) -> dict[str, dict[str, Any]]:
         """The entries of files that are as they were when they were finished; none of a journal of other inputs."""
         with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
-            journal = json.loads(self._journal.read_text(encoding="utf-8"))
+            journal = strict_json.read(self._journal)
             if journal["identity"] == self._identity:
                 entries = {name: dict(entry) for name, entry in journal["finished"].items()}
                 return {name: entry for name, entry in entries.items() if self._is_as_finished(name, entry)}
@@ -159,7 +160,7 @@ def _is_ours(stage: Path, path: Path) -> bool:
         made = stage.lstat()
         if not stat.S_ISDIR(made.st_mode) or made.st_uid != _user(made) or not _as_made(stage):
             return False
-        return bool(json.loads((stage / _MARKER).read_text(encoding="utf-8")) == _marker(path))
+        return bool(strict_json.read(stage / _MARKER) == _marker(path))
     except (OSError, ValueError):
         return False
 

@@ -1,21 +1,36 @@
-"""Names, sizes and times in words, for messages and tables."""
+"""Names, sizes and times in words, for messages and tables; nothing that a file says reaches a terminal as it is."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
 _SHOWN = 4
+_LONGEST = 200  # characters of a name in a message
+
+
+def printable(text: str) -> str:
+    """The text with all escaped that a terminal would obey or not show: control characters, line breaks, halves of pairs."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def named(name: str) -> str:
+    """A name from a file, for a message: printable, and cut where it is longer than any real one."""
+    if len(name) > _LONGEST:
+        return f"{printable(name[:_LONGEST])}... ({len(name):,} characters)"
+    return printable(name)
 
 
 def first_of(texts: Sequence[str], separator: str = ", ") -> str:
     """The first few of some texts, in their order, and how many more."""
     more = f"{separator.rstrip(', ')} and {len(texts) - _SHOWN} more" if len(texts) > _SHOWN else ""
-    return separator.join(texts[:_SHOWN]) + more
+    return separator.join(map(printable, texts[:_SHOWN])) + more
 
 
 def some_of(names: Iterable[str]) -> str:
     """The first few names in alphabetical order, and how many more."""
-    return first_of(sorted(names))
+    return first_of([named(name) for name in sorted(names)])
 
 
 def size_text(nbytes: int) -> str:

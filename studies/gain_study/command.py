@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from gain_ops.commands.console import STDOUT, clear_errors
+from gain_ops.commands.console import STDOUT, clear_errors, escape
 from gain_ops.commands.interrupts import Interrupted, StopRequest
 from gain_ops.utils.errors import MissingPackageError, UsageError
 from gain_study.engine import records

@@ -651,8 +651,8 @@ def test_a_full_disk_is_said_before_anything_is_copied(
     ("base", "message"),
     [
         ("nowhere", "no checkpoint at .*nowhere: .*never downloaded"),
-        ("weights.bin", "neither a .safetensors nor a .gguf file. Pickles .*save_pretrained"),
-        ("config.json", "neither a .safetensors nor a .gguf file"),
+        ("weights.bin", "weights.bin is a pickle: .*save_pretrained"),
+        ("config.json", "neither a safetensors nor a GGUF file"),
         ("empty", "has no config.json"),
         ("bare", "has no config.json"),
         ("many", "holds 2 GGUF files: name one of them, for example .*a.gguf"),

@@ -516,7 +516,7 @@ def test_a_damaged_sharded_folder_is_refused(tmp_path: Path, spoil: Callable[[Pa
 
 def test_an_unknown_dtype_matters_only_where_a_gain_goes(tmp_path: Path):
     folder = save_folder(tmp_path / "m", [{f"{O_PROJ}.weight": torch.ones(4, 6), "a.weight": torch.ones(2, 2)}])
-    _header(lambda header: header["a.weight"].update(dtype="F4"))(folder)
+    _header(lambda header: header["a.weight"].update(dtype="F4", shape=[4, 8]))(folder)
     assert len(_edits(folder, {O_PROJ: torch.zeros(4)})) == 1
     with pytest.raises(CheckpointError, match=r"a\.weight has dtype F4"):
         _edits(folder, {"a": torch.zeros(2)})

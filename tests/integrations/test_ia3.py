@@ -412,6 +412,17 @@ def _with(name, content):
         ),
         (_with("adapter_config.json", b"{"), ValueError, "adapter_config.json is damaged: JSONDecodeError"),
         (_with("adapter_config.json", b"[]"), ValueError, "adapter_config.json is damaged: TypeError"),
+        (_with("adapter_config.json", b"[" * 100_000), ValueError, "adapter_config.json is damaged: .*in one another"),
+        (
+            _with("adapter_config.json", b'{"peft_type": "IA3", "modules_to_save": 7}'),
+            ValueError,
+            "adapter_config.json is damaged: TypeError",
+        ),
+        (
+            _with("adapter_config.json", b'{"peft_type": "IA3", "base_model_name_or_path": ["a"]}'),
+            ValueError,
+            "base_model_name_or_path is",
+        ),
         (_with("adapter_config.json", b"{}"), ValueError, "adapter_config.json is damaged: KeyError"),
         (_with("adapter_config.json", b"\xff"), ValueError, "adapter_config.json is damaged: UnicodeDecodeError"),
         (_with("adapter_model.safetensors", b"\x00" * 64), ValueError, "is not a complete safetensors file"),

@@ -35,7 +35,7 @@ def test_the_dtype_asked_for_is_the_one_that_comes(tiny_model: Path):
         ([], "nothing", "no model at .*never downloaded"),
         ([], ".", "neither a config.json nor a .gguf file"),
         (["a.gguf", "b.gguf"], ".", r"2 GGUF files: name one of them, for example .*a\.gguf"),
-        (["weights.bin"], "weights.bin", "not a model: give a .gguf file"),
+        (["weights.bin"], "weights.bin", "is a pickle: .*save_pretrained"),
     ],
 )
 def test_what_is_no_model_is_named_with_what_to_give(tmp_path: Path, files, given, message):

@@ -1,12 +1,13 @@
 """What only a model's config.json knows, and not its tensors."""
 
-import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from gain_ops.checkpoints.edits import CheckpointError
+from gain_ops.utils import strict_json
+from gain_ops.utils.wording import named
 
 # Architectures whose projections of these names are transformers' Conv1D, weight [in, out].
 _CONV1D_TYPES = frozenset(["clvp", "clvp_decoder", "decision_transformer", "gpt2", "imagegpt", "jais", "openai-gpt"])
@@ -63,7 +64,7 @@ class Config:
                 f"{name} may be stored as [in, out] (Conv1D) or as [out, in], and only {self._path} could decide: put the "
                 "model's config.json there"
             )
-        if any(part.get("model_type") in _CONV1D_TYPES for part in self._parts):
+        if any(str(part.get("model_type")) in _CONV1D_TYPES for part in self._parts):
             return True
         if square and any("auto_map" in part for part in self._parts):
             raise CheckpointError(
@@ -90,7 +91,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = strict_json.read(path)
     except ValueError as error:
         raise CheckpointError(f"{path} is not JSON ({error}): fetch it again") from error
     if not isinstance(content, dict):
@@ -98,9 +99,25 @@ def read_object(path: Path) -> dict[str, Any]:
     return content
 
 
-def _is_among(name: str, patterns: Iterable[str]) -> bool:
-    """Whether a module is one of the named ones, as transformers matches them: by start, by end or as a regex."""
+def _is_among(name: str, patterns: object) -> bool:
+    """Whether a module is one of the named ones, as transformers matches them: by start, by end or as a regex.
+
+    Raises:
+        CheckpointError: a pattern that is none, or that may take forever.
+
+    """
+    if not isinstance(patterns, list) or not all(isinstance(key, str) and _ends_soon(key) for key in patterns):
+        raise CheckpointError(f"modules_to_not_convert in config.json is no list of names: {named(repr(patterns))}")
     return any(name.endswith(key) or re.match(rf"(?:{key})(?:(?<=\.)|(?=\.|$))", name) for key in patterns)
+
+
+def _ends_soon(pattern: str) -> bool:
+    """Whether a regex is valid and repeats little: no group, and at most two things."""
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError):
+        return False
+    return not re.search(r"\)[*+{]", pattern) and len(re.findall(r"[*+{]", pattern)) <= 2
 
 
 def _parts(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:

@@ -11,6 +11,7 @@ columns. Not those of the attention output and FFN down projections; see _refuse
 conversion/ in https://github.com/ggml-org/llama.cpp.
 """
 
+import math
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -32,6 +33,7 @@ from gain_ops.checkpoints.formats.gguf_blocks import (
     requantize_rows,
     scale_rows,
 )
+from gain_ops.checkpoints.formats.gguf_header import Value, read_gguf_header
 from gain_ops.checkpoints.formats.names import without_shells
 from gain_ops.checkpoints.schemes import plain
 from gain_ops.checkpoints.schemes.exact import scaled
@@ -40,10 +42,10 @@ from gain_ops.gainfiles.fingerprints import digest, step
 from gain_ops.gainfiles.rounding import lost_gains
 from gain_ops.models.carriers import CannotFold, fold_gain, has_own_gain
 from gain_ops.utils.errors import MissingPackageError
-from gain_ops.utils.wording import some_of
+from gain_ops.utils.wording import named, some_of
 
 if TYPE_CHECKING:
-    from gguf import ReaderField, TensorNameMap
+    from gguf import TensorNameMap
 
 
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -61,6 +63,8 @@ _AS_IN_THE_MODEL = ("attn_output", "ffn_down", "ffn_down_shexp")
 _PAIRED = {"attn_q": "attention.head_count", "attn_k": "attention.head_count_kv"}
 
 _FACTORS = frozenset(("weight", "bias", "scale", "input_scale"))  # tensors of one layer; LoRA's would be terms
+
+_MOST_BLOCKS = 512  # of a model: gguf makes a map of all their names
 
 _SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})\.gguf")
 
@@ -236,7 +240,7 @@ def open_gguf(path: Path) -> GGUFCheckpoint:
 
     """
     shards = _shards(path)
-    fields: dict[Path, Mapping[str, ReaderField]] = {}
+    fields: dict[Path, Mapping[str, Value]] = {}
     tensors: dict[str, _Tensor] = {}
     for shard in shards:
         fields[shard], found = read_gguf(shard)
@@ -248,13 +252,14 @@ def open_gguf(path: Path) -> GGUFCheckpoint:
     import gguf
 
     first = fields[shards[0]]
-    stored = bytes(first["general.architecture"].parts[-1]) if "general.architecture" in first else b""
-    architecture = stored.decode(errors="replace")
+    architecture = str(first.get("general.architecture") or "")
     known = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
     blocks = _number(first, f"{architecture}.block_count", 0)
-    if architecture not in known or not blocks:
+    if blocks > _MOST_BLOCKS:
+        raise CheckpointError(f"{path} claims {blocks:,} blocks, and at most {_MOST_BLOCKS:,} are read: fetch it again")
+    if architecture not in known or blocks < 1:
         raise CheckpointError(
-            f"{path} holds no language model that the installed gguf knows (architecture {architecture or 'unknown'}): "
+            f"{path} holds no language model that the installed gguf knows (architecture {named(architecture) or 'unknown'}): "
             "if it does, a later gguf may know it: pip install -U gguf"
         )
     all_heads = _number(first, f"{architecture}.attention.head_count", 0)
@@ -340,35 +345,38 @@ def _shards(path: Path) -> list[Path]:
     return shards
 
 
-def read_gguf(file: Path) -> "tuple[Mapping[str, ReaderField], dict[str, _Tensor]]":
-    """The header of a file: its fields, and where its tensors lie; raises as open_gguf()."""
+def read_gguf(file: Path) -> tuple[Mapping[str, Value], dict[str, _Tensor]]:
+    """The header of a file: its values, and where its tensors lie; raises as open_gguf()."""
     try:
         import gguf
     except ImportError as error:
         raise MissingPackageError('reading a GGUF file needs the package gguf: pip install "gain-ops[cli]"') from error
     try:
-        reader = gguf.GGUFReader(file)
-    except (ValueError, KeyError, IndexError, OverflowError) as error:
+        header = read_gguf_header(file)
+        total = file.stat().st_size
+        tensors = {}
+        for tensor in header.tensors:
+            kind = gguf.GGMLQuantizationType(tensor.kind).name
+            values, size = block_size(kind)
+            row_bytes = tensor.shape[-1] // values * size
+            region = Region(file, tensor.offset, math.prod(tensor.shape[:-1]), row_bytes)
+            if tensor.shape[-1] % values or region.offset + region.size > total:
+                raise ValueError(
+                    f"{named(tensor.name)} of {kind} {list(tensor.shape)} at byte {region.offset:,} of {total:,}"
+                )
+            tensors[tensor.name] = _Tensor(tensor.name, kind, tensor.shape, region)
+    except CheckpointError:
+        raise
+    except (ValueError, LookupError) as error:
         raise CheckpointError(
             f"{file} is not a whole GGUF file, or of a kind that the installed gguf does not know ({error}): fetch it "
             "again, or upgrade gguf (pip install -U gguf)"
         ) from error
-    if reader.byte_order != "I":
-        raise CheckpointError(f"{file} has its numbers in the other byte order than this machine: convert it again")
-    tensors = {}
-    for tensor in reader.tensors:
-        kind, shape = tensor.tensor_type.name, tuple(int(size) for size in reversed(tensor.shape))
-        values, size = block_size(kind)
-        row_bytes = shape[-1] // values * size
-        rows = tensor.n_bytes // row_bytes if row_bytes else 0
-        tensors[tensor.name] = _Tensor(tensor.name, kind, shape, Region(file, tensor.data_offset, rows, row_bytes))
     refuse_shared_bytes(file, {name: tensor.region for name, tensor in tensors.items()})
-    return reader.fields, tensors
+    return header.values, tensors
 
 
-def _number(fields: "Mapping[str, ReaderField]", key: str, default: int) -> int:
-    """A whole number of the header; 0 where there is a list of them."""
-    if key not in fields:
-        return default
-    field = fields[key]
-    return int(field.parts[-1][0]) if len(field.types) == 1 else 0
+def _number(values: Mapping[str, Value], key: str, default: int) -> int:
+    """A whole number of the header; 0 where there is something else."""
+    value = values.get(key, default)
+    return value if isinstance(value, int) else 0

@@ -8,16 +8,20 @@
 Source: https://github.com/huggingface/safetensors, "Format". The library itself gives no offsets.
 """
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import torch
 
 from gain_ops.checkpoints.edits import CheckpointError, Region, Stored
+from gain_ops.utils import strict_json
+from gain_ops.utils.kinds import pickled
+from gain_ops.utils.limits import check_name
+from gain_ops.utils.wording import named
 
 _LONGEST = 100 << 20  # what the library accepts, in bytes
 _DTYPES = {
@@ -82,6 +86,9 @@ class Header:
 def read_header(file: Path) -> Header:
     """Read and check the header of a safetensors file; the data must be there to the last byte.
 
+    The library opens the file first, and what it refuses is refused. It takes the last of two equal keys, though, and names of
+    any length, so more is checked here.
+
     Raises:
         CheckpointError: not a safetensors file, a Git LFS pointer, a damaged header, or a truncated file.
         OSError: it cannot be read.
@@ -94,33 +101,42 @@ def read_header(file: Path) -> Header:
             raise CheckpointError(f"{file} is a Git LFS pointer, not the weights: fetch them with git lfs pull")
         length = int.from_bytes(start, "little")
         if len(start) < 8 or not 2 <= length <= min(_LONGEST, total - 8):
+            if why := pickled(file):
+                raise CheckpointError(why)
             raise CheckpointError(f"{file} is not a safetensors file, or is cut in its header: fetch it again")
         text = opened.read(length)
     try:
-        content = json.loads(text)
+        content = strict_json.parse(text, finite=True, naturals=True)
         metadata = content.pop("__metadata__", None) or {}
         entries = {name: _entry(name, value, file, 8 + length) for name, value in content.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{file} has a damaged header ({error!r}): fetch it again") from error
     _check_extents(file, total, 8 + length, entries)
+    try:
+        with safetensors.safe_open(file, framework="np"):
+            pass
+    except (safetensors.SafetensorError, ValueError) as error:
+        raise CheckpointError(f"{file} is refused by the safetensors library ({error}): fetch it again") from error
     return Header(metadata, entries)
 
 
 def _entry(name: str, value: Mapping[str, Any], file: Path, data: int) -> Entry:
+    check_name(name)
     dtype, shape, (start, end) = value["dtype"], value["shape"], value["data_offsets"]
-    if not isinstance(dtype, str) or not all(isinstance(n, int) and n >= 0 for n in (*shape, start, end)):
-        raise ValueError(f"{name}: {value}")
+    if not isinstance(dtype, str) or not all(type(n) is int for n in (*shape, start, end)):
+        raise ValueError(f"{named(name)}: {named(str(value))}")
     if dtype in _DTYPES and math.prod(shape) * _DTYPES[dtype].itemsize != end - start:
-        raise ValueError(f"{name} takes {end - start} bytes, not those of {dtype} {shape}")
+        raise ValueError(f"{named(name)} takes {end - start} bytes, not those of {dtype} {named(str(shape))}")
     return Entry(name, dtype, tuple(shape), file, data + start, end - start)
 
 
 def _check_extents(file: Path, total: int, data: int, entries: Mapping[str, Entry]) -> None:
-    """Check that the tensors lie one after the other, without overlap, and end where the file ends."""
+    """Check that the tensors lie one after the other, without overlap or holes, and end where the file ends."""
     end = data
     for entry in sorted(entries.values(), key=lambda entry: (entry.offset, entry.size)):
-        if entry.offset < end:
-            raise CheckpointError(f"{file} has a damaged header: {entry.name} overlaps another tensor: fetch it again")
+        if entry.offset != end:
+            how = "overlaps another tensor" if entry.offset < end else "lies behind a hole"
+            raise CheckpointError(f"{file} has a damaged header: {named(entry.name)} {how}: fetch it again")
         end = entry.offset + entry.size
     if total != end:
         how = f"ends {end - total} bytes early: it is cut" if total < end else f"is {total - end} bytes too long"

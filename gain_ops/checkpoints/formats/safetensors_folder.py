@@ -20,10 +20,11 @@ from gain_ops.checkpoints.schemes import plain
 from gain_ops.gainfiles.file import GainFile
 from gain_ops.models.carriers import CannotFold, fold_gain, has_own_gain
 from gain_ops.models.up_rows import up_rows
+from gain_ops.utils.kinds import pickled
 from gain_ops.utils.wording import some_of
 
-_SINGLE = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
+_SINGLE = ("model.safetensors", "diffusion_pytorch_model.safetensors")
+_INDEX = ".safetensors.index.json"
 
 # Names of a quantised layer's tensors: "_weight_scale" in a file of torchao's is "weight.scale" in the module, and of
 # what bitsandbytes stores a module keeps these.
@@ -67,8 +68,10 @@ class SafetensorsCheckpoint:
             self._metadata[shard] = header.metadata
         here = {name: entry.file.name for name, entry in self._entries.items()}
         if wrong := [name for name, file in index.items() if here.get(name) != file]:
-            raise CheckpointError(f"{path / _INDEX} is wrong about {some_of(wrong)}: fetch it and the weights again")
-        self.files = tuple(sorted(_to_copy(path, shards) if path.is_dir() else shards))
+            raise CheckpointError(
+                f"the index in {path} is wrong about {some_of(wrong)}: fetch it and the weights again"
+            )
+        self.files = tuple(sorted(_to_copy(path, shards, bool(index)) if path.is_dir() else shards))
 
     def edits(self, gains: GainFile, *, requantize: bool, check_base: bool) -> list[Edit]:
         """As in container.py."""
@@ -216,43 +219,52 @@ def _fingerprints(layer: Layer) -> set[str]:
 
 
 def _shards(folder: Path) -> tuple[list[Path], Mapping[str, str]]:
-    """The files with the weights of a model folder, and its index: which tensor is in which."""
-    single, index = folder / _SINGLE, folder / _INDEX
-    if single.is_file() and index.is_file():
+    """The files with the weights of a model folder, and its index: which tensor is in which.
+
+    transformers calls them "model", diffusers "diffusion_pytorch_model"; with variants of both an index or a file must be
+    the only one.
+    """
+    indexes = sorted(folder.glob(f"*{_INDEX}"))
+    files = sorted(folder.glob("*.safetensors"))
+    usual = [folder / name for name in _SINGLE if (folder / name).is_file()]
+    if usual and indexes:
         raise CheckpointError(
-            f"{folder} holds {_SINGLE} and {_INDEX}: remove the one that is not the model, with its files"
+            f"{folder} holds {usual[0].name} and {indexes[0].name}: remove the one that is not the model, with its files"
         )
-    if index.is_file():
-        return _indexed(folder, read_object(index))
-    if single.is_file():
-        return [single], {}
-    others = sorted(folder.glob("*.safetensors"))
-    if len(others) == 1:
-        return others, {}
-    if others:
+    if len(indexes) > 1 or len(usual) > 1:
         raise CheckpointError(
-            f"{folder} holds {len(others)} safetensors files and no {_INDEX} to say which are the model: fetch the "
+            f"{folder} holds several models, {some_of(path.name for path in indexes or usual)}: remove all but one, or name "
+            "one file"
+        )
+    if indexes:
+        return _indexed(indexes[0], read_object(indexes[0]))
+    if usual or len(files) == 1:
+        return usual or files, {}
+    if files:
+        raise CheckpointError(
+            f"{folder} holds {len(files)} safetensors files and no model{_INDEX} to say which are the model: fetch the "
             "index too, or name one file"
         )
-    if pickles := [path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth")]:
-        raise CheckpointError(
-            f"{folder} holds its weights as pickles ({some_of(pickles)}), which are not read here. Convert them with "
-            'AutoModelForCausalLM.from_pretrained(folder, dtype="auto").save_pretrained(other), and give the other'
-        )
+    if why := pickled(folder):
+        raise CheckpointError(why)
     raise CheckpointError(f"{folder} holds no weights in safetensors: fetch them, or name another folder")
 
 
-def _indexed(folder: Path, index: Mapping[str, object]) -> tuple[list[Path], Mapping[str, str]]:
-    named = index.get("weight_map")
-    if not isinstance(named, dict) or not all(file == Path(str(file)).name for file in named.values()):
-        raise CheckpointError(f"{folder / _INDEX} has no weight_map to files beside it: fetch it again")
-    shards = sorted({folder / file for file in named.values()})
+def _indexed(index: Path, content: Mapping[str, object]) -> tuple[list[Path], Mapping[str, str]]:
+    named = content.get("weight_map")
+    if not isinstance(named, dict) or not all(isinstance(f, str) and f == Path(f).name for f in named.values()):
+        raise CheckpointError(f"{index} has no weight_map to files beside it: fetch it again")
+    shards = sorted({index.parent / file for file in named.values()})
+    if not shards:
+        raise CheckpointError(f"{index} names no files: fetch it again")
     if missing := [shard.name for shard in shards if not shard.is_file()]:
-        raise CheckpointError(f"{folder} lacks {some_of(missing)}, which its index names: fetch the rest of the model")
+        raise CheckpointError(
+            f"{index.parent} lacks {some_of(missing)}, which its index names: fetch the rest of the model"
+        )
     return shards, named
 
 
-def _to_copy(folder: Path, shards: list[Path]) -> Iterable[Path]:
+def _to_copy(folder: Path, shards: list[Path], indexed: bool) -> Iterable[Path]:
     """All files of a model folder but hidden ones, other weights than these, a PEFT adapter, and a trainer's checkpoints."""
     for path in folder.rglob("*"):
         inside = path.relative_to(folder).parts
@@ -262,6 +274,7 @@ def _to_copy(folder: Path, shards: list[Path]) -> Iterable[Path]:
             raise CheckpointError(f"{path} is a link to nothing: fetch the rest of the model")
         if path.name == _ADAPTER:  # its weights are left out, and it would be loaded without them
             continue
-        other_model = len(inside) == 1 and path.name.endswith((".safetensors", ".index.json")) and path.name != _INDEX
+        weights = len(inside) == 1 and path.name.endswith((".safetensors", ".index.json"))
+        other_model = weights and not (indexed and path.name.endswith(_INDEX))
         if path in shards or (path.is_file() and path.suffix not in _NOT_COPIED and not other_model):
             yield path

@@ -25,7 +25,7 @@ def skeleton(folder: Path) -> nn.Module:
         raise CheckpointError('this needs the package transformers: pip install "gain-ops[cli]"') from error
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a value of another type ends in errors of every kind there
         raise CheckpointError(f"transformers cannot read {folder / 'config.json'} ({_first_line(error)})") from error
     names = config.architectures or ["no architecture"]
     kind = getattr(transformers, names[0], None)
@@ -33,9 +33,14 @@ def skeleton(folder: Path) -> nn.Module:
         raise CheckpointError(
             f"{folder / 'config.json'} names {names[0]}, which the installed transformers does not have"
         )
-    with torch.device("meta"):
-        return cast(nn.Module, kind(config))
+    try:
+        with torch.device("meta"):
+            return cast(nn.Module, kind(config))
+    except Exception as error:
+        raise CheckpointError(
+            f"transformers makes no model of {folder / 'config.json'} ({_first_line(error)})"
+        ) from error
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
+    return (str(error).strip() or repr(error)).partition("\n")[0]

@@ -12,6 +12,8 @@ from gain_ops.checkpoints.edits import CheckpointError, Edit, Layer
 from gain_ops.checkpoints.schemes import awq, bitsandbytes, compressed_tensors, eetq, fp8, gptq, hqq, torchao
 from gain_ops.checkpoints.schemes.exact import REMEDY
 from gain_ops.checkpoints.schemes.request import Request
+from gain_ops.utils.errors import GainOpsError
+from gain_ops.utils.wording import named
 
 _SCHEMES: Mapping[str, Callable[[Layer, Request], list[Edit]]] = {
     "awq": awq.edits,
@@ -45,14 +47,22 @@ def edits(config: Mapping[str, Any], metadata: Mapping[str, str], layer: Layer, 
 
     Raises:
         InexactError: a gain that its scales cannot take, without ``requantize`` or where the format is not unpacked here.
-        CheckpointError: a format that is not known; a gain of another length.
+        CheckpointError: a format that is not known; a description that does not fit the tensors; a gain of another length.
 
     """
     unnamed = "bitsandbytes" if config.get("load_in_8bit") or config.get("load_in_4bit") else "nothing"
     method = str(config.get("quant_method") or unnamed)
     if method not in _SCHEMES:
         raise CheckpointError(
-            f"{layer.name} is quantised by {method}, which is not among the known methods ({', '.join(_SCHEMES)}). "
+            f"{layer.name} is quantised by {named(method)}, which is not among the known methods ({', '.join(_SCHEMES)}). "
             f"{REMEDY}"
         )
-    return _SCHEMES[method](layer, Request(config, metadata, requantize))
+    try:
+        return _SCHEMES[method](layer, Request(config, metadata, requantize))
+    except GainOpsError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{layer.name} is not stored as {method} stores layers, by its entries in config.json and the header "
+            f"({error!r}): fetch them again. {REMEDY}"
+        ) from error

@@ -12,7 +12,7 @@ it is stored as float32: an absmax that is quantised itself ("double quantisatio
 Source: bitsandbytes/functional.py (QuantState, int8_vectorwise_dequant), nn/modules.py.
 """
 
-import json
+import math
 
 from gain_ops.checkpoints.edits import Edit, Layer
 from gain_ops.checkpoints.schemes.codes import Whole
@@ -20,6 +20,7 @@ from gain_ops.checkpoints.schemes.exact import OTHER_SIDE, check_gain, refused, 
 from gain_ops.checkpoints.schemes.requantize import Grid, blocks, requantized
 from gain_ops.checkpoints.schemes.request import Request
 from gain_ops.checkpoints.schemes.scales import FloatScales
+from gain_ops.utils import strict_json
 
 _STATE = "weight.quant_state.bitsandbytes__"
 
@@ -50,8 +51,10 @@ def _four_bits(layer: Layer) -> list[Edit]:
     packed = next((tensor for name, tensor in layer.tensors.items() if name.startswith(_STATE)), None)
     if packed is None:
         raise unknown(layer)
-    state = json.loads(bytes(packed.read().tolist()))
+    state = strict_json.parse(bytes(packed.read().flatten().tolist()))
     (outputs, inputs), size = state["shape"], state["blocksize"]
+    if type(size) is not int or size < 1:
+        raise unknown(layer)
     check_gain(layer, outputs, inputs)
     if layer.side == "input":
         raise refused(layer, "its scales belong to runs of a row, and the gain to inputs")
@@ -59,4 +62,6 @@ def _four_bits(layer: Layer) -> list[Edit]:
         raise refused(layer, "its scales are quantised themselves (double quantisation)")
     if inputs % size:
         raise refused(layer, f"its blocks of {size} do not end with rows of {inputs}, so that a scale serves two rows")
+    if outputs * inputs != math.prod(absmax.shape) * size:
+        raise unknown(layer)
     return [scaled(layer, absmax, layer.gain.repeat_interleave(inputs // size))]

@@ -17,7 +17,6 @@ Source: torchao/quantization/quantize_/workflows/, torchao/prototype/safetensors
 FBGEMM's experimental gen_ai (now mslk).
 """
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,6 +27,7 @@ from gain_ops.checkpoints.edits import CheckpointError, Edit, Layer
 from gain_ops.checkpoints.schemes import by_rows
 from gain_ops.checkpoints.schemes.exact import OTHER_SIDE, check_gain, refused, scaled, tensor_of, unknown
 from gain_ops.checkpoints.schemes.request import Request
+from gain_ops.utils import strict_json
 
 _BY_ROWS = ("Int8Tensor", "IntxUnpackedToInt8Tensor", "Float8Tensor")
 
@@ -38,7 +38,7 @@ def edits(layer: Layer, request: Request) -> list[Edit]:
     key = codes.name.removesuffix("_weight_qdata") + "weight"
     if key not in request.metadata:
         raise CheckpointError(f"{layer.name}: no header describes torchao's {key}; write the checkpoint again")
-    described = json.loads(request.metadata[key])
+    described = strict_json.parse(request.metadata[key])
     kind, attributes = described["_type"], described["_data"]
     before = layer.tensors.get("_weight_act_pre_scale")
     if layer.side == "input" and before is not None:

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
+from gain_ops.utils import strict_json
 from gain_ops.utils.errors import UsageError, file_errors
 from gain_ops.utils.files import replace_file
 
@@ -190,7 +191,7 @@ def _of(records: Iterable[Record], kind: type) -> Any:
 
 def _record(line: bytes, path: Path) -> Record:
     try:
-        values = json.loads(line)
+        values = strict_json.parse(line)
         kind = _KINDS[values.pop("kind")]
         if kind is Stage:
             values["curve"] = [Curve(**point) for point in values["curve"]]
