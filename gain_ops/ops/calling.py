@@ -29,6 +29,8 @@ def _bits(*names: str) -> int:
 _OTHER = ~_bits("CPU", "CUDA", "AutogradCPU", "AutogradCUDA", "AutocastCPU", "AutocastCUDA", "ADInplaceOrView")
 """All keys of a tensor but those of a plain one; autograd's and autocast's have nothing registered for a raw op."""
 
+_PLAIN = (Tensor, Parameter)
+
 
 def call(op: Callable[P, R], *arguments: P.args, **none: P.kwargs) -> R:
     """``op(*arguments)`` of an op in raw.py, outside autograd: the same result, the shorter way where there is one."""
@@ -46,17 +48,16 @@ def is_heard(*arguments: object) -> bool:
         or torch._C._len_torch_function_stack()
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state()
-        or torch.autograd._profiler_enabled()
+        or torch._C._autograd._profiler_enabled()
     ):
         return True
     met = False
     for argument in arguments:
-        kind = type(argument)
-        if kind is Tensor or kind is Parameter:
+        if isinstance(argument, Tensor):
             # all lie on one device, and a public function has checked their dtypes: a negative view is left to be seen
-            if argument.is_neg() if met else torch._C._dispatch_keys(argument).raw_repr() & _OTHER:
+            if type(argument) not in _PLAIN or (
+                argument.is_neg() if met else torch._C._dispatch_keys(argument).raw_repr() & _OTHER
+            ):
                 return True
             met = True
-        elif isinstance(argument, Tensor):
-            return True
     return False
