@@ -1,7 +1,7 @@
-"""A CUDA driver that does nothing, so that Triton's own launcher runs where there is no GPU, and its host cost can be measured.
+"""A CUDA driver that does nothing: Triton's own launcher runs where there is no GPU, and its host cost can be measured.
 
-libcuda.so.1 is compiled from the lines below with ``cc`` and loaded into the process: every call succeeds at once. Triton binds,
-compiles, fills descriptors and packs arguments as on an H100. Tensors are on the CPU, and a launch leaves its results unwritten.
+libcuda.so.1 is compiled from the lines below with ``cc`` and loaded: every call succeeds at once. Triton binds, compiles, fills
+descriptors and packs arguments as on an H100. Tensors are on the CPU, and a launch leaves its results unwritten.
 """
 
 import contextlib
