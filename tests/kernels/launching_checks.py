@@ -205,7 +205,7 @@ def check(function: Callable[[], None]) -> Callable[[], None]:
 def hits_and_misses_launch_what_triton_would() -> None:
     hit = 0
 
-    @settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
     @given(alike, st.sampled_from([HOPPER, ("hip", "gfx942", 64)]))
     def holds(several: list[Any], target: tuple[Any, ...]) -> None:
         nonlocal hit
@@ -223,7 +223,7 @@ def hits_and_misses_launch_what_triton_would() -> None:
                     assert not made
 
     holds()
-    assert hit > 300, hit
+    assert hit > 150, hit
 
 
 @check
