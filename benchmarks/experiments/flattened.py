@@ -6,6 +6,7 @@ it slower once (triton-lang/triton#9279), so a GPU decides (benchmarks/NOTES.md)
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from functools import partial
 
@@ -15,11 +16,11 @@ import triton.language as tl
 from torch import Tensor
 
 from gain_ops.backends.operands import fuses
-from gain_ops.kernels import linear_forward, tables
+from gain_ops.kernels import launching, linear_forward, tables
 from gain_ops.kernels._common import GEMM_UNIT as UNIT
-from gain_ops.kernels._common import gemm_grid, gemm_operands, grouped_tile, multiple, split_columns, tiled
+from gain_ops.kernels._common import gemm_grid, gemm_operands, gemm_schedule, grouped_tile, multiple, split_columns
 from gain_ops.kernels.aot import Call
-from gain_ops.kernels.devices import on_device_of
+from gain_ops.kernels.config import GemmConfig
 
 epilogue = linear_forward._epilogue
 STAGES = (3, 4)
@@ -85,18 +86,23 @@ def linear(
             f"x {tuple(x.shape)} and weight {tuple(weight.shape)} in {x.dtype}"
         )
     config = replace(tables.gemm_config("linear", x, weight), num_stages=stages)
-    y = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device)
+    y = x.new_empty((x.shape[0], weight.shape[0]))
     z = torch.empty_like(y) if keep_z else None
-    unused = ("stride_a", "stride_b", "USE_TMA")
-    with on_device_of(x):
-        flattened_kernel[gemm_grid(x, weight, config)](
-            delta=delta.contiguous(),
-            bias=None if bias is None else bias.contiguous(),
-            y=tiled(y, config),
-            z=tiled(z, config),
-            **{name: value for name, value in gemm_operands(x, weight, config).items() if name not in unused},
-        )
+    transposed, operands, numbers = gemm_operands(x, weight)
+    launching.launch(
+        flattened_kernel,
+        gemm_grid(x, weight, config),
+        (*operands, delta.contiguous(), None if bias is None else bias.contiguous(), y, z),
+        x.shape[0],
+        numbers[:2],
+        _schedule(config, transposed),
+    )
     return y, z
+
+
+@functools.cache
+def _schedule(config: GemmConfig, transposed: bool) -> launching.Schedule:
+    return gemm_schedule(config, transposed, "vvtt")
 
 
 def serves(x: Tensor, weight: Tensor) -> bool:

@@ -9,6 +9,7 @@ No op runs it yet: only a GPU can show what the scaling costs the main loop (ben
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,20 +20,20 @@ import triton.language as tl
 from torch import Tensor
 
 from gain_ops.backends.operands import fuses
-from gain_ops.kernels import rows, tables, tuning
+from gain_ops.kernels import launching, rows, tables, tuning
 from gain_ops.kernels._common import (
-    descriptor,
+    cdiv,
     gemm_grid,
     gemm_operands,
+    gemm_schedule,
     grouped_tile,
     load_gain,
     split_columns,
     store_tile,
-    tiled,
 )
 from gain_ops.kernels.aot import Call
 from gain_ops.kernels.config import GemmConfig
-from gain_ops.kernels.devices import architecture, on_device_of
+from gain_ops.kernels.devices import architecture
 from gain_ops.kernels.partials import sum_partials
 
 
@@ -119,19 +120,22 @@ def backward_dx(dy: Tensor, z: Tensor, weight: Tensor, delta: Tensor | None) -> 
 
 def launch(dy: Tensor, z: Tensor, weight: Tensor, delta: Tensor | None, dx: Tensor, config: GemmConfig) -> Tensor:
     """Run the kernel and the second stage: -> ddelta [out] fp32, and ``dx`` written. ``config.use_tma`` must be set."""
-    operands = gemm_operands(dy, weight.t(), config)
-    chunks = triton.cdiv(dy.shape[0], config.block_m)
-    partials = torch.empty((chunks, dy.shape[1]), dtype=torch.float32, device=dy.device)
-    unused = ("stride_a", "stride_b", "USE_TMA")
-    with on_device_of(dy):
-        backward_dx_kernel[gemm_grid(dy, weight.t(), config)](
-            z=descriptor(z, (config.block_m, config.block_k)),
-            delta=None if delta is None else delta.contiguous(),
-            dx=tiled(dx, config),
-            partials=partials,
-            **{name: value for name, value in operands.items() if name not in unused},
-        )
+    partials = dy.new_empty((cdiv(dy.shape[0], config.block_m), dy.shape[1]), dtype=torch.float32)
+    transposed, operands, numbers = gemm_operands(dy, weight.t())
+    launching.launch(
+        backward_dx_kernel,
+        gemm_grid(dy, weight.t(), config),
+        (*operands, z, None if delta is None else delta.contiguous(), dx, partials),
+        dy.shape[0],
+        numbers[:2],
+        _schedule(config, transposed),
+    )
     return sum_partials(partials)
+
+
+@functools.cache
+def _schedule(config: GemmConfig, transposed: bool) -> launching.Schedule:
+    return gemm_schedule(config, transposed, "kvtv")
 
 
 _ARGUMENTS = ("dy", "z", "weight", "delta_out")

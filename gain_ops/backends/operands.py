@@ -29,13 +29,8 @@ def _aligned(a: Tensor, weight: Tensor, *tiles: Tensor) -> bool:
 
 def _row_major(t: Tensor) -> bool:
     """Whether it is not empty and has unit-stride rows that do not overlap, with 16-byte steps and a 16-byte base."""
-    return (
-        t.numel() > 0
-        and t.stride(1) == 1
-        and t.stride(0) >= t.shape[1]
-        and t.stride(0) * t.element_size() % 16 == 0
-        and t.data_ptr() % 16 == 0
-    )
+    (rows, columns), (step, within) = t.shape, t.stride()
+    return within == 1 and rows > 0 and 0 < columns <= step and (step * t.itemsize | t.data_ptr()) % 16 == 0
 
 
 def linear_input(

@@ -9,7 +9,8 @@ from torch.autograd import Function
 from gain_ops import reference
 from gain_ops.ops import raw
 from gain_ops.ops.arguments import check_device, check_features, check_floating, flatten
-from gain_ops.ops.autograd import Gradients, differentiable, outside_autocast
+from gain_ops.ops.autograd import Gradients, cast_to, differentiable, outside_autocast
+from gain_ops.ops.calling import call
 from gain_ops.ops.entering import entry
 
 
@@ -128,7 +129,7 @@ def _glu(gate: Tensor, up: Tensor | None, delta: Tensor, activation: str, packed
     if torch.is_grad_enabled() and wants_grad:
         h: Tensor = Glu.apply(gate, up, delta, activation, packed, backend)
         return h
-    return raw.glu(*halves(gate, up, packed), delta, activation, backend)
+    return call(raw.glu, *halves(gate, up, packed), delta, activation, backend)
 
 
 def _check_activation(activation: str) -> None:
@@ -156,7 +157,7 @@ class Glu(Function):
         ctx.device_type, ctx.delta_dtype = gate.device.type, delta.dtype
         ctx.activation, ctx.packed, ctx.backend = activation, packed, backend
         ctx.save_for_backward(gate, up, delta)
-        return raw.glu(*halves(gate, up, packed), delta, activation, backend)
+        return call(raw.glu, *halves(gate, up, packed), delta, activation, backend)
 
     @staticmethod
     @outside_autocast
@@ -171,16 +172,16 @@ class Glu(Function):
             parts, ddelta = reference.composite_glu_backward(dh, g, u, delta, ctx.activation)
             dgate_up = torch.cat(parts, 1) if len(parts) == 2 else parts[0]
         elif needs_gate or needs_up:
-            dgate_up, ddelta = raw.glu_backward(dh, g, u, delta, ctx.activation, ctx.backend)
+            dgate_up, ddelta = call(raw.glu_backward, dh, g, u, delta, ctx.activation, ctx.backend)
         else:
-            dgate_up, ddelta = None, raw.glu_ddelta(dh, g, u, ctx.activation, ctx.backend)
+            dgate_up, ddelta = None, call(raw.glu_ddelta, dh, g, u, ctx.activation, ctx.backend)
         dgate, dup = (None, None) if dgate_up is None else halves(dgate_up, None, up is not None)
         if ctx.packed:
             dgate, dup = dgate_up, None
         return (
             dgate if needs_gate else None,
             dup if needs_up else None,
-            ddelta.to(ctx.delta_dtype) if needs_delta else None,
+            cast_to(ddelta, ctx.delta_dtype) if needs_delta else None,
             None,
             None,
             None,

@@ -23,6 +23,7 @@ from gain_ops import reference
 from gain_ops.ops import raw
 from gain_ops.ops.arguments import check_device, check_features, check_floating
 from gain_ops.ops.autograd import Gradients, bias_gradient, cast_to, differentiable, outside_autocast, remember
+from gain_ops.ops.calling import call
 from gain_ops.ops.entering import entry, gemm
 from gain_ops.reference import SIDES
 from gain_ops.utils.errors import UsageError
@@ -147,7 +148,7 @@ def _linear(
     wants_grad = x.requires_grad or delta.requires_grad or (bias is not None and bias.requires_grad)
     if not (wants_grad and torch.is_grad_enabled()):
         op = raw.linear if side == "output" else raw.linear_input
-        return op(x, cast_to(weight, x.dtype), delta, bias, backend)
+        return call(op, x, cast_to(weight, x.dtype), delta, bias, backend)
     y: Tensor
     if side == "output" and save != "input" and delta.requires_grad:
         y, _ = KeepOutput.apply(x, weight, delta, bias, backend)
@@ -169,7 +170,7 @@ def _scale(x: Tensor, delta: Tensor, backend: str) -> Tensor:
     if torch.is_grad_enabled() and (x.requires_grad or delta.requires_grad):
         y: Tensor = Scale.apply(x, delta, backend)
         return y
-    return raw.scale(x, delta, backend)
+    return call(raw.scale, x, delta, backend)
 
 
 def _check(x: Tensor, weight: Tensor, delta: Tensor, bias: Tensor | None, side: str, save: str) -> None:
@@ -213,7 +214,7 @@ class KeepOutput(Function):
     ) -> tuple[Tensor, Tensor]:
         """x [T, in], weight [out, in], delta [out], bias [out] -> y [T, out], z [T, out]. delta needs a gradient."""
         remember(ctx, x, delta, bias, backend)
-        y, z = raw.linear_z(x, cast_to(weight, x.dtype), delta, bias, backend)
+        y, z = call(raw.linear_z, x, cast_to(weight, x.dtype), delta, bias, backend)
         needs_x = ctx.needs_input_grad[0]
         ctx.save_for_backward(z, weight if needs_x else None, delta if needs_x else None)
         return y, z
@@ -231,11 +232,11 @@ class KeepOutput(Function):
         dy = cast_to(dy, z.dtype)
         dx = None
         if weight is not None and ctx.needs_input_grad[0]:
-            dz, ddelta = raw.backward(dy, z, delta, ctx.backend)
+            dz, ddelta = call(raw.backward, dy, z, delta, ctx.backend)
             dx = dz @ weight
         else:
-            ddelta = raw.ddelta(dy, z, ctx.backend)
-        return dx, None, ddelta.to(ctx.delta_dtype), bias_gradient(ctx, dy), None
+            ddelta = call(raw.ddelta, dy, z, ctx.backend)
+        return dx, None, cast_to(ddelta, ctx.delta_dtype), bias_gradient(ctx, dy), None
 
 
 def _keep_output_composite(
@@ -280,7 +281,7 @@ class KeepInput(Function):
             delta if needs_x else None,
         )
         op = raw.linear if side == "output" else raw.linear_input
-        return op(x, cast_to(weight, x.dtype), delta, bias, backend)
+        return call(op, x, cast_to(weight, x.dtype), delta, bias, backend)
 
     @staticmethod
     @outside_autocast
@@ -295,7 +296,7 @@ class KeepInput(Function):
             dy = cast_to(dy, ctx.compute_dtype)
             gradients = _output_side_gradients if ctx.side == "output" else _input_side_gradients
             dx, ddelta = gradients(dy, x, weight, delta, ctx.backend)
-            ddelta = None if ddelta is None else ddelta.to(ctx.delta_dtype)
+            ddelta = None if ddelta is None else cast_to(ddelta, ctx.delta_dtype)
         return dx, None, ddelta, bias_gradient(ctx, dy), None, None
 
 
@@ -309,11 +310,11 @@ def _output_side_gradients(
             None if x is None else reference.ddelta_recompute(dy, x, weight),
         )
     if delta is None:
-        return None, None if x is None else raw.ddelta_recompute(dy, x, weight, backend)
+        return None, None if x is None else call(raw.ddelta_recompute, dy, x, weight, backend)
     if x is None:
         # (dy * gain) @ W is the input side's forward on the transposed weight
-        return raw.linear_input(dy, weight.t(), delta, None, backend), None
-    dz, ddelta = raw.backward_recompute(dy, x, weight, delta, backend)
+        return call(raw.linear_input, dy, weight.t(), delta, None, backend), None
+    dz, ddelta = call(raw.backward_recompute, dy, x, weight, delta, backend)
     return dz @ weight, ddelta
 
 
@@ -328,11 +329,11 @@ def _input_side_gradients(
             None if x is None else reference.ddelta(dxs, x),
         )
     if delta is None:
-        return None, None if x is None else raw.ddelta_recompute(x, dy, weight.t(), backend)
+        return None, None if x is None else call(raw.ddelta_recompute, x, dy, weight.t(), backend)
     if x is None:
         # gain * (dy @ W) is the output side's forward on the transposed weight
-        return raw.linear(dy, weight.t(), delta, None, backend), None
-    return raw.backward_input(dy, x, weight, delta, backend)
+        return call(raw.linear, dy, weight.t(), delta, None, backend), None
+    return call(raw.backward_input, dy, x, weight, delta, backend)
 
 
 class Scale(Function):
@@ -344,7 +345,7 @@ class Scale(Function):
         remember(ctx, x, delta, None, backend)
         needs_x, needs_delta, _ = ctx.needs_input_grad
         ctx.save_for_backward(x if needs_delta else None, delta if needs_x else None)
-        return raw.scale(x, delta, backend)
+        return call(raw.scale, x, delta, backend)
 
     @staticmethod
     @outside_autocast
@@ -354,7 +355,7 @@ class Scale(Function):
             return (None,) * 3
         x, delta = ctx.saved_tensors
         dx, ddelta = scale_gradients(dy, x, delta, ctx.backend)
-        return dx, None if ddelta is None else ddelta.to(ctx.delta_dtype), None
+        return dx, None if ddelta is None else cast_to(ddelta, ctx.delta_dtype), None
 
 
 def scale_gradients(
@@ -367,7 +368,7 @@ def scale_gradients(
             None if x is None else reference.ddelta(dy, x),
         )
     if delta is None:
-        return None, None if x is None else raw.ddelta(dy, x, backend)
+        return None, None if x is None else call(raw.ddelta, dy, x, backend)
     if x is None:
-        return raw.scale(dy, delta, backend), None
-    return raw.backward(dy, x, delta, backend)
+        return call(raw.scale, dy, delta, backend), None
+    return call(raw.backward, dy, x, delta, backend)

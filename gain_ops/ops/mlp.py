@@ -13,6 +13,7 @@ from gain_ops import reference
 from gain_ops.ops import raw
 from gain_ops.ops.arguments import check_device, check_features, check_floating
 from gain_ops.ops.autograd import Gradients, cast_to, differentiable, outside_autocast
+from gain_ops.ops.calling import call
 from gain_ops.ops.entering import entry, gemm
 from gain_ops.ops.glu import halves
 
@@ -122,7 +123,7 @@ def _mlp(x: Tensor, gate: Tensor, up: Tensor | None, down: Tensor, *rest: *_Rest
     y = x.new_empty(x.shape[0], ffn.down.shape[0])
     for rows in _chunks(x.shape[0], options.chunk):
         g, u = ffn.halves(ffn.project(x[rows]))
-        ffn.finish(raw.glu(g, u, delta, options.activation, options.backend), y[rows])
+        ffn.finish(call(raw.glu, g, u, delta, options.activation, options.backend), y[rows])
     return y
 
 
@@ -139,7 +140,7 @@ class Mlp(Function):
         kept = () if options.recompute else tuple(x.new_empty(x.shape[0], w.shape[0]) for w in ffn.projections)
         for rows in _chunks(x.shape[0], options.chunk):
             projected = ffn.project(x[rows], tuple(part[rows] for part in kept))
-            ffn.finish(raw.glu(*ffn.halves(projected), delta, options.activation, options.backend), y[rows])
+            ffn.finish(call(raw.glu, *ffn.halves(projected), delta, options.activation, options.backend), y[rows])
         ctx.save_for_backward(*((x,) if options.recompute else kept), delta, *parameters)
         return y, *kept
 
@@ -158,7 +159,7 @@ class Mlp(Function):
             dx = ddelta = None
         else:
             dx, ddelta = _gradients(ffn, dy.to(kept[0].dtype), kept, delta, needs_x)
-        ddelta = None if ddelta is None or not needs_delta else ddelta.to(ctx.delta_dtype)
+        ddelta = None if ddelta is None or not needs_delta else cast_to(ddelta, ctx.delta_dtype)
         return dx if needs_x else None, ddelta, *(None,) * (1 + len(parameters))
 
 
@@ -209,9 +210,9 @@ def _gradients(
         gate, up = ffn.halves(ffn.project(parts[0]) if options.recompute else parts)
         dh = dy[rows] @ ffn.down
         if dx is None:
-            sums = raw.glu_ddelta(dh, gate, up, options.activation, options.backend)
+            sums = call(raw.glu_ddelta, dh, gate, up, options.activation, options.backend)
         else:
-            dgate_up, sums = raw.glu_backward(dh, gate, up, delta, options.activation, options.backend)
+            dgate_up, sums = call(raw.glu_backward, dh, gate, up, delta, options.activation, options.backend)
             ffn.project_back(dgate_up, dx[rows])
         ddelta = sums if ddelta is None else ddelta + sums
     return dx, ddelta

@@ -6,11 +6,11 @@ costs a third of the host time of ``torch.library.custom_op`` with ``register_au
 every output is contiguous. The rules for DTensors are in sharding.py.
 
 The dispatcher runs the functions below. The name of a function in this module is the op, ``torch.ops.gain_ops.<name>.default``;
-mypy checks the op as the function that it runs.
+mypy checks the op as the function that it runs. calling.py calls the function itself where nothing listens to the dispatcher.
 """
 
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ from gain_ops.ops.dispatch import Backend, implementation
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {}
+"""The function that each op runs."""
 
 _library = torch.library.Library("gain_ops", "DEF")
 _fakes: Backend = fakes  # mypy checks them as it checks a backend
@@ -35,6 +38,7 @@ def _op(schema: str, fake: Callable[..., R]) -> Callable[[Callable[P, R]], Calla
         _library.impl(name, run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"gain_ops::{name}", lambda *args: fake(*args[:-1]), lib=_library)
         op: Callable[P, R] = getattr(torch.ops.gain_ops, name).default
+        FUNCTIONS[op] = run
         return op
 
     return register

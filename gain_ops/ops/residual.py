@@ -11,6 +11,7 @@ from gain_ops import reference
 from gain_ops.ops import raw
 from gain_ops.ops.arguments import check_device, check_features, check_floating, flatten
 from gain_ops.ops.autograd import Gradients, bias_gradient, cast_to, differentiable, outside_autocast, remember
+from gain_ops.ops.calling import call
 from gain_ops.ops.entering import entry
 from gain_ops.ops.linear import scale_gradients
 from gain_ops.ops.rms_norm import check_norm_weight
@@ -226,7 +227,7 @@ def _add(residual: Tensor, z: Tensor, delta: Tensor, bias: Tensor | None, backen
     if _wants_grad(residual, z, delta, bias):
         h: Tensor = Add.apply(residual, z, delta, bias, backend)
         return h
-    return raw.add(residual, cast_to(z, residual.dtype), delta, bias, backend)
+    return call(raw.add, residual, cast_to(z, residual.dtype), delta, bias, backend)
 
 
 def _norm_sharding(
@@ -296,7 +297,7 @@ def _rms_norm_add(residual: Tensor, z: Tensor, delta: Tensor, weight: Tensor, ep
     if _wants_grad(residual, z, delta):
         h: Tensor = RmsNormAdd.apply(residual, z, delta, weight, eps, backend)
         return h
-    return raw.rms_norm_add(residual, cast_to(z, residual.dtype), delta, weight, eps, backend)[0]
+    return call(raw.rms_norm_add, residual, cast_to(z, residual.dtype), delta, weight, eps, backend)[0]
 
 
 class Add(Function):
@@ -308,7 +309,7 @@ class Add(Function):
         _remember(ctx, residual, z, delta, bias, backend)
         _, needs_z, needs_delta, *_ = ctx.needs_input_grad
         ctx.save_for_backward(z if needs_delta else None, delta if needs_z else None)
-        return raw.add(residual, cast_to(z, residual.dtype), delta, bias, backend)
+        return call(raw.add, residual, cast_to(z, residual.dtype), delta, bias, backend)
 
     @staticmethod
     @outside_autocast
@@ -391,8 +392,8 @@ def _add_norm_op(
     """h, y, then the statistics: mean and r of a LayerNorm, r of an RMSNorm."""
     z = cast_to(z, residual.dtype)
     if centred:
-        return raw.add_layer_norm(residual, z, delta, bias, weight, shift, eps, backend)
-    return raw.add_rms_norm(residual, z, delta, bias, weight, eps, backend)
+        return call(raw.add_layer_norm, residual, z, delta, bias, weight, shift, eps, backend)
+    return call(raw.add_rms_norm, residual, z, delta, bias, weight, eps, backend)
 
 
 def _statistics(h: Tensor, eps: float, centred: bool) -> list[Tensor]:
@@ -412,7 +413,7 @@ class RmsNormAdd(Function):
         """residual and z [T, n], delta and weight [n] -> h [T, n]."""
         _remember(ctx, residual, z, delta, None, backend)
         ctx.eps = eps
-        h, r = raw.rms_norm_add(residual, cast_to(z, residual.dtype), delta, weight, eps, backend)
+        h, r = call(raw.rms_norm_add, residual, cast_to(z, residual.dtype), delta, weight, eps, backend)
         if any(ctx.needs_input_grad[1:3]):
             ctx.save_for_backward(z, delta, weight, r)
         return h
@@ -432,7 +433,7 @@ class RmsNormAdd(Function):
                 r = torch.rsqrt(s.square().mean(1) + ctx.eps)
                 dz, ddelta = reference.rms_norm_add_backward(dh, z, delta, weight, r)
             else:
-                dz, ddelta = raw.rms_norm_add_backward(dh, z, delta, weight, r, ctx.backend)
+                dz, ddelta = call(raw.rms_norm_add_backward, dh, z, delta, weight, r, ctx.backend)
         return (
             dh if needs_residual else None,
             cast_to(dz, ctx.z_dtype) if dz is not None and needs_z else None,

@@ -9,7 +9,8 @@ from torch.autograd import Function
 from gain_ops import reference
 from gain_ops.ops import raw
 from gain_ops.ops.arguments import check_device, check_features, check_floating
-from gain_ops.ops.autograd import Gradients, differentiable, outside_autocast
+from gain_ops.ops.autograd import Gradients, cast_to, differentiable, outside_autocast
+from gain_ops.ops.calling import call
 from gain_ops.ops.entering import entry
 
 
@@ -78,7 +79,7 @@ def _rms_norm(x: Tensor, weight: Tensor, delta: Tensor, eps: float, backend: str
     if torch.is_grad_enabled() and (x.requires_grad or delta.requires_grad):
         y: Tensor = RmsNorm.apply(x, weight, delta, eps, backend)
         return y
-    return raw.rms_norm(x, weight, delta, eps, backend)[0]
+    return call(raw.rms_norm, x, weight, delta, eps, backend)[0]
 
 
 class RmsNorm(Function):
@@ -89,7 +90,7 @@ class RmsNorm(Function):
         """x [T, n], weight [n], delta [n] -> y [T, n]."""
         ctx.set_materialize_grads(False)
         ctx.device_type, ctx.delta_dtype, ctx.eps, ctx.backend = x.device.type, delta.dtype, eps, backend
-        y, r = raw.rms_norm(x, weight, delta, eps, backend)
+        y, r = call(raw.rms_norm, x, weight, delta, eps, backend)
         ctx.save_for_backward(x, weight, delta, r)
         return y
 
@@ -105,6 +106,6 @@ class RmsNorm(Function):
             r = torch.rsqrt(x.to(r.dtype).square().mean(1) + ctx.eps)
             dx, ddelta = reference.rms_norm_backward(dy, x, weight, delta, r)
         else:
-            dx, ddelta = raw.rms_norm_backward(dy, x, weight, delta, r, ctx.backend)
+            dx, ddelta = call(raw.rms_norm_backward, dy, x, weight, delta, r, ctx.backend)
         needs_x, _, needs_delta = ctx.needs_input_grad[:3]
-        return dx if needs_x else None, None, ddelta.to(ctx.delta_dtype) if needs_delta else None, None, None
+        return dx if needs_x else None, None, cast_to(ddelta, ctx.delta_dtype) if needs_delta else None, None, None

@@ -6,15 +6,16 @@ its rows. Out-of-range elements read as zero, so partial tiles need no special c
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from gain_ops.kernels.config import GemmConfig
+from gain_ops.kernels.config import GemmConfig, RowsConfig
 from gain_ops.kernels.devices import persistent_programs
+from gain_ops.kernels.launching import Block, Schedule
 
 GEMM_UNIT = tl.constexpr(8)
 """16-bit elements in 16 bytes: the sizes and row strides of a fused GEMM are multiples of it (operands.fuses)."""
@@ -122,63 +123,75 @@ def store_tile(out, tile, row, col, M, N, HEIGHT: tl.constexpr, WIDTH: tl.conste
         tl.store(out + offsets, tile.to(out.dtype.element_ty), mask=mask)
 
 
-def descriptor(t: Tensor, block: tuple[int, int]) -> TensorDescriptor:
-    """A TMA descriptor of a row-major 2-D tensor whose tiles are ``block``."""
-    return TensorDescriptor(t, list(t.shape), list(t.stride()), list(block))
-
-
-def tiled(t: Tensor | None, config: GemmConfig) -> Tensor | TensorDescriptor | None:
-    """A [M, N] result, or a tensor that the epilogue reads, in the kernel's form: with tiles of one subtile."""
-    if t is None or not config.use_tma:
-        return t
-    return descriptor(t, (config.block_m, config.block_n // config.subtiles))
-
-
-def gemm_operands(a: Tensor, weight: Tensor, config: GemmConfig) -> dict[str, Any]:
-    """A GEMM kernel's arguments for its main loop: a [M, K], weight [N, K], their rows' strides, the schedule."""
+def gemm_operands(a: Tensor, weight: Tensor) -> tuple[bool, tuple[Tensor, Tensor], tuple[int, int, int, int]]:
+    """What a GEMM of a [M, K] and weight [N, K] is launched with: B_IS_KN, a and b, and N, K and the strides of their rows."""
     transposed = weight.stride(1) != 1
     b = weight.t() if transposed else weight
-    arguments: dict[str, Any] = {"a": a, "b": b}
-    if config.use_tma:
-        block = (config.block_k, config.block_n) if transposed else (config.block_n, config.block_k)
-        arguments = {"a": descriptor(a, (config.block_m, config.block_k)), "b": descriptor(b, block)}
-    return arguments | {
-        "M": a.shape[0],
-        "N": weight.shape[0],
-        "K": a.shape[1],
-        "stride_a": a.stride(0),
-        "stride_b": b.stride(0),
-        "B_IS_KN": transposed,
-        **schedule(config),
-    }
+    return transposed, (a, b), (weight.shape[0], a.shape[1], a.stride(0), b.stride(0))
 
 
-def schedule(config: GemmConfig) -> dict[str, Any]:
-    """A configuration as the kernels' compile-time arguments."""
-    return {
+def gemm_grid(a: Tensor, weight: Tensor, config: GemmConfig) -> int:
+    """One program for each tile, or one for each multiprocessor, which walks over tiles."""
+    tiles = cdiv(a.shape[0], config.block_m) * cdiv(weight.shape[0], config.block_n)
+    return min(tiles, persistent_programs(a.device.index)) if config.persistent else tiles
+
+
+def gemm_schedule(config: GemmConfig, transposed: bool, after: str, **more: Any) -> Schedule:
+    """A configuration as a schedule, of which a launcher keeps one for each configuration and orientation of W.
+
+    Args:
+        config: the configuration.
+        transposed: whether b is [K, N].
+        after: of the tensors after a and b, a letter each: t for a [M, N] tile, k for one of a's blocks, v for any vector.
+        more: further compile-time arguments.
+
+    """
+    constants = {
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
         "GROUP_M": config.group_m,
         "SUBTILES": config.subtiles,
-        "USE_TMA": config.use_tma,
+        "B_IS_KN": transposed,
         "num_stages": config.num_stages,
         **options(config.num_warps),
+        **more,
     }
+    if not config.use_tma:
+        return Schedule(constants)
+    of_a = (config.block_m, config.block_k)
+    of_b = (config.block_k, config.block_n) if transposed else (config.block_n, config.block_k)
+    of: dict[str, Block | None] = {"t": (config.block_m, config.block_n // config.subtiles), "k": of_a, "v": None}
+    return Schedule(constants, (of_a, of_b, *(of[letter] for letter in after)))
+
+
+@functools.cache
+def rows_schedule(config: RowsConfig, unit: int, loops: bool, *more: tuple[str, Any]) -> Schedule:
+    """The schedule of a one-pass kernel; ``loops``: over the rows of a chunk."""
+    constants = {
+        "UNIT": unit,
+        "BLOCK_T": config.block_t,
+        "BLOCK_N": config.block_n,
+        **options(config.num_warps),
+        **dict(more),
+    }
+    if loops:
+        # narrower rows cannot be copied asynchronously, and trying costs registers
+        constants["STAGES"] = config.num_stages if unit > 1 else 1
+    return Schedule(constants)
+
+
+def cdiv(n: int, size: int) -> int:
+    """How many blocks of a size cover n; triton.cdiv takes 2 us."""
+    return -(-n // size)
 
 
 def row_unit(like: Tensor, *strides: int) -> int:
     """The unit of which rows are multiples in a one-pass kernel: the elements in 16 bytes if sizes and strides fit, else 1."""
     unit = 16 // like.element_size()
-    return unit if all(stride % unit == 0 for stride in (like.shape[1], *strides)) else 1
+    return unit if all([stride % unit == 0 for stride in (like.shape[1], *strides)]) else 1
 
 
 def options(num_warps: int) -> dict[str, Any]:
     """Compiler options of every kernel: a multiply and an add may fuse, on every version of Triton."""
     return {"num_warps": num_warps, "enable_fp_fusion": True}
-
-
-def gemm_grid(a: Tensor, weight: Tensor, config: GemmConfig) -> tuple[int]:
-    """One program for each tile, or one for each multiprocessor, which walks over tiles."""
-    tiles = triton.cdiv(a.shape[0], config.block_m) * triton.cdiv(weight.shape[0], config.block_n)
-    return (min(tiles, persistent_programs(a.device.index)) if config.persistent else tiles,)

@@ -11,6 +11,7 @@ import functools
 import os
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
@@ -26,8 +27,7 @@ def architecture(index: int | None) -> str:
         return _architecture(index)
     if triton.knobs.runtime.interpret:
         return "interpreter"
-    target = driver.active.get_current_target()
-    return "gfx942" if target.backend == "hip" else _family(target.arch // 10)
+    return _of_driver(driver.active)[0]
 
 
 def multiprocessors(index: int | None) -> int:
@@ -36,8 +36,7 @@ def multiprocessors(index: int | None) -> int:
         return _multiprocessors(index)
     if triton.knobs.runtime.interpret:
         return 4
-    count: int = driver.active.utils.get_device_properties(driver.active.get_current_device())["multiprocessor_count"]
-    return count
+    return _of_driver(driver.active)[1]
 
 
 def persistent_programs(index: int | None) -> int:
@@ -56,6 +55,11 @@ def on_device_of(t: Tensor) -> Iterator[None]:
         yield
 
 
+def is_ready(index: int) -> bool:
+    """Whether a GPU is the current device and its context is bound: on_device_of would change nothing."""
+    return index in _bound.devices and torch.cuda.current_device() == index
+
+
 class _Bound(threading.local):
     """The devices whose context the calling thread has made current."""
 
@@ -72,6 +76,14 @@ def _bind_context(index: int) -> None:
         # needs one; cudaSetDevice binds it, waits for nothing and may run under capture
         torch.cuda.set_device(index)
         _bound.devices.add(index)
+
+
+@functools.lru_cache(maxsize=1)
+def _of_driver(active: Any) -> tuple[str, int]:
+    """The architecture and the multiprocessors of a driver's current device, asked once: it has one where tensors have none."""
+    target = active.get_current_target()
+    family = "gfx942" if target.backend == "hip" else _family(target.arch // 10)
+    return family, active.utils.get_device_properties(active.get_current_device())["multiprocessor_count"]
 
 
 @functools.cache

@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gain_ops.kernels._common import load_gain, load_tile, multiple, options, row_unit
+from gain_ops.kernels import launching
+from gain_ops.kernels._common import cdiv, load_gain, load_tile, multiple, row_unit, rows_schedule
 from gain_ops.kernels.config import GLU, RowsConfig, rows_chunk
-from gain_ops.kernels.devices import on_device_of
 from gain_ops.kernels.partials import sum_partials
 
 
@@ -135,7 +135,7 @@ def glu(gate: Tensor, up: Tensor | None, delta: Tensor, activation: str) -> Tens
 def glu_backward(dh: Tensor, gate: Tensor, up: Tensor | None, delta: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     """dg and du side by side [T, 2n] (without up: dg [T, n]) and ddelta [n], in one pass."""
     t, n = gate.shape
-    dgate_up = torch.empty((t, n if up is None else 2 * n), dtype=gate.dtype, device=gate.device)
+    dgate_up = gate.new_empty((t, n if up is None else 2 * n))
     return dgate_up, launch_backward(dh, gate, up, delta, dgate_up, activation)
 
 
@@ -146,25 +146,17 @@ def glu_ddelta(dh: Tensor, gate: Tensor, up: Tensor | None, activation: str) -> 
 
 def launch(gate: Tensor, up: Tensor | None, delta: Tensor, activation: str, config: RowsConfig = GLU) -> Tensor:
     """Run the forward pass."""
-    h = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    h = gate.new_empty(gate.shape)
     t, n = gate.shape
     if h.numel():
-        with on_device_of(gate):
-            glu_kernel[(triton.cdiv(t, config.block_t) * triton.cdiv(n, config.block_n),)](
-                gate,
-                up,
-                delta.contiguous(),
-                h,
-                t,
-                n,
-                *gate.stride(),
-                *_strides(up),
-                UNIT=row_unit(gate, gate.stride(0), _strides(up)[0]),
-                ACTIVATION=activation,
-                BLOCK_T=config.block_t,
-                BLOCK_N=config.block_n,
-                **options(config.num_warps),
-            )
+        launching.launch(
+            glu_kernel,
+            cdiv(t, config.block_t) * cdiv(n, config.block_n),
+            (gate, up, delta.contiguous(), h),
+            t,
+            (n, *gate.stride(), *_strides(up)),
+            rows_schedule(config, row_unit(gate, gate.stride(0), _strides(up)[0]), False, ("ACTIVATION", activation)),
+        )
     return h
 
 
@@ -183,30 +175,16 @@ def launch_backward(
         return torch.zeros(n, dtype=torch.float32, device=gate.device)
     chunk = rows_chunk(t, n)
     unit = row_unit(gate, dh.stride(0), gate.stride(0), _strides(up)[0])
-    chunks = triton.cdiv(t, chunk)
-    partials = torch.empty((chunks, n), dtype=torch.float32, device=gate.device)
-    with on_device_of(gate):
-        glu_backward_kernel[(chunks * triton.cdiv(n, config.block_n),)](
-            dh,
-            gate,
-            up,
-            None if delta is None else delta.contiguous(),
-            dgate_up,
-            partials,
-            t,
-            n,
-            chunk,
-            *dh.stride(),
-            *gate.stride(),
-            *_strides(up),
-            UNIT=unit,
-            ACTIVATION=activation,
-            BLOCK_T=config.block_t,
-            BLOCK_N=config.block_n,
-            # narrower rows cannot be copied asynchronously, and trying costs registers
-            STAGES=config.num_stages if unit > 1 else 1,
-            **options(config.num_warps),
-        )
+    chunks = cdiv(t, chunk)
+    partials = gate.new_empty((chunks, n), dtype=torch.float32)
+    launching.launch(
+        glu_backward_kernel,
+        chunks * cdiv(n, config.block_n),
+        (dh, gate, up, None if delta is None else delta.contiguous(), dgate_up, partials),
+        t,
+        (n, chunk, *dh.stride(), *gate.stride(), *_strides(up)),
+        rows_schedule(config, unit, True, ("ACTIVATION", activation)),
+    )
     return sum_partials(partials)
 
 

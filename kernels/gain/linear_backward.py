@@ -11,6 +11,8 @@ and the pass of rows.py serve operands that operands.fuses refuses.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -18,11 +20,13 @@ import triton.language as tl
 from torch import Tensor
 
 from gain_ops.backends.operands import fuses
-from gain_ops.kernels import rows, tables
+from gain_ops.kernels import launching, rows, tables
 from gain_ops.kernels._common import (
     GEMM_UNIT,
+    cdiv,
     gemm_grid,
     gemm_operands,
+    gemm_schedule,
     grouped_tile,
     load_gain,
     load_tile,
@@ -30,10 +34,8 @@ from gain_ops.kernels._common import (
     multiple,
     split_columns,
     store_tile,
-    tiled,
 )
 from gain_ops.kernels.config import GemmConfig
-from gain_ops.kernels.devices import on_device_of
 from gain_ops.kernels.partials import sum_partials
 
 
@@ -125,7 +127,7 @@ def backward_recompute(dy: Tensor, x: Tensor, weight: Tensor, delta: Tensor) -> 
     """dz = gain * dy [T, out] and ddelta = sum_t dy * (x @ W.T) [out], from x [T, in], weight [out, in], dy [T, out]."""
     if not fuses(x, weight, dy):
         return rows.backward(dy, F.linear(x, weight), delta)
-    dz = torch.empty(dy.shape, dtype=dy.dtype, device=dy.device)
+    dz = dy.new_empty(dy.shape)
     return dz, launch(x, weight, dy, delta, dz, "c")
 
 
@@ -134,7 +136,7 @@ def backward_input(dy: Tensor, x: Tensor, weight: Tensor, delta: Tensor) -> tupl
     if not fuses(dy, weight.t(), x):
         # the pass of lines (3), (4) with dy @ W and x in the places of dy and z
         return rows.backward(torch.mm(dy, weight), x, delta)
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    dx = x.new_empty(x.shape)
     return dx, launch(dy, weight.t(), x, delta, dx, "acc")
 
 
@@ -158,15 +160,19 @@ def launch(
     m, n = c.shape
     if config is None:
         config = tables.gemm_config(f"linear_backward {writes}", a, weight)
-    partials = torch.empty((triton.cdiv(m, config.block_m), n), dtype=torch.float32, device=c.device)
-    with on_device_of(a):
-        linear_backward_kernel[gemm_grid(a, weight, config)](
-            c=tiled(c, config),
-            delta=None if delta is None else delta.contiguous(),
-            out=tiled(out, config),
-            partials=partials,
-            stride_c=c.stride(0),
-            WRITES=writes,
-            **gemm_operands(a, weight, config),
-        )
+    partials = c.new_empty((cdiv(m, config.block_m), n), dtype=torch.float32)
+    transposed, operands, numbers = gemm_operands(a, weight)
+    launching.launch(
+        linear_backward_kernel,
+        gemm_grid(a, weight, config),
+        (*operands, c, None if delta is None else delta.contiguous(), out, partials),
+        m,
+        (*numbers, c.stride(0)),
+        _schedule(config, transposed, writes),
+    )
     return sum_partials(partials)
+
+
+@functools.cache
+def _schedule(config: GemmConfig, transposed: bool, writes: str) -> launching.Schedule:
+    return gemm_schedule(config, transposed, "tvtv", WRITES=writes, USE_TMA=config.use_tma)

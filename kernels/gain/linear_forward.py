@@ -7,6 +7,8 @@ that operands.fuses refuses.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -14,21 +16,20 @@ import triton.language as tl
 from torch import Tensor
 
 from gain_ops.backends.operands import fuses
-from gain_ops.kernels import rows, tables
+from gain_ops.kernels import launching, rows, tables
 from gain_ops.kernels._common import (
     GEMM_UNIT,
     gemm_grid,
     gemm_operands,
+    gemm_schedule,
     grouped_tile,
     load_gain,
     matmul_tile,
     multiple,
     split_columns,
     store_tile,
-    tiled,
 )
 from gain_ops.kernels.config import GemmConfig
-from gain_ops.kernels.devices import on_device_of
 
 
 @triton.jit
@@ -104,7 +105,7 @@ def linear(x: Tensor, weight: Tensor, delta: Tensor, bias: Tensor | None) -> Ten
     """``gain * (x @ W.T) + b``: x [T, in], weight [out, in], delta [out], bias [out] -> y [T, out]."""
     if not fuses(x, weight):
         return rows.scale_and_shift(F.linear(x, weight), delta, bias)
-    y = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device)
+    y = x.new_empty((x.shape[0], weight.shape[0]))
     launch(x, weight, delta, bias, y, None)
     return y
 
@@ -114,7 +115,7 @@ def linear_z(x: Tensor, weight: Tensor, delta: Tensor, bias: Tensor | None) -> t
     if not fuses(x, weight):
         z = F.linear(x, weight)
         return rows.scale_and_shift(z, delta, bias), z
-    y = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device)
+    y = x.new_empty((x.shape[0], weight.shape[0]))
     z = torch.empty_like(y)
     launch(x, weight, delta, bias, y, z)
     return y, z
@@ -132,11 +133,17 @@ def launch(
     """Run the kernel with a configuration; by default that of the tuned table or the heuristic."""
     if config is None:
         config = tables.gemm_config("linear", x, weight)
-    with on_device_of(x):
-        linear_kernel[gemm_grid(x, weight, config)](
-            delta=delta.contiguous(),
-            bias=None if bias is None else bias.contiguous(),
-            y=tiled(y, config),
-            z=tiled(z, config),
-            **gemm_operands(x, weight, config),
-        )
+    transposed, operands, numbers = gemm_operands(x, weight)
+    launching.launch(
+        linear_kernel,
+        gemm_grid(x, weight, config),
+        (*operands, delta.contiguous(), None if bias is None else bias.contiguous(), y, z),
+        x.shape[0],
+        numbers,
+        _schedule(config, transposed),
+    )
+
+
+@functools.cache
+def _schedule(config: GemmConfig, transposed: bool) -> launching.Schedule:
+    return gemm_schedule(config, transposed, "vvtt", USE_TMA=config.use_tma)

@@ -6,13 +6,14 @@ multiprocessors.
 
 from __future__ import annotations
 
-import torch
+import functools
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from gain_ops.kernels._common import multiple, options, row_unit
-from gain_ops.kernels.devices import on_device_of
+from gain_ops.kernels import launching
+from gain_ops.kernels._common import cdiv, multiple, options, row_unit
 
 BLOCK_C = 32
 BLOCK_N = 64
@@ -34,9 +35,18 @@ def sum_partials_kernel(partials, sums, C, N, UNIT: tl.constexpr, BLOCK_C: tl.co
 def sum_partials(partials: Tensor) -> Tensor:
     """partials [chunks, n] fp32, contiguous -> sums [n] fp32."""
     chunks, n = partials.shape
-    sums = torch.empty(n, dtype=torch.float32, device=partials.device)
-    with on_device_of(partials):
-        sum_partials_kernel[(triton.cdiv(n, BLOCK_N),)](
-            partials, sums, chunks, n, UNIT=row_unit(partials), BLOCK_C=BLOCK_C, BLOCK_N=BLOCK_N, **options(4)
-        )
+    sums = partials.new_empty(n)
+    launching.launch(
+        sum_partials_kernel,
+        cdiv(n, BLOCK_N),
+        (partials, sums),
+        chunks,
+        (n,),
+        _schedule(row_unit(partials)),
+    )
     return sums
+
+
+@functools.cache
+def _schedule(unit: int) -> launching.Schedule:
+    return launching.Schedule({"UNIT": unit, "BLOCK_C": BLOCK_C, "BLOCK_N": BLOCK_N, **options(4)})

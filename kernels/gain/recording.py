@@ -19,6 +19,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime import JITFunction, driver
 
+from gain_ops.kernels import launching
+
 
 @dataclass(frozen=True)
 class Device:
@@ -101,6 +103,7 @@ def recording(
     finally:
         driver.set_active(driver_before)
         triton.knobs.runtime.jit_cache_hook = hook_before
+        launching.forget()
         for kernel in met:
             kernel.device_caches.pop(recorder.get_current_device(), None)
 

@@ -7,16 +7,17 @@ rms_norm_backward    dx, partials of sum_t dy * n * w        lines (12), (13): r
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from gain_ops import reference
-from gain_ops.kernels import rms_norm_wide
-from gain_ops.kernels._common import load_gain, multiple, options, row_unit
-from gain_ops.kernels.config import rms_norm_chunk, rms_norm_config
-from gain_ops.kernels.devices import on_device_of
+from gain_ops.kernels import launching, rms_norm_wide
+from gain_ops.kernels._common import cdiv, load_gain, multiple, options, row_unit
+from gain_ops.kernels.config import RmsNormConfig, rms_norm_chunk, rms_norm_config
 from gain_ops.kernels.partials import sum_partials
 
 
@@ -96,25 +97,19 @@ def rms_norm(x: Tensor, weight: Tensor, delta: Tensor, eps: float) -> tuple[Tens
     t, n = x.shape
     if n == 0:
         return reference.rms_norm(x, weight, delta, eps)
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    r = torch.empty(t, dtype=torch.float32, device=x.device)
+    y = x.new_empty(x.shape)
+    r = x.new_empty(t, dtype=torch.float32)
     if t:
         config = rms_norm_config(n, rows=1)
         kernel = rms_norm_kernel if config.whole_row else rms_norm_wide.rms_norm_kernel
-        with on_device_of(x):
-            kernel[(t,)](
-                x,
-                weight.contiguous(),
-                delta.contiguous(),
-                y,
-                r,
-                n,
-                *x.stride(),
-                eps,
-                UNIT=row_unit(x, x.stride(0)),
-                BLOCK_N=config.block_n,
-                **options(config.num_warps),
-            )
+        launching.launch(
+            kernel,
+            t,
+            (x, weight.contiguous(), delta.contiguous(), y, r),
+            None,
+            (n, *x.stride(), eps),
+            _schedule(config, row_unit(x, x.stride(0))),
+        )
     return y, r
 
 
@@ -123,30 +118,25 @@ def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, delta: Tensor, r: T
     t, n = x.shape
     if n == 0:
         return reference.rms_norm_backward(dy, x, weight, delta, r)
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    dx = x.new_empty(x.shape)
     if t == 0:
         return dx, torch.zeros(n, dtype=torch.float32, device=x.device)
     chunk = rms_norm_chunk(t)
     config = rms_norm_config(n, rows=chunk)
     kernel = rms_norm_backward_kernel if config.whole_row else rms_norm_wide.rms_norm_backward_kernel
-    chunks = triton.cdiv(t, chunk)
-    partials = torch.empty((chunks, n), dtype=torch.float32, device=x.device)
-    with on_device_of(x):
-        kernel[(chunks,)](
-            dy,
-            x,
-            weight.contiguous(),
-            delta.contiguous(),
-            r,
-            dx,
-            partials,
-            t,
-            n,
-            *dy.stride(),
-            *x.stride(),
-            chunk=chunk,
-            UNIT=row_unit(x, dy.stride(0), x.stride(0)),
-            BLOCK_N=config.block_n,
-            **options(config.num_warps),
-        )
+    chunks = cdiv(t, chunk)
+    partials = x.new_empty((chunks, n), dtype=torch.float32)
+    launching.launch(
+        kernel,
+        chunks,
+        (dy, x, weight.contiguous(), delta.contiguous(), r, dx, partials),
+        t,
+        (n, *dy.stride(), *x.stride()),
+        _schedule(config, row_unit(x, dy.stride(0), x.stride(0)), ("chunk", chunk)),
+    )
     return dx, sum_partials(partials)
+
+
+@functools.cache
+def _schedule(config: RmsNormConfig, unit: int, *more: tuple[str, int]) -> launching.Schedule:
+    return launching.Schedule({"UNIT": unit, "BLOCK_N": config.block_n, **options(config.num_warps), **dict(more)})

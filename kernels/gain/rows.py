@@ -17,9 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 from gain_ops.backends import operands
-from gain_ops.kernels._common import load_gain, load_tile, multiple, options, row_unit
+from gain_ops.kernels import launching
+from gain_ops.kernels._common import cdiv, load_gain, load_tile, multiple, row_unit, rows_schedule
 from gain_ops.kernels.config import ROWS, RowsConfig, rows_chunk
-from gain_ops.kernels.devices import on_device_of
 from gain_ops.kernels.partials import sum_partials
 
 
@@ -94,7 +94,7 @@ def scale_kernel(
 
 def backward(dy: Tensor, z: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
     """dz = gain * dy [T, out] and ddelta = sum_t dy * z [out], in one pass."""
-    dz = torch.empty(dy.shape, dtype=dy.dtype, device=dy.device)
+    dz = dy.new_empty(dy.shape)
     return dz, launch_backward(dy, z, delta, dz)
 
 
@@ -116,28 +116,16 @@ def launch_backward(
     if t == 0 or n == 0:
         return torch.zeros(n, dtype=torch.float32, device=dy.device)
     chunk = rows_chunk(t, n) if chunk is None else chunk
-    unit = row_unit(dy, dy.stride(0), z.stride(0))
-    chunks = triton.cdiv(t, chunk)
-    partials = torch.empty((chunks, n), dtype=torch.float32, device=dy.device)
-    with on_device_of(dy):
-        backward_kernel[(chunks * triton.cdiv(n, config.block_n),)](
-            dy,
-            z,
-            None if delta is None else delta.contiguous(),
-            dz,
-            partials,
-            t,
-            n,
-            chunk,
-            *dy.stride(),
-            *z.stride(),
-            UNIT=unit,
-            BLOCK_T=config.block_t,
-            BLOCK_N=config.block_n,
-            # narrower rows cannot be copied asynchronously, and trying costs registers
-            STAGES=config.num_stages if unit > 1 else 1,
-            **options(config.num_warps),
-        )
+    chunks = cdiv(t, chunk)
+    partials = dy.new_empty((chunks, n), dtype=torch.float32)
+    launching.launch(
+        backward_kernel,
+        chunks * cdiv(n, config.block_n),
+        (dy, z, None if delta is None else delta.contiguous(), dz, partials),
+        t,
+        (n, chunk, *dy.stride(), *z.stride()),
+        rows_schedule(config, row_unit(dy, dy.stride(0), z.stride(0)), True),
+    )
     return sum_partials(partials)
 
 
@@ -162,22 +150,15 @@ def linear_input(x: Tensor, weight: Tensor, delta: Tensor, bias: Tensor | None) 
 
 
 def _scale(x: Tensor, delta: Tensor, bias: Tensor | None, by_row: bool, config: RowsConfig = ROWS) -> Tensor:
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y = x.new_empty(x.shape)
     t, n = x.shape
     if y.numel():
-        with on_device_of(x):
-            scale_kernel[(triton.cdiv(t, config.block_t) * triton.cdiv(n, config.block_n),)](
-                x,
-                delta.contiguous(),
-                None if bias is None else bias.contiguous(),
-                y,
-                t,
-                n,
-                *x.stride(),
-                UNIT=row_unit(x, x.stride(0)),
-                BY_ROW=by_row,
-                BLOCK_T=config.block_t,
-                BLOCK_N=config.block_n,
-                **options(config.num_warps),
-            )
+        launching.launch(
+            scale_kernel,
+            cdiv(t, config.block_t) * cdiv(n, config.block_n),
+            (x, delta.contiguous(), None if bias is None else bias.contiguous(), y),
+            t,
+            (n, *x.stride()),
+            rows_schedule(config, row_unit(x, x.stride(0)), False, ("BY_ROW", by_row)),
+        )
     return y

@@ -33,8 +33,7 @@ _log = logging.getLogger("gain_ops")
 
 def gemm_config(kernel: str, a: Tensor, weight: Tensor) -> GemmConfig:
     """The configuration for a [M, K] and weight [N, K]: the tuned table's entry, or otherwise the heuristic's pick."""
-    device = Device.of(a)
-    return _pick(kernel, device, a.dtype, a.shape[0], *weight.shape)
+    return _pick(kernel, Device.of(a), a.dtype, a.shape[0], *weight.shape)
 
 
 @dataclass(frozen=True)
@@ -44,15 +43,18 @@ class Device:
     architecture: str
     multiprocessors: int
 
-    @classmethod
-    def of(cls, t: Tensor) -> Device:
+    @staticmethod
+    def of(t: Tensor) -> Device:
         """The device of a tensor."""
-        return cls(architecture(t.device.index), multiprocessors(t.device.index))
+        return _device(architecture(t.device.index), multiprocessors(t.device.index))
 
     @property
     def file_name(self) -> str:
         """Of its tables."""
         return f"{self.architecture}-{self.multiprocessors}.json"
+
+
+_device = functools.cache(Device)
 
 
 @functools.lru_cache(maxsize=4096)

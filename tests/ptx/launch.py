@@ -75,6 +75,7 @@ def simulated(
     with (
         mock.patch.object(torch, "empty", noted(torch.empty)),
         mock.patch.object(torch, "empty_like", noted(torch.empty_like)),
+        mock.patch.object(Tensor, "new_empty", noted(Tensor.new_empty)),
         recording(architecture, multiprocessors, run=run),
     ):
         yield runs
