@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gain_ops.kernels.config import GemmConfig, RowsConfig
+from gain_ops.kernels.config import GemmConfig, RmsNormConfig, RowsConfig
 from gain_ops.kernels.devices import persistent_programs
 from gain_ops.kernels.launching import Block, Schedule
 
@@ -179,6 +179,13 @@ def rows_schedule(config: RowsConfig, unit: int, loops: bool, *more: tuple[str, 
         # narrower rows cannot be copied asynchronously, and trying costs registers
         constants["STAGES"] = config.num_stages if unit > 1 else 1
     return Schedule(constants)
+
+
+@functools.cache
+def norm_schedule(config: RmsNormConfig, unit: int, chunk: int | None = None) -> Schedule:
+    """The schedule of a norm's kernel; ``chunk``: the rows that a program of a backward takes."""
+    chunks = {} if chunk is None else {"chunk": chunk}
+    return Schedule({"UNIT": unit, "BLOCK_N": config.block_n, **options(config.num_warps), **chunks})
 
 
 def cdiv(n: int, size: int) -> int:

@@ -7,14 +7,13 @@ Its backward is rows.py's: the gradient of h is that of the residual, and lines 
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from gain_ops.kernels._common import load_gain, load_tile, multiple, options, row_unit
+from gain_ops.kernels import launching
+from gain_ops.kernels._common import cdiv, load_gain, load_tile, multiple, row_unit, rows_schedule
 from gain_ops.kernels.config import ROWS
-from gain_ops.kernels.devices import on_device_of
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -50,22 +49,14 @@ def add_kernel(
 def add(residual: Tensor, z: Tensor, delta: Tensor, bias: Tensor | None) -> Tensor:
     """h [T, n] contiguous."""
     t, n = z.shape
-    h = torch.empty(z.shape, dtype=z.dtype, device=z.device)
+    h = z.new_empty(z.shape)
     if h.numel():
-        with on_device_of(z):
-            add_kernel[(triton.cdiv(t, ROWS.block_t) * triton.cdiv(n, ROWS.block_n),)](
-                residual,
-                z,
-                delta.contiguous(),
-                None if bias is None else bias.contiguous(),
-                h,
-                t,
-                n,
-                *residual.stride(),
-                *z.stride(),
-                UNIT=row_unit(z, residual.stride(0), z.stride(0)),
-                BLOCK_T=ROWS.block_t,
-                BLOCK_N=ROWS.block_n,
-                **options(ROWS.num_warps),
-            )
+        launching.launch(
+            add_kernel,
+            cdiv(t, ROWS.block_t) * cdiv(n, ROWS.block_n),
+            (residual, z, delta.contiguous(), None if bias is None else bias.contiguous(), h),
+            t,
+            (n, *residual.stride(), *z.stride()),
+            rows_schedule(ROWS, row_unit(z, residual.stride(0), z.stride(0)), False),
+        )
     return h

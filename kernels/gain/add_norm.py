@@ -18,10 +18,9 @@ import triton.language as tl
 from torch import Tensor
 
 from gain_ops import reference
-from gain_ops.kernels import add_norm_wide
-from gain_ops.kernels._common import load_gain, multiple, options, row_unit
+from gain_ops.kernels import add_norm_wide, launching
+from gain_ops.kernels._common import cdiv, load_gain, multiple, norm_schedule, row_unit
 from gain_ops.kernels.config import rms_norm_chunk, rms_norm_config
-from gain_ops.kernels.devices import on_device_of
 from gain_ops.kernels.partials import sum_partials
 
 
@@ -141,7 +140,7 @@ def add_rms_norm(
     """h and y [T, n] contiguous, and r [T] fp32."""
     if z.shape[1] == 0:
         return reference.add_rms_norm(residual, z, delta, bias, weight, eps)
-    r = torch.empty(z.shape[0], dtype=torch.float32, device=z.device)
+    r = z.new_empty(z.shape[0], dtype=torch.float32)
     return *_forward(residual, z, delta, bias, weight, None, eps, None, r), r
 
 
@@ -151,7 +150,7 @@ def add_layer_norm(
     """h and y [T, n] contiguous, and mean and r [T] fp32."""
     if z.shape[1] == 0:
         return reference.add_layer_norm(residual, z, delta, bias, weight, shift, eps)
-    mean, r = (torch.empty(z.shape[0], dtype=torch.float32, device=z.device) for _ in range(2))
+    mean, r = (z.new_empty(z.shape[0], dtype=torch.float32) for _ in range(2))
     return *_forward(residual, z, delta, bias, weight, shift, eps, mean, r), mean, r
 
 
@@ -186,30 +185,18 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """h and y [T, n] contiguous; mean (of a LayerNorm) and r are written."""
     t, n = z.shape
-    h, y = (torch.empty(z.shape, dtype=z.dtype, device=z.device) for _ in range(2))
+    h, y = z.new_empty(z.shape), z.new_empty(z.shape)
     if t:
         config = rms_norm_config(n, rows=1)
-        kernel = add_norm_kernel if config.whole_row else add_norm_wide.add_norm_kernel
-        with on_device_of(z):
-            kernel[(t,)](
-                residual,
-                z,
-                delta.contiguous(),
-                None if bias is None else bias.contiguous(),
-                weight.contiguous(),
-                None if shift is None else shift.contiguous(),
-                h,
-                y,
-                mean,
-                r,
-                n,
-                *residual.stride(),
-                *z.stride(),
-                eps,
-                UNIT=row_unit(z, residual.stride(0), z.stride(0)),
-                BLOCK_N=config.block_n,
-                **options(config.num_warps),
-            )
+        vectors = [None if vector is None else vector.contiguous() for vector in (delta, bias, weight, shift)]
+        launching.launch(
+            add_norm_kernel if config.whole_row else add_norm_wide.add_norm_kernel,
+            t,
+            (residual, z, *vectors, h, y, mean, r),
+            None,
+            (n, *residual.stride(), *z.stride(), eps),
+            norm_schedule(config, row_unit(z, residual.stride(0), z.stride(0))),
+        )
     return h, y
 
 
@@ -224,34 +211,20 @@ def _backward(
     r: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     t, n = h.shape
-    dx, dz = (torch.empty(h.shape, dtype=h.dtype, device=h.device) for _ in range(2))
+    dx, dz = h.new_empty(h.shape), h.new_empty(h.shape)
     if t == 0:
         return dx, dz, torch.zeros(n, dtype=torch.float32, device=h.device)
     chunk = rms_norm_chunk(t)
     config = rms_norm_config(n, rows=chunk)
-    kernel = add_norm_backward_kernel if config.whole_row else add_norm_wide.add_norm_backward_kernel
-    chunks = triton.cdiv(t, chunk)
-    partials = torch.empty((chunks, n), dtype=torch.float32, device=h.device)
+    chunks = cdiv(t, chunk)
+    partials = h.new_empty((chunks, n), dtype=torch.float32)
     strides = [(0, 0) if tensor is None else tensor.stride() for tensor in (dy, dh, h, z)]
-    with on_device_of(h):
-        kernel[(chunks,)](
-            dy,
-            dh,
-            h,
-            z,
-            delta.contiguous(),
-            weight.contiguous(),
-            mean,
-            r,
-            dx,
-            dz,
-            partials,
-            t,
-            n,
-            *(stride for pair in strides for stride in pair),
-            chunk=chunk,
-            UNIT=row_unit(h, *(stride for stride, _ in strides)),
-            BLOCK_N=config.block_n,
-            **options(config.num_warps),
-        )
+    launching.launch(
+        add_norm_backward_kernel if config.whole_row else add_norm_wide.add_norm_backward_kernel,
+        chunks,
+        (dy, dh, h, z, delta.contiguous(), weight.contiguous(), mean, r, dx, dz, partials),
+        t,
+        (n, *(stride for pair in strides for stride in pair)),
+        norm_schedule(config, row_unit(h, *(stride for stride, _ in strides)), chunk),
+    )
     return dx, dz, sum_partials(partials)

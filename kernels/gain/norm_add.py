@@ -13,10 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from gain_ops import reference
-from gain_ops.kernels import norm_add_wide
-from gain_ops.kernels._common import load_gain, multiple, options, row_unit
+from gain_ops.kernels import launching, norm_add_wide
+from gain_ops.kernels._common import cdiv, load_gain, multiple, norm_schedule, row_unit
 from gain_ops.kernels.config import rms_norm_chunk, rms_norm_config
-from gain_ops.kernels.devices import on_device_of
 from gain_ops.kernels.partials import sum_partials
 
 
@@ -103,27 +102,18 @@ def rms_norm_add(residual: Tensor, z: Tensor, delta: Tensor, weight: Tensor, eps
     t, n = z.shape
     if n == 0:
         return reference.rms_norm_add(residual, z, delta, weight, eps)
-    h = torch.empty(z.shape, dtype=z.dtype, device=z.device)
-    r = torch.empty(t, dtype=torch.float32, device=z.device)
+    h = z.new_empty(z.shape)
+    r = z.new_empty(t, dtype=torch.float32)
     if t:
         config = rms_norm_config(n, rows=1)
-        kernel = rms_norm_add_kernel if config.whole_row else norm_add_wide.rms_norm_add_kernel
-        with on_device_of(z):
-            kernel[(t,)](
-                residual,
-                z,
-                delta.contiguous(),
-                weight.contiguous(),
-                h,
-                r,
-                n,
-                *residual.stride(),
-                *z.stride(),
-                eps,
-                UNIT=row_unit(z, residual.stride(0), z.stride(0)),
-                BLOCK_N=config.block_n,
-                **options(config.num_warps),
-            )
+        launching.launch(
+            rms_norm_add_kernel if config.whole_row else norm_add_wide.rms_norm_add_kernel,
+            t,
+            (residual, z, delta.contiguous(), weight.contiguous(), h, r),
+            None,
+            (n, *residual.stride(), *z.stride(), eps),
+            norm_schedule(config, row_unit(z, residual.stride(0), z.stride(0))),
+        )
     return h, r
 
 
@@ -132,30 +122,19 @@ def rms_norm_add_backward(dh: Tensor, z: Tensor, delta: Tensor, weight: Tensor, 
     t, n = z.shape
     if n == 0:
         return reference.rms_norm_add_backward(dh, z, delta, weight, r)
-    dz = torch.empty(z.shape, dtype=z.dtype, device=z.device)
+    dz = z.new_empty(z.shape)
     if t == 0:
         return dz, torch.zeros(n, dtype=torch.float32, device=z.device)
     chunk = rms_norm_chunk(t)
     config = rms_norm_config(n, rows=chunk)
-    kernel = rms_norm_add_backward_kernel if config.whole_row else norm_add_wide.rms_norm_add_backward_kernel
-    chunks = triton.cdiv(t, chunk)
-    partials = torch.empty((chunks, n), dtype=torch.float32, device=z.device)
-    with on_device_of(z):
-        kernel[(chunks,)](
-            dh,
-            z,
-            delta.contiguous(),
-            weight.contiguous(),
-            r,
-            dz,
-            partials,
-            t,
-            n,
-            *dh.stride(),
-            *z.stride(),
-            chunk=chunk,
-            UNIT=row_unit(z, dh.stride(0), z.stride(0)),
-            BLOCK_N=config.block_n,
-            **options(config.num_warps),
-        )
+    chunks = cdiv(t, chunk)
+    partials = z.new_empty((chunks, n), dtype=torch.float32)
+    launching.launch(
+        rms_norm_add_backward_kernel if config.whole_row else norm_add_wide.rms_norm_add_backward_kernel,
+        chunks,
+        (dh, z, delta.contiguous(), weight.contiguous(), r, dz, partials),
+        t,
+        (n, *dh.stride(), *z.stride()),
+        norm_schedule(config, row_unit(z, dh.stride(0), z.stride(0)), chunk),
+    )
     return dz, sum_partials(partials)

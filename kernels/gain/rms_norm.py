@@ -7,8 +7,6 @@ rms_norm_backward    dx, partials of sum_t dy * n * w        lines (12), (13): r
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
@@ -16,8 +14,8 @@ from torch import Tensor
 
 from gain_ops import reference
 from gain_ops.kernels import launching, rms_norm_wide
-from gain_ops.kernels._common import cdiv, load_gain, multiple, options, row_unit
-from gain_ops.kernels.config import RmsNormConfig, rms_norm_chunk, rms_norm_config
+from gain_ops.kernels._common import cdiv, load_gain, multiple, norm_schedule, row_unit
+from gain_ops.kernels.config import rms_norm_chunk, rms_norm_config
 from gain_ops.kernels.partials import sum_partials
 
 
@@ -108,7 +106,7 @@ def rms_norm(x: Tensor, weight: Tensor, delta: Tensor, eps: float) -> tuple[Tens
             (x, weight.contiguous(), delta.contiguous(), y, r),
             None,
             (n, *x.stride(), eps),
-            _schedule(config, row_unit(x, x.stride(0))),
+            norm_schedule(config, row_unit(x, x.stride(0))),
         )
     return y, r
 
@@ -132,11 +130,6 @@ def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, delta: Tensor, r: T
         (dy, x, weight.contiguous(), delta.contiguous(), r, dx, partials),
         t,
         (n, *dy.stride(), *x.stride()),
-        _schedule(config, row_unit(x, dy.stride(0), x.stride(0)), ("chunk", chunk)),
+        norm_schedule(config, row_unit(x, dy.stride(0), x.stride(0)), chunk),
     )
     return dx, sum_partials(partials)
-
-
-@functools.cache
-def _schedule(config: RmsNormConfig, unit: int, *more: tuple[str, int]) -> launching.Schedule:
-    return launching.Schedule({"UNIT": unit, "BLOCK_N": config.block_n, **options(config.num_warps), **dict(more)})
