@@ -93,8 +93,9 @@ def _op(name: str, **replaced: Any) -> Call:
 
 
 # every op; gelu costs the most registers, and linear_z has a bias
-CALLS = {name: _op(name, activation="gelu") for name in ARGUMENTS} | {
-    "linear": _op("linear", bias=None),
+CALLS = {name: _op(name, activation="gelu") for name in ARGUMENTS} | {"linear": _op("linear", bias=None)}
+# what changes neither addresses nor widths: compiled in one dtype and size
+VARIANTS = {f"glu_backward, {act}": _op("glu_backward", activation=act) for act in ("silu", "relu2", "gelu_tanh")} | {
     "glu, no up": _op("glu", activation="gelu", z=None),
     "glu_backward, no up": _op("glu_backward", activation="gelu", z=None),
     "add, no bias": _op("add", bias=None),
@@ -102,9 +103,6 @@ CALLS = {name: _op(name, activation="gelu") for name in ARGUMENTS} | {
     "add_layer_norm, no biases": _op("add_layer_norm", bias=None, norm_bias=None),
     "add_rms_norm_backward, no dh": _op("add_rms_norm_backward", dh=None),
     "add_layer_norm_backward, no dh": _op("add_layer_norm_backward", dh=None),
-}
-OTHER_ACTIVATIONS = {
-    f"glu_backward, {act}": _op("glu_backward", activation=act) for act in ("silu", "relu2", "gelu_tanh")
 }
 
 
@@ -122,7 +120,7 @@ def problems() -> Iterator[Problem]:
         yield Problem(call, "bfloat16", t, 4096, transposed)
     for call, t in product(CALLS, tokens):
         yield Problem(call, "float16", t, 4096)
-    for call in OTHER_ACTIVATIONS:
+    for call in VARIANTS:
         yield Problem(call, "bfloat16", 4096, 4096)
     # rows that are a multiple of 16 bytes and not of 16 elements, and rows that are neither
     others = (("bfloat16", 4104), ("bfloat16", 4095), ("float32", 4096), ("float32", 4100), ("float32", 4095))
@@ -165,7 +163,7 @@ def _tasks(target: str) -> Iterator[_Task]:
 
 def call(problem: Problem) -> None:
     """Make a problem's call, on meta tensors."""
-    made = (CALLS | OTHER_ACTIVATIONS)[problem.call]
+    made = (CALLS | VARIANTS)[problem.call]
     given = tensors(
         problem.tokens, problem.features, problem.features, getattr(torch, problem.dtype), "meta", torch.empty
     )

@@ -428,7 +428,7 @@ def every_op_launches_the_same_with_plans_and_without() -> None:
         return part if isinstance(part, int | float | str | CompiledKernel) or part is None else "object"
 
     PROBLEM = aot.Problem("", "bfloat16", 8, 64)
-    for name in aot.CALLS:
+    for name in aot.CALLS | aot.VARIANTS:
         with active():
             launches()
             with_plans = launches()

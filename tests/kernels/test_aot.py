@@ -77,7 +77,7 @@ def _rows_are_aligned(kernel: Kernel) -> bool:
     """Unit-stride rows of a multiple of 16 bytes; a transposed W has columns that are so, and the kernels know."""
     problem = kernel["problem"]
     dtype = getattr(torch, problem["dtype"])
-    calls = aot.CALLS | aot.OTHER_ACTIVATIONS | fused_backward.CALLS
+    calls = aot.CALLS | aot.VARIANTS | fused_backward.CALLS
     x_is_rows = not problem["transposed"] or calls[problem["call"]].is_gemm
     return x_is_rows and problem["features"] * dtype.itemsize % 16 == 0
 
