@@ -112,6 +112,10 @@ class Gained(nn.Module):
         super().__setattr__(name, value)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        loaded = next((tensor for tensor in self.parameters() if tensor is not self.delta and not tensor.is_meta), None)
+        if self.delta.is_meta and loaded is not None:
+            # the weights came one by one, as accelerate's load_checkpoint_and_dispatch brings them: the gain is still 1
+            self.delta = self._new_delta(loaded.device, self.delta.dtype)
         own = (self.delta, self.delta.grad)
 
         def keep_wide(tensor: Tensor) -> Tensor:

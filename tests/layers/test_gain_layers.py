@@ -407,3 +407,17 @@ def test_compiled_layer():
     assert torch.equal(y, layer(x))
     y.sum().backward()
     assert layer.delta.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("wrap", [False, True])
+def test_gains_put_on_meta_are_1_where_the_weights_come_one_by_one(wrap):
+    """As accelerate's load_checkpoint_and_dispatch brings them: no checkpoint has a delta."""
+    linear = nn.Linear(6, 4, device="meta")
+    layer = GainWrapper(linear, 6, 4) if wrap else GainLinear.from_linear(linear)
+    for module in layer.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if name != "delta":
+                setattr(module, name, nn.Parameter(torch.randn(parameter.shape), requires_grad=False))
+    layer.to("cpu")
+    assert torch.equal(layer.delta, torch.zeros(4))
+    assert layer.delta.requires_grad
