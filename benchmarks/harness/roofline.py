@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 
 from benchmarks.harness.results import Row
-from gain_ops.backends import fakes
+from gain_ops.backends.interface import FAKES
 from gain_ops.testing import ARGUMENTS, tensors
 
 CHUNK = 128  # rows of a partial sum of ddelta: a tile of the GEMMs, a chunk of the one-pass kernels
@@ -140,7 +140,7 @@ def op(name: str, t: int, i: int, o: int, dtype: torch.dtype) -> Kernels:
         return _BY_NAME[name](t, i, o, e)
     given = tensors(t, i, o, dtype, "meta", torch.empty)
     arguments = [given[argument] for argument in ARGUMENTS[name]]
-    results = getattr(fakes, name)(*arguments)
+    results = getattr(FAKES, name)(*arguments)
     moved = [*arguments, *(results if isinstance(results, tuple) else (results,))]
     bytes_ = sum(tensor.nbytes for tensor in moved if isinstance(tensor, torch.Tensor))
     product = "weight" in ARGUMENTS[name]

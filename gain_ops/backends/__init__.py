@@ -1,1 +1,1 @@
-"""The CUDA backend and the loading of its extension, the fakes, and the choice of a GEMM's operands."""
+"""The CUDA backend and the loading of its extension, what a backend offers, and the choice of a GEMM's operands."""

@@ -4,7 +4,6 @@ import ctypes
 import functools
 import importlib
 import importlib.util
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gain_ops._version import __version__
-from gain_ops.backends import fakes
+from gain_ops.backends.interface import FAKES, OPS
 
 _REMEDY = "python -m gain_ops.build"
 
@@ -112,16 +111,16 @@ def _not_built() -> str:
 
 
 def register_fakes(namespace: str) -> None:
-    """Give the ops that csrc/ defined under ``torch.ops.<namespace>`` their fakes: those of fakes.py, by the same names.
+    """Give the ops that csrc/ defined under ``torch.ops.<namespace>`` their fakes: those of interface.py, by the same names.
 
     The arguments are the same too, except the activation, which is a number here.
     """
 
     def scale(x: Tensor, delta: Tensor, bias: Tensor | None) -> Tensor:
-        return fakes.scale(x, delta)
+        return FAKES.scale(x, delta)
 
-    functions: dict[str, Callable[..., Any]] = dict(inspect.getmembers(fakes, inspect.isfunction))
-    functions |= {"scale": scale, "scale_rows": fakes.scale}
+    functions: dict[str, Callable[..., Any]] = {name: getattr(FAKES, name) for name in OPS}
+    functions |= {"scale": scale, "scale_rows": FAKES.scale}
     for name, function in functions.items():
         if hasattr(getattr(torch.ops, namespace), name):
             torch.library.register_fake(f"{namespace}::{name}", function)

@@ -16,13 +16,13 @@ import importlib.util
 import logging
 import os
 from collections.abc import Callable
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from gain_ops import reference
 from gain_ops.backends import extension
+from gain_ops.backends.interface import OPS, Backend
 from gain_ops.utils.errors import GainOpsError, UsageError
 
 BACKENDS = ("auto", "eager", "triton", "cuda")
@@ -32,66 +32,6 @@ _log = logging.getLogger("gain_ops")
 
 class BackendUnavailable(GainOpsError, RuntimeError):
     """A backend that was asked for by name cannot run here; the message says why and what to do."""
-
-
-class Backend(Protocol):
-    """What a backend offers: the functions of reference.py, by the same names, with the same results."""
-
-    def scale(self, x: Tensor, delta: Tensor) -> Tensor: ...
-    def linear(self, x: Tensor, weight: Tensor, delta: Tensor, bias: Tensor | None) -> Tensor: ...
-    def linear_z(self, x: Tensor, weight: Tensor, delta: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]: ...
-    def linear_input(self, x: Tensor, weight: Tensor, delta: Tensor, bias: Tensor | None) -> Tensor: ...
-    def backward(self, dy: Tensor, z: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]: ...
-    def ddelta(self, dy: Tensor, z: Tensor) -> Tensor: ...
-    def backward_recompute(self, dy: Tensor, x: Tensor, weight: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]: ...
-    def ddelta_recompute(self, dy: Tensor, x: Tensor, weight: Tensor) -> Tensor: ...
-    def backward_input(self, dy: Tensor, x: Tensor, weight: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]: ...
-    def glu(self, gate: Tensor, up: Tensor | None, delta: Tensor, activation: str) -> Tensor: ...
-    def glu_backward(
-        self, dh: Tensor, gate: Tensor, up: Tensor | None, delta: Tensor, activation: str
-    ) -> tuple[Tensor, Tensor]: ...
-    def glu_ddelta(self, dh: Tensor, gate: Tensor, up: Tensor | None, activation: str) -> Tensor: ...
-    def rms_norm(self, x: Tensor, weight: Tensor, delta: Tensor, eps: float) -> tuple[Tensor, Tensor]: ...
-    def rms_norm_backward(
-        self, dy: Tensor, x: Tensor, weight: Tensor, delta: Tensor, r: Tensor
-    ) -> tuple[Tensor, Tensor]: ...
-    def add(self, residual: Tensor, z: Tensor, delta: Tensor, bias: Tensor | None) -> Tensor: ...
-    def add_rms_norm(
-        self, residual: Tensor, z: Tensor, delta: Tensor, bias: Tensor | None, weight: Tensor, eps: float
-    ) -> tuple[Tensor, Tensor, Tensor]: ...
-    def add_rms_norm_backward(
-        self, dy: Tensor, dh: Tensor | None, h: Tensor, z: Tensor, delta: Tensor, weight: Tensor, r: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]: ...
-    def add_layer_norm(
-        self,
-        residual: Tensor,
-        z: Tensor,
-        delta: Tensor,
-        bias: Tensor | None,
-        weight: Tensor,
-        shift: Tensor | None,
-        eps: float,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
-    def add_layer_norm_backward(
-        self,
-        dy: Tensor,
-        dh: Tensor | None,
-        h: Tensor,
-        z: Tensor,
-        delta: Tensor,
-        weight: Tensor,
-        mean: Tensor,
-        r: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]: ...
-    def rms_norm_add(
-        self, residual: Tensor, z: Tensor, delta: Tensor, weight: Tensor, eps: float
-    ) -> tuple[Tensor, Tensor]: ...
-    def rms_norm_add_backward(
-        self, dh: Tensor, z: Tensor, delta: Tensor, weight: Tensor, r: Tensor
-    ) -> tuple[Tensor, Tensor]: ...
-
-
-OPS = tuple(name for name in vars(Backend) if not name.startswith("_"))
 
 
 def implementation(backend: str, like: Tensor) -> Backend:

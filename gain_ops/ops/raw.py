@@ -15,8 +15,8 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from gain_ops.backends import fakes
-from gain_ops.ops.dispatch import Backend, implementation
+from gain_ops.backends.interface import FAKES
+from gain_ops.ops.dispatch import implementation
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -25,143 +25,116 @@ FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {}
 """The function that each op runs."""
 
 _library = torch.library.Library("gain_ops", "DEF")
-_fakes: Backend = fakes  # mypy checks them as it checks a backend
 
 
-def _op(schema: str, fake: Callable[..., R]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+def _op(run: Callable[P, R]) -> Callable[P, R]:
     """Register the decorated function as the op of its name; the op itself, typed as the function, takes its place."""
-
-    def register(run: Callable[P, R]) -> Callable[P, R]:
-        name = run.__name__
-        _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
-        # for every device: dispatch.py finds the backend that serves it
-        _library.impl(name, run, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"gain_ops::{name}", lambda *args: fake(*args[:-1]), lib=_library)
-        op: Callable[P, R] = getattr(torch.ops.gain_ops, name).default
-        FUNCTIONS[op] = run
-        return op
-
-    return register
+    name = run.__name__
+    schema = torch.library.infer_schema(run, mutates_args=())
+    _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
+    # for every device: dispatch.py finds the backend that serves it
+    _library.impl(name, run, "CompositeExplicitAutograd")
+    fake = getattr(FAKES, name)
+    torch.library.register_fake(f"gain_ops::{name}", lambda *args: fake(*args[:-1]), lib=_library)
+    op: Callable[P, R] = getattr(torch.ops.gain_ops, name).default
+    FUNCTIONS[op] = run
+    return op
 
 
-@_op("(Tensor x, Tensor delta, str backend) -> Tensor", _fakes.scale)
+@_op
 def scale(x: Tensor, delta: Tensor, backend: str) -> Tensor:
     return implementation(backend, x).scale(x, delta)
 
 
-@_op("(Tensor x, Tensor weight, Tensor delta, Tensor? bias, str backend) -> Tensor", _fakes.linear)
+@_op
 def linear(x: Tensor, weight: Tensor, delta: Tensor, bias: Tensor | None, backend: str) -> Tensor:
     return implementation(backend, x).linear(x, weight, delta, bias)
 
 
-@_op("(Tensor x, Tensor weight, Tensor delta, Tensor? bias, str backend) -> (Tensor y, Tensor z)", _fakes.linear_z)
+@_op
 def linear_z(x: Tensor, weight: Tensor, delta: Tensor, bias: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
     return implementation(backend, x).linear_z(x, weight, delta, bias)
 
 
-@_op("(Tensor x, Tensor weight, Tensor delta, Tensor? bias, str backend) -> Tensor", _fakes.linear_input)
+@_op
 def linear_input(x: Tensor, weight: Tensor, delta: Tensor, bias: Tensor | None, backend: str) -> Tensor:
     return implementation(backend, x).linear_input(x, weight, delta, bias)
 
 
-@_op("(Tensor dy, Tensor z, Tensor delta, str backend) -> (Tensor dz, Tensor ddelta)", _fakes.backward)
+@_op
 def backward(dy: Tensor, z: Tensor, delta: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     return implementation(backend, dy).backward(dy, z, delta)
 
 
-@_op("(Tensor dy, Tensor z, str backend) -> Tensor", _fakes.ddelta)
+@_op
 def ddelta(dy: Tensor, z: Tensor, backend: str) -> Tensor:
     return implementation(backend, dy).ddelta(dy, z)
 
 
-@_op(
-    "(Tensor dy, Tensor x, Tensor weight, Tensor delta, str backend) -> (Tensor dz, Tensor ddelta)",
-    _fakes.backward_recompute,
-)
+@_op
 def backward_recompute(dy: Tensor, x: Tensor, weight: Tensor, delta: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     return implementation(backend, dy).backward_recompute(dy, x, weight, delta)
 
 
-@_op("(Tensor dy, Tensor x, Tensor weight, str backend) -> Tensor", _fakes.ddelta_recompute)
+@_op
 def ddelta_recompute(dy: Tensor, x: Tensor, weight: Tensor, backend: str) -> Tensor:
     return implementation(backend, dy).ddelta_recompute(dy, x, weight)
 
 
-@_op(
-    "(Tensor dy, Tensor x, Tensor weight, Tensor delta, str backend) -> (Tensor dx, Tensor ddelta)",
-    _fakes.backward_input,
-)
+@_op
 def backward_input(dy: Tensor, x: Tensor, weight: Tensor, delta: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     return implementation(backend, dy).backward_input(dy, x, weight, delta)
 
 
-@_op("(Tensor gate, Tensor? up, Tensor delta, str activation, str backend) -> Tensor", _fakes.glu)
+@_op
 def glu(gate: Tensor, up: Tensor | None, delta: Tensor, activation: str, backend: str) -> Tensor:
     return implementation(backend, gate).glu(gate, up, delta, activation)
 
 
-@_op(
-    "(Tensor dh, Tensor gate, Tensor? up, Tensor delta, str activation, str backend) -> (Tensor dgate_up, Tensor ddelta)",
-    _fakes.glu_backward,
-)
+@_op
 def glu_backward(
     dh: Tensor, gate: Tensor, up: Tensor | None, delta: Tensor, activation: str, backend: str
 ) -> tuple[Tensor, Tensor]:
     return implementation(backend, dh).glu_backward(dh, gate, up, delta, activation)
 
 
-@_op("(Tensor dh, Tensor gate, Tensor? up, str activation, str backend) -> Tensor", _fakes.glu_ddelta)
+@_op
 def glu_ddelta(dh: Tensor, gate: Tensor, up: Tensor | None, activation: str, backend: str) -> Tensor:
     return implementation(backend, dh).glu_ddelta(dh, gate, up, activation)
 
 
-@_op("(Tensor x, Tensor weight, Tensor delta, float eps, str backend) -> (Tensor y, Tensor r)", _fakes.rms_norm)
+@_op
 def rms_norm(x: Tensor, weight: Tensor, delta: Tensor, eps: float, backend: str) -> tuple[Tensor, Tensor]:
     return implementation(backend, x).rms_norm(x, weight, delta, eps)
 
 
-@_op(
-    "(Tensor dy, Tensor x, Tensor weight, Tensor delta, Tensor r, str backend) -> (Tensor dx, Tensor ddelta)",
-    _fakes.rms_norm_backward,
-)
+@_op
 def rms_norm_backward(
     dy: Tensor, x: Tensor, weight: Tensor, delta: Tensor, r: Tensor, backend: str
 ) -> tuple[Tensor, Tensor]:
     return implementation(backend, dy).rms_norm_backward(dy, x, weight, delta, r)
 
 
-@_op("(Tensor residual, Tensor z, Tensor delta, Tensor? bias, str backend) -> Tensor", _fakes.add)
+@_op
 def add(residual: Tensor, z: Tensor, delta: Tensor, bias: Tensor | None, backend: str) -> Tensor:
     return implementation(backend, z).add(residual, z, delta, bias)
 
 
-@_op(
-    "(Tensor residual, Tensor z, Tensor delta, Tensor? bias, Tensor weight, float eps, str backend)"
-    " -> (Tensor h, Tensor y, Tensor r)",
-    _fakes.add_rms_norm,
-)
+@_op
 def add_rms_norm(
     residual: Tensor, z: Tensor, delta: Tensor, bias: Tensor | None, weight: Tensor, eps: float, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     return implementation(backend, z).add_rms_norm(residual, z, delta, bias, weight, eps)
 
 
-@_op(
-    "(Tensor dy, Tensor? dh, Tensor h, Tensor z, Tensor delta, Tensor weight, Tensor r, str backend)"
-    " -> (Tensor dx, Tensor dz, Tensor ddelta)",
-    _fakes.add_rms_norm_backward,
-)
+@_op
 def add_rms_norm_backward(
     dy: Tensor, dh: Tensor | None, h: Tensor, z: Tensor, delta: Tensor, weight: Tensor, r: Tensor, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     return implementation(backend, dy).add_rms_norm_backward(dy, dh, h, z, delta, weight, r)
 
 
-@_op(
-    "(Tensor residual, Tensor z, Tensor delta, Tensor? bias, Tensor weight, Tensor? shift, float eps, str backend)"
-    " -> (Tensor h, Tensor y, Tensor mean, Tensor r)",
-    _fakes.add_layer_norm,
-)
+@_op
 def add_layer_norm(
     residual: Tensor,
     z: Tensor,
@@ -175,11 +148,7 @@ def add_layer_norm(
     return implementation(backend, z).add_layer_norm(residual, z, delta, bias, weight, shift, eps)
 
 
-@_op(
-    "(Tensor dy, Tensor? dh, Tensor h, Tensor z, Tensor delta, Tensor weight, Tensor mean, Tensor r, str backend)"
-    " -> (Tensor dx, Tensor dz, Tensor ddelta)",
-    _fakes.add_layer_norm_backward,
-)
+@_op
 def add_layer_norm_backward(
     dy: Tensor,
     dh: Tensor | None,
@@ -194,20 +163,14 @@ def add_layer_norm_backward(
     return implementation(backend, dy).add_layer_norm_backward(dy, dh, h, z, delta, weight, mean, r)
 
 
-@_op(
-    "(Tensor residual, Tensor z, Tensor delta, Tensor weight, float eps, str backend) -> (Tensor h, Tensor r)",
-    _fakes.rms_norm_add,
-)
+@_op
 def rms_norm_add(
     residual: Tensor, z: Tensor, delta: Tensor, weight: Tensor, eps: float, backend: str
 ) -> tuple[Tensor, Tensor]:
     return implementation(backend, z).rms_norm_add(residual, z, delta, weight, eps)
 
 
-@_op(
-    "(Tensor dh, Tensor z, Tensor delta, Tensor weight, Tensor r, str backend) -> (Tensor dz, Tensor ddelta)",
-    _fakes.rms_norm_add_backward,
-)
+@_op
 def rms_norm_add_backward(
     dh: Tensor, z: Tensor, delta: Tensor, weight: Tensor, r: Tensor, backend: str
 ) -> tuple[Tensor, Tensor]:

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
-from gain_ops.backends import fakes
+from gain_ops.backends.interface import FAKES
 from gain_ops.ops import dispatch
 
 Y = TypeVar("Y", bound=Tensor | tuple[Tensor, Tensor])
@@ -327,7 +327,7 @@ def _dispatch(_: type, op: Any, types: object, args: tuple[Any, ...], kwargs: di
     layout = _Layout(rule, operands)
     results = op(**given | layout.local(operands))
     del given["backend"]
-    shapes = getattr(fakes, rule)(**{name: _meta(value) for name, value in given.items()})
+    shapes = getattr(FAKES, rule)(**{name: _meta(value) for name, value in given.items()})
     if isinstance(results, Tensor):
         return layout.distributed(0, results, shapes.shape)
     return tuple(layout.distributed(i, t, like.shape) for i, (t, like) in enumerate(zip(results, shapes, strict=True)))

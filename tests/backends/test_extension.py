@@ -128,7 +128,7 @@ def test_it_is_said_whether_the_fused_gemms_are_there(
 
 
 def test_every_op_of_csrc_has_a_fake() -> None:
-    """By its name in fakes.py, whose functions are the ops of every backend."""
+    """By its name in interface.py, whose functions are the ops of every backend."""
     library = torch.library.Library("gain_ops_schemas", "DEF")
     source = (Path(__file__).resolve().parents[2] / "csrc" / "ops.cpp").read_text(encoding="utf-8")
     # a C++ string may be written in parts
