@@ -4,6 +4,7 @@ import itertools
 
 import torch
 
+from gain_ops.backends.interface import OPS
 from gain_ops.ops import dispatch, raw
 from gain_ops.testing import ARGUMENTS, tensors
 
@@ -34,7 +35,7 @@ def call(backend: str, dtype: torch.dtype, device: torch.device, t: int, i: int,
         given["weight"] = given["weight"].t().contiguous().t()
     else:
         given["bias"] = None
-    for name in dispatch.OPS:
+    for name in OPS:
         getattr(raw, name)(*(given[argument] for argument in ARGUMENTS[name]), backend)
     if backend == "triton":
         from benchmarks.experiments.fused_backward import backward_dx

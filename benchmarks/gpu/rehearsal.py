@@ -21,6 +21,7 @@ from benchmarks.gpu import odd_shapes, warm
 from benchmarks.gpu import parts as real
 from benchmarks.harness import gate, timing
 from benchmarks.harness.results import Row
+from gain_ops.backends.interface import OPS
 from gain_ops.ops import dispatch, raw
 
 # a subprocess of its own, cuBLASLt, the allocator's counters, or do_bench
@@ -80,7 +81,7 @@ def _recording(architecture: str, compile: bool) -> Iterator[None]:
         ):
             stack.enter_context(mock.patch.object(target, name, stand_in))
         # torch's dispatcher gives meta tensors to the fakes
-        for op in dispatch.OPS:
+        for op in OPS:
             stack.enter_context(mock.patch.object(raw, op, _by_backend(op)))
         stack.enter_context(mock.patch.dict(dispatch._OBSTACLES, triton=runs))
         dispatch._implementation.cache_clear()

@@ -12,6 +12,7 @@ from benchmarks.harness import gate, roofline, timing
 from benchmarks.harness.results import Row, environment, site_row
 from benchmarks.suites.layers import free_memory
 from gain_ops import BackendUnavailable
+from gain_ops.backends.interface import OPS
 from gain_ops.ops import dispatch, raw
 from gain_ops.testing import ARGUMENTS, tensors
 
@@ -37,7 +38,7 @@ def rows(
     budget_s: float,
     *,
     ceilings: roofline.Ceilings | None = None,
-    names: Sequence[str] = dispatch.OPS,
+    names: Sequence[str] = OPS,
     backends: Sequence[str] = BACKENDS,
     graph: bool = True,
 ) -> Iterator[Row]:

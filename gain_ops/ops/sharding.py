@@ -26,8 +26,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
-from gain_ops.backends.interface import FAKES
-from gain_ops.ops import dispatch
+from gain_ops.backends.interface import FAKES, OPS
 
 Y = TypeVar("Y", bound=Tensor | tuple[Tensor, Tensor])
 
@@ -339,5 +338,5 @@ def _meta(value: Any) -> Any:
 
 _TABLE = {rule: _parsed(*lines) for rule, lines in _RULES.items()}
 
-for _name in dispatch.OPS:
+for _name in OPS:
     torch.library.register_torch_dispatch(f"gain_ops::{_name}", DTensor, _dispatch)

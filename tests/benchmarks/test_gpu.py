@@ -15,7 +15,8 @@ from benchmarks.gpu import gpu, odd_shapes, parts, proof
 from benchmarks.harness import results
 from benchmarks.harness.results import Row
 from benchmarks.suites import blocks
-from gain_ops.ops import dispatch, raw
+from gain_ops.backends.interface import OPS
+from gain_ops.ops import raw
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ROOT = Path(__file__).resolve().parents[2]
@@ -283,13 +284,13 @@ def test_only_what_is_not_green_is_proved_again(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("transposed", [False, True])
 def test_what_the_sanitizers_watch_is_every_op(transposed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     called = []
-    for name in dispatch.OPS:
+    for name in OPS:
         op = getattr(raw, name)
         monkeypatch.setattr(raw, name, lambda *of, name=name, op=op: called.append(name) or op(*of))
     for t, i, o in odd_shapes.SHAPES[:3]:
         called.clear()
         odd_shapes.call("triton", torch.float32, DEVICE, t, i, o, transposed)
-        assert called == [*dispatch.OPS]
+        assert called == [*OPS]
 
 
 def test_every_step_of_the_proof_is_made_by_some_part(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from benchmarks.contestants.scaled import Scaled
 from benchmarks.contestants.sites import Site
 from benchmarks.harness import results, roofline
 from benchmarks.suites import ceilings, layers, ops
-from gain_ops.ops import dispatch
+from gain_ops.backends.interface import OPS
 
 CPU = torch.device("cpu")
 SITE = Site("tiny", 16, 32)
@@ -113,10 +113,10 @@ def test_rows_come_as_they_are_measured() -> None:
 def test_ops() -> None:
     found = list(ops.rows([SITE], [8], torch.float32, CPU, 0, ceilings=CEILINGS))
     products = {(name, "eager") for name in ops.PRODUCTS}
-    everyone = set(itertools.product(dispatch.OPS, ops.BACKENDS)) | products
+    everyone = set(itertools.product(OPS, ops.BACKENDS)) | products
     assert {(row.contestant, row.backend) for row in found} == everyone
     over = [row for row in found if row.metric == ops.OVER_PRODUCT]
-    assert {row.contestant for row in over} == set(ops.BASES) < set(dispatch.OPS)
+    assert {row.contestant for row in over} == set(ops.BASES) < set(OPS)
     assert all(row.median > 0 and row.unit == "x" for row in over)
     for row in found:
         assert row.group == "op"
@@ -131,7 +131,7 @@ def test_ops() -> None:
             assert (row.metric, row.unit) == ("achieved share of the floor", "share")
             assert 0 < row.q20 <= row.median <= row.q80 < 1
     eager = [row for row in found if row.backend == "eager"]
-    assert len(eager) == 2 * len(dispatch.OPS) + 2 * len(products) + len(ops.BASES)
+    assert len(eager) == 2 * len(OPS) + 2 * len(products) + len(ops.BASES)
 
 
 def test_an_op_is_compared_with_the_product_of_its_own_operands() -> None:

@@ -20,11 +20,12 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.placement_types import _StridedShard
 
 import gain_ops
-from gain_ops.ops import dispatch, linear
+from gain_ops.backends.interface import OPS
+from gain_ops.ops import linear
 
 T, IN, OUT = 5, 6, 7  # no multiples of the number of ranks
 TOKENS = (2, 4)  # where torch 2.10 accumulates the gradient of an uneven leaf it gathers it
-RAW = sorted(dispatch.OPS)
+RAW = sorted(OPS)
 
 
 def whole(*shape: int, limit: int = 2) -> torch.Tensor:

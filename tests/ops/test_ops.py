@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gain_ops import reference
 from gain_ops.backends import cuda
+from gain_ops.backends.interface import OPS
 from gain_ops.kernels import backend as triton_backend
 from gain_ops.ops import dispatch, raw
 
@@ -26,17 +27,17 @@ def _tensors(dtype: torch.dtype, layout: str) -> dict[str, Any]:
     }
 
 
-ARGUMENTS = {name: arguments for name, arguments in CALLS.items() if name in dispatch.OPS}
+ARGUMENTS = {name: arguments for name, arguments in CALLS.items() if name in OPS}
 
 
 def test_the_list_is_what_a_backend_offers() -> None:
-    assert set(ARGUMENTS) == {call.split()[0] for call in CALLS} == set(dispatch.OPS)
-    assert {name for name, op in vars(raw).items() if isinstance(op, torch._ops.OpOverload)} == set(dispatch.OPS)
+    assert set(ARGUMENTS) == {call.split()[0] for call in CALLS} == set(OPS)
+    assert {name for name, op in vars(raw).items() if isinstance(op, torch._ops.OpOverload)} == set(OPS)
 
 
 @pytest.mark.parametrize("place", [reference, triton_backend, cuda, raw], ids=lambda place: place.__name__)
 def test_every_place_has_every_op_with_the_arguments_of_the_protocol(place: ModuleType) -> None:
-    for name in dispatch.OPS:
+    for name in OPS:
         _, *expected = inspect.signature(getattr(dispatch.Backend, name)).parameters
         assert hasattr(place, name), f"{place.__name__} has no {name}"
         if place is raw:
