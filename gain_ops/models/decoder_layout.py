@@ -87,7 +87,7 @@ def last_projection(kind: Any) -> str | None:
         return None
     value = last.value.elts[0] if isinstance(last.value, ast.Tuple) and last.value.elts else last.value
     if isinstance(value, ast.Name) and before and isinstance(before[-1], ast.Assign):
-        value = before[-1].value if ast.unparse(before[-1].targets) == value.id else None
+        value = before[-1].value if ast.unparse(before[-1].targets[0]) == value.id else None
     name = _called(value)
     reads = sum(isinstance(node, ast.Attribute) and node.attr == name for node in ast.walk(function))
     return name if reads == 1 else None

@@ -104,14 +104,14 @@ def fuse_residual(model: nn.Module) -> None:
         above, _, leaf = name.rpartition(".")
         outer, _, part = above.rpartition(".")
         layer, holder = model.get_submodule(outer), model.get_submodule(above)
-        last = last_projection(type(holder))
+        last = last_projection(cast(Any, type(holder)))
         if last is not None and last != leaf:
             continue  # a gain on another projection, such as q_proj, stays where it is
         why = _why_not(layer, part, holder, last, projection)
         if why is not None:
             raise UsageError(f"fuse_residual cannot serve {name}: {why}. Leave fuse_residual off.")
         norm = folds_of(type(layer))[part].norm
-        form = norm_form(type(layer.get_submodule(norm))) if norm else None
+        form = norm_form(cast(Any, type(layer.get_submodule(norm)))) if norm else None
         _, places = layers.setdefault(id(layer), (layer, {}))
         places[part] = Place(f"{part}.{leaf}", norm, form)
     if not layers:
@@ -138,6 +138,15 @@ def unfuse_residual(model: nn.Module) -> None:
             del module._gain_places
 
 
+def refuse_fused_residual(model: nn.Module, doing: str) -> None:
+    """Raise ValueError if a layer reads the gain of a projection, which ``doing`` would shard apart from the layer."""
+    if any(isinstance(module, WithheldGain) for module in model.modules()):
+        raise UsageError(
+            f"{doing} cannot serve a model with fuse_residual=True: the layers read the gains of their projections. Apply the "
+            "gains without it."
+        )
+
+
 def _why_not(layer: nn.Module, part: str, holder: nn.Module, last: str | None, projection: Gained) -> str | None:
     """Why a gain cannot go into its layer's add, or None if it can."""
     fold = folds_of(type(layer)).get(part)
@@ -146,7 +155,7 @@ def _why_not(layer: nn.Module, part: str, holder: nn.Module, last: str | None, p
     if last is None:
         return f"the forward of {type(holder).__name__} does not end with this projection in a known way"
     norm = layer.get_submodule(fold.norm) if fold.norm else None
-    if norm is not None and norm_form(type(norm)) is None:
+    if norm is not None and norm_form(cast(Any, type(norm))) is None:
         return f"{type(norm).__name__} is not a known RMSNorm"
     if hasattr(projection, "nf"):
         return f"{describe(projection)} is not an nn.Linear"

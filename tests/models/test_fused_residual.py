@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import gain_ops
+from gain_ops.integrations.fsdp import shard_gains
+from gain_ops.integrations.tensor_parallel import place_gains
 from gain_ops.layers.gained import Gained
 from gain_ops.layers.wrapper import GainWrapper
 from gain_ops.measure.saved_bytes import saved_bytes
@@ -16,6 +19,8 @@ from gain_ops.models.decoder_layout import folds_of
 from gain_ops.models.fused_mlp import FusedMlp
 from gain_ops.models.fused_residual import FusedResidual, WithheldGain
 from gain_ops.testing import PlainGain, assert_no_worse_than_torch
+
+from support.quantized_bases import TRAINABLE, plain_layer
 
 IDS = torch.arange(2, 20).view(2, 9)
 
@@ -350,3 +355,34 @@ class _Layer(nn.Module):
 def test_which_adds_are_known(name: str, known: bool) -> None:
     kind = type("Layer", (nn.Module,), {"forward": getattr(_Layer, name)})
     assert bool(folds_of(kind)) == known
+
+
+@pytest.mark.parametrize("shard", [shard_gains, place_gains])
+def test_sharding_a_projection_apart_from_its_layer_is_refused(shard: Callable[[nn.Module], None]) -> None:
+    with pytest.raises(ValueError, match=f"{shard.__name__} cannot serve a model with fuse_residual=True"):
+        shard(fused(model_of("Llama")))
+
+
+def test_every_gain_has_an_effect() -> None:
+    gain_ops.check(fused(model_of("Llama")), input_ids=IDS)
+
+
+@pytest.mark.parametrize("name", ["nf4", "int8-row"])
+def test_quantised_bases(name: str) -> None:
+    model = model_of("Llama", hidden_size=64, intermediate_size=128, head_dim=32)
+    for layer in model.model.layers:
+        layer.self_attn.o_proj = TRAINABLE[name](layer.self_attn.o_proj)
+        layer.mlp.down_proj = TRAINABLE[name](layer.mlp.down_proj)
+    other, exact = copy.deepcopy(model), copy.deepcopy(model)
+    gain_ops.apply(other, "gain-ffn")
+    for layer in exact.model.layers:
+        layer.self_attn.o_proj = plain_layer(layer.self_attn.o_proj, "output", torch.float64)
+        layer.mlp.down_proj = plain_layer(layer.mlp.down_proj, "output", torch.float64)
+    for what, *results in zip(
+        ("logits", "ddelta"), *map(outcome, map(draw, (fused(model), other, exact.double()))), strict=True
+    ):
+        assert_no_worse_than_torch(what, *results)
+    logits = model(IDS).logits
+    gain_ops.absorb(model)
+    assert not is_fused(model)
+    torch.testing.assert_close(model(IDS).logits, logits, rtol=1e-3, atol=1e-3)
