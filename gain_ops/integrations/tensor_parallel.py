@@ -23,6 +23,7 @@ from gain_ops.layers.gained import Gained
 from gain_ops.layers.linears import refuse_fsdp
 from gain_ops.layers.wrapper import GainWrapper
 from gain_ops.models.fused_mlp import FusedMlp, fused_modules
+from gain_ops.models.fused_residual import refuse_fused_residual
 from gain_ops.utils.dtensors import is_sharded
 from gain_ops.utils.errors import UsageError
 
@@ -41,11 +42,13 @@ def place_gains(model: nn.Module) -> None:
     many tensors (``foreach``, ``clip_grad_norm_``) refuse a mix of DTensors and plain tensors.
 
     Raises:
-        ValueError: after fully_shard(); a gain around a sharded linear map that is not a plain one (GainWrapper); or a fused
-            FFN whose projections have styles, which only FusedMlpParallel serves. Nothing has been changed then.
+        ValueError: after fully_shard(); gains that fuse_residual folded; a gain around a sharded linear map that is not a
+            plain one (GainWrapper); or a fused FFN whose projections have styles, which only FusedMlpParallel serves. Nothing
+            has been changed then.
 
     """
     refuse_fsdp(model, "place the gains")
+    refuse_fused_residual(model, "place_gains")
     for ffn in fused_modules(model):
         layout = ffn._gain_layout
         if any(ffn.get_submodule(name)._forward_hooks for name in (layout.gate, layout.down)):

@@ -10,6 +10,8 @@ from gain_ops.layers.gained import Gained, check_options
 from gain_ops.layers.linears import is_kind, own_tensors, refuse_fsdp, refuse_sharded, sizes
 from gain_ops.layers.make import gain_layer
 from gain_ops.models.fused_mlp import fuse_all, unfuse
+from gain_ops.models.fused_residual import fuse_residual as fold_into_adds
+from gain_ops.models.fused_residual import unfuse_residual
 from gain_ops.models.record import (
     RECORD,
     SETS,
@@ -22,6 +24,7 @@ from gain_ops.models.record import (
     refuse_part,
 )
 from gain_ops.models.sites import Site, pattern_sites, preset_sites, refuse_ignored
+from gain_ops.ops.dispatch import check_name
 from gain_ops.utils.errors import UsageError
 from gain_ops.utils.wording import first_of
 
@@ -41,6 +44,7 @@ def apply(
     backend: str = "auto",
     fuse_mlp: bool = False,
     mlp_chunk: int | None = None,
+    fuse_residual: bool = False,
 ) -> Applied:
     r"""Put a gain on the chosen projections of a model, in place, and freeze everything else.
 
@@ -53,7 +57,8 @@ def apply(
         targets: "gain", the attention output projections; "gain-ffn", these and the FFN down projections; or a list of
             regular expressions for the end of a module's name, matched by full components: "o_proj" is every o_proj,
             r"layers\.[0-3]\.self_attn\.o_proj" four of them, ".*" every linear module.
-        side: which features the gain scales, "output" or "input" (features of the linear map, for Conv1D as well).
+        side: which features the gain scales, "output" or "input" (features of the linear map, for Conv1D as well); or
+            "mixed", "output" at attention output projections and "input" elsewhere, for fuse_residual with fuse_mlp.
         memory: "fast" saves z = x @ W.T for backward at output-side sites. "lean" saves x at attention output projections,
             where scaled-dot-product attention already holds it, for one more GEMM in the backward, and elsewhere the
             smaller of the two. The input side always saves x.
@@ -61,8 +66,12 @@ def apply(
         fuse_mlp: run each FFN whose down projection gets a gain as gain_ops.gain_mlp: its hidden activation, with the gain in
             it, is computed again in the backward and not saved, so that a gained FFN saves less than a frozen one. With
             memory="lean" the gate and up projections are computed again as well, and only the FFN's input is saved. For
-            side="input", and for FFNs of transformers whose forward fused_mlp.py knows.
+            side="input" or "mixed", and for FFNs of transformers whose forward fused_mlp.py knows.
         mlp_chunk: with fuse_mlp, how many tokens an FFN works on at a time, to bound its memory while it runs; None for all.
+        fuse_residual: fold each output-side gain of o_proj and down_proj into the layer's residual add and the RMSNorm beside
+            it (gain_ops.gain_add_rms_norm, gain_rms_norm_add, gain_add), so that the gain needs no pass of its own. For decoder
+            layers of transformers whose forward decoder_layout.py knows; over any linear map. z is saved, whatever ``memory``
+            says. Attention and the FFN, called by themselves, then return their output without the gain.
 
     Returns:
         Applied: the names, the side, the targets and the number of trained parameters.
@@ -73,20 +82,24 @@ def apply(
     Raises:
         ValueError: no match, or no match of one of the patterns; the model has gains already; it would ignore a gain at a
             chosen module; a chosen module is PEFT's, with an adapter in it; "gain-ffn" on a mixture with fused experts; an
-            FFN that fuse_mlp cannot serve; or an unknown option.
+            FFN that fuse_mlp or a layer that fuse_residual cannot serve; or an unknown option.
 
     Warns:
         UserWarning: PEFT adapters were trained before, and are now frozen like everything else.
 
     """
-    check_options(side, "auto", backend)
+    if side != "mixed":
+        check_options(side, "auto", backend)
+    check_name(backend)
     _check_memory(memory)
     if mlp_chunk is not None and not fuse_mlp:
         raise UsageError(f"mlp_chunk={mlp_chunk} needs fuse_mlp=True")
     if mlp_chunk is not None and mlp_chunk < 1:
         raise UsageError(f"mlp_chunk={mlp_chunk} is a number of tokens, at least 1")
-    if fuse_mlp and side != "input":
-        raise UsageError("fuse_mlp folds the gain into the FFN's activation, so it goes with side='input'")
+    if fuse_mlp and side == "output":
+        raise UsageError("fuse_mlp folds the gain into the FFN's activation, so it goes with side='input' or 'mixed'")
+    if fuse_residual and side == "input":
+        raise UsageError("fuse_residual folds the gain into the residual add, so it goes with side='output' or 'mixed'")
     refuse_gained(model)
     if not isinstance(targets, str):
         targets = tuple(targets)
@@ -100,13 +113,15 @@ def apply(
     if not sites:
         raise UsageError("targets is empty: give 'gain', 'gain-ffn' or at least one pattern")
     _refuse_inference(sites)
-    applied = place(model, [(site, side) for site in sites], targets, memory, backend)
-    if fuse_mlp:
-        try:
+    applied = place(model, [(site, _side(site, side)) for site in sites], targets, memory, backend)
+    try:
+        if fuse_mlp:
             fuse_all(model, recompute=memory == "lean", chunk=mlp_chunk)
-        except ValueError:
-            remove(model)
-            raise
+        if fuse_residual:
+            fold_into_adds(model)
+    except ValueError:
+        remove(model)
+        raise
     return applied
 
 
@@ -128,6 +143,7 @@ def remove(model: nn.Module) -> None:
     refuse_part(model, "remove")
     refuse_fsdp(model, "remove gains")
     unfuse(model)
+    unfuse_residual(model)
     _replace(model, {key: module.plain() for key, module in gained.items()})
     for module in model.modules():
         vars(module).pop(SETS, None)
@@ -214,6 +230,12 @@ def _warn_of_adapters(model: nn.Module) -> None:
             "To train both, call requires_grad_(True) on these parameters again.",
             stacklevel=4,  # the caller of apply() or load_gains()
         )
+
+
+def _side(site: Site, side: str) -> str:
+    if side != "mixed":
+        return side
+    return "output" if site.attention else "input"
 
 
 def _save(site: Site, side: str, memory: str) -> str:

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from gain_ops.layers.gained import Gained
 from gain_ops.measure.perplexity import in_mode
 from gain_ops.models.fused_mlp import FusedMlp
+from gain_ops.models.fused_residual import FusedResidual
 from gain_ops.models.record import gained_modules, refuse_lost
 from gain_ops.models.weight_reads import LIKE, QUESTIONS, VIEWS
 from gain_ops.utils.errors import UsageError
@@ -196,6 +197,9 @@ class _Watcher(TorchFunctionMode):
             name = self._names[id(module.get_submodule(module._gain_layout.down))]
             self.called.add(name)
             self._record(name, output)
+        if isinstance(module, FusedResidual):  # it applies the gains of its projections, which return z without them
+            for place in module._gain_places.values():
+                self._record(self._names[id(module.get_submodule(place.projection))], output)
 
     def _record(self, name: str, output: Any) -> None:
         if any(isinstance(y, Tensor) and y.requires_grad for y in tree_leaves(output)):

@@ -102,7 +102,7 @@ def fuse(module: nn.Module, *, recompute: bool, chunk: int | None) -> None:
         )
     activation = _activation(module.get_submodule(layout.activation))
     projections = [module.get_submodule(name) for name in (layout.gate, layout.up, layout.down) if name is not None]
-    if _hooked(projections[-1]):
+    if hooked(projections[-1]):
         raise UsageError(f"fuse_mlp does not call {layout.down}, which has hooks: remove them, or leave fuse_mlp off")
     if (recompute or chunk is not None) and not _is_readable(module, layout):
         kinds = ", ".join(sorted({type(getattr(p, "base", p)).__name__ for p in projections}))
@@ -158,11 +158,12 @@ def _is_readable(module: nn.Module, layout: Layout | None = None) -> bool:
     layout = layout or cast(FusedMlp, module)._gain_layout
     first = [module.get_submodule(name) for name in (layout.gate, layout.up) if name is not None]
     down = module.get_submodule(layout.down)
-    plain = all((is_plain_linear(p) or is_conv1d(p)) and not _hooked(p) for p in first)
+    plain = all((is_plain_linear(p) or is_conv1d(p)) and not hooked(p) for p in first)
     return plain and isinstance(down, Gained) and not isinstance(down, GainWrapper)
 
 
-def _hooked(module: nn.Module) -> bool:
+def hooked(module: nn.Module) -> bool:
+    """Whether hooks of any kind are registered on a module."""
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return any(getattr(module, kind) for kind in kinds)
 

@@ -44,6 +44,8 @@ def _ten_steps(options):
         {"side": "input", "fuse_mlp": True, "memory": "lean"},
         {"checkpointing": True},
         {"checkpointing": True, "side": "input", "fuse_mlp": True, "ddp": {"static_graph": True}},
+        {"fuse_residual": True},
+        {"checkpointing": True, "side": "mixed", "fuse_mlp": True, "fuse_residual": True},
         {"dtype": torch.bfloat16},
         {"ddp": {"gradient_as_bucket_view": True}},
     ],

@@ -23,12 +23,17 @@ def config(**changes: object) -> LlamaConfig:
 
 
 def build(
-    *, side: str = "output", memory: str = "fast", fuse_mlp: bool = False, dtype: torch.dtype = torch.float32
+    *,
+    side: str = "output",
+    memory: str = "fast",
+    fuse_mlp: bool = False,
+    fuse_residual: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> LlamaForCausalLM:
     """With gains that have learned something already, the same in every process."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(config()).to(dtype)
-    gain_ops.apply(model, "gain-ffn", side=side, memory=memory, fuse_mlp=fuse_mlp)
+    gain_ops.apply(model, "gain-ffn", side=side, memory=memory, fuse_mlp=fuse_mlp, fuse_residual=fuse_residual)
     with torch.no_grad():
         for _, delta in deltas(model):
             delta.normal_(std=0.2)
