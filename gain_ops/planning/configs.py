@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import fnmatch
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from gain_ops.measure.language_models import refused, text_config
 from gain_ops.utils.errors import MissingFileError, UsageError, file_errors
 from gain_ops.utils.kinds import pickled
 
@@ -14,7 +16,15 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-__all__ = ["BUNDLED", "read_config", "split_config", "split_weights", "summed_weights", "with_layers"]
+__all__ = [
+    "BUNDLED",
+    "layer_lists",
+    "read_config",
+    "split_config",
+    "split_weights",
+    "summed_weights",
+    "with_layers",
+]
 
 BUNDLED: dict[str, dict[str, Any]] = {
     "llama-3-8b": {
@@ -53,7 +63,7 @@ _WHOLE = {"replicated_with_grad_allreduce"}
 
 
 def read_config(model: str) -> Any:
-    """The transformers config of a bundled name, a config.json, or a folder with one; never from the network.
+    """The transformers config of a bundled name, a config.json, or a folder with one; no network, and no code of the model's.
 
     Raises:
         MissingFileError: none of these.
@@ -78,28 +88,53 @@ def read_config(model: str) -> Any:
         return LlamaConfig(vocab_size=128256, tie_word_embeddings=False, **BUNDLED[model])
     with file_errors():
         content = read_object(path if path.is_file() else path / "config.json")
-    try:
-        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # a value of another type ends in errors of every kind there
-        if "auto_map" in content:
-            raise UsageError(
-                f"the config at {model} is of a model with code of its own (auto_map), which plan does not run: give the "
-                "config of a model of the same sizes that transformers has"
-            ) from error
-        raise UsageError(f"transformers cannot read the config at {model}: {str(error) or repr(error)}") from error
-    layers = getattr(config, "num_hidden_layers", None)
-    if isinstance(layers, int) and layers > _MOST_LAYERS:
+    if (layers := max(_layer_numbers(content), default=0)) > _MOST_LAYERS:
         raise UsageError(f"the config at {model} has {layers:,} layers, of at most {_MOST_LAYERS:,}")
+    try:
+        with refused(f"transformers cannot read the config at {model}"):
+            config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except UsageError as error:
+        if "auto_map" not in content:
+            raise
+        raise UsageError(
+            f"the config at {model} is of a model with code of its own (auto_map), which plan does not run: give the "
+            "config of a model of the same sizes that transformers has"
+        ) from error
+    for name in ("num_hidden_layers", "vocab_size"):
+        size = getattr(text_config(config), name, None)
+        if isinstance(size, int) and size < 1:
+            raise UsageError(f"the config at {model} has {name}={size}, expected at least 1")
     return config
+
+
+def _layer_numbers(content: dict[str, Any]) -> Iterator[int]:
+    """The numbers of layers in a config.json and in its sections; transformers makes a list of so many as it reads some."""
+    for key, value in content.items():
+        if isinstance(value, dict):
+            yield from _layer_numbers(value)
+        elif isinstance(value, int) and key.endswith(("layer", "layers", "depth")):
+            yield value
 
 
 def with_layers(config: Any, layers: int) -> Any:
     """A copy of a config with this number of layers."""
     config = copy.deepcopy(config)
-    config.num_hidden_layers = layers
-    if getattr(config, "layer_types", None) is not None:
-        config.layer_types = config.layer_types[:layers]
+    text = text_config(config)
+    lists = layer_lists(config)
+    text.num_hidden_layers = layers
+    for name, value in lists.items():
+        setattr(text, name, value[:layers])
     return config
+
+
+def layer_lists(config: Any) -> dict[str, list[Any]]:
+    """What a config says of each layer, by name: layer_types and its like."""
+    text = text_config(config)
+    return {
+        name: value
+        for name, value in vars(text).items()
+        if isinstance(value, list) and len(value) == text.num_hidden_layers
+    }
 
 
 def split_config(config: Any, model: nn.Module, ranks: int) -> Any:
@@ -119,13 +154,15 @@ def split_config(config: Any, model: nn.Module, ranks: int) -> Any:
 
     """
     kind = type(model).__name__
-    plan = config.base_model_tp_plan or {}
+    if text_config(config) is not config:
+        raise UsageError(f"tensor parallelism is not planned for {kind}, which has parts beside the language model")
+    plan = getattr(config, "base_model_tp_plan", None) or {}
     if not plan or set(plan.values()) - _SPLIT_IN_A_BLOCK - _WHOLE:
         raise UsageError(f"transformers has no plan of tensor parallelism for {kind} whose parts are smaller layers")
     sizes = {}
     for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
         size = getattr(config, name, None)
-        if size is None or size % ranks:
+        if not isinstance(size, int) or size % ranks:
             raise UsageError(f"{name}={size} of {kind} is no multiple of {ranks}")
         sizes[name] = size // ranks
     part = copy.deepcopy(config)
