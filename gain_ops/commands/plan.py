@@ -63,36 +63,47 @@ def plan(
             with file_errors():
                 regular_file(out)
         _import_torch()
-        from gain_ops.planning.strategies import GIB, Job, recommend, rows
+        from gain_ops.measure.language_models import text_config
+        from gain_ops.planning.strategies import GIB, Job, nearest, recommend, rows
         from gain_ops.training.loading import resolve_dtype
 
         weights = resolve_dtype(dtype)
         config = read_config(model)
-        length = sequence_length or min(tokens, getattr(config, "max_position_embeddings", tokens))
+        longest = getattr(text_config(config), "max_position_embeddings", None) or tokens
+        length = sequence_length or min(tokens, longest)
         job = Job(config, gpus, round(memory * GIB), tokens, length, weights, reserve=round(reserve * GIB))
         with STDOUT.status("counting on the meta device", spinner="line"):
-            try:
-                found = list(rows(job))
-            except RuntimeError as error:  # torch's, for sizes that no tensor has
-                raise UsageError(f"the model of the config at {model} cannot be counted: {error}") from error
-        best = recommend(found, targets)
+            found = list(rows(job))
+            if all(row.obstacle for row in found):
+                raise UsageError(f"{model} cannot be planned: {found[-1].obstacle}")  # the last changes no layer
+            best = recommend(found, targets)
+            other = None if best is not None else nearest(job, found, targets)
+            layers = _layers(config) if best is not None and best.sharded > 1 else ""
         if out is not None:
             with file_errors():
-                replace_file(out, lambda path: path.write_text(_json(model, job, found, best), encoding="utf-8"))
+                replace_file(
+                    out, lambda path: path.write_text(_json(model, job, found, best, other, layers), encoding="utf-8")
+                )
     _print_rows(found if every else _shown(found))
     STDOUT.print(
         f"of {memory:g} GiB, {reserve:g} are left free; GiB of a GPU; tokens: of all GPUs in a step; sent: by a GPU in a step",
         soft_wrap=True,
     )
-    for line in dict.fromkeys(f"{row.strategy}, {row.method}: {row.obstacle}" for row in found if row.obstacle):
+    for line in _refusals(found):
         STDOUT.print(f"[yellow]not counted:[/] {escape(line)}", soft_wrap=True)
-    _print_recommended(best, found, job)
+    if best is not None:
+        _print_recommended(best, job, layers)
+    else:
+        _print_lacking(found, job, targets, other)
     if out is not None:
         STDOUT.print(f"wrote {escape(str(out))}", soft_wrap=True)
 
 
-def launch(row: Row, gpus: int) -> list[str]:
-    """How to start such a training: lines of a script (docs/howto/distributed.md has the rest), and the command."""
+def launch(row: Row, gpus: int, layers: str) -> list[str]:
+    """How to start such a training: lines of a script (docs/howto/distributed.md has the rest), and the command.
+
+    layers is the name of the list of blocks, which FSDP shards one by one.
+    """
     from gain_ops.planning.methods import METHODS
     from gain_ops.planning.strategies import NODE
 
@@ -108,7 +119,7 @@ def launch(row: Row, gpus: int) -> list[str]:
     if row.tensor > 1:
         lines += [f"parallelize_module(model, {over_tensor}, styles)", "place_gains(model)"]
     if row.sharded > 1:
-        lines.append("for block in model.model.layers:")
+        lines.append(f"for block in model.{layers}:")
         lines += [f"    fully_shard(block{over_data})", f"fully_shard(model{over_data})"]
     elif row.tensor < gpus:
         lines.append("model = DistributedDataParallel(model, gradient_as_bucket_view=True)")
@@ -160,33 +171,80 @@ def _print_rows(found: list[Row]) -> None:
     )
 
 
-def _print_recommended(best: Row | None, found: list[Row], job: Job) -> None:
-    if best is None:
-        nearest = max((row for row in found if row.obstacle is None), key=lambda row: row.headroom)
-        STDOUT.print(
-            f"[yellow]nothing fits:[/] {escape(_name(nearest))} lacks {size_text(-nearest.headroom)} on each GPU: "
-            "take more GPUs, fewer tokens or a quantised base",
-            soft_wrap=True,
-        )
-        return
+def _refusals(found: list[Row]) -> list[str]:
+    """What was not counted and why, a line for each reason."""
+    reasons: dict[str, list[Row]] = {}
+    for row in found:
+        if row.obstacle:
+            reasons.setdefault(row.obstacle, []).append(row)
+    lines = []
+    for reason, refused in reasons.items():
+        methods, strategies = ({getattr(row, of): None for row in refused} for of in ("method", "strategy"))
+        which = strategies if len(methods) == len({row.method for row in found}) else methods
+        lines.append(f"{'; '.join(which)}: {reason}")
+    return lines
+
+
+def _layers(config: Any) -> str:
+    from gain_ops.measure import meta_models
+    from gain_ops.measure.language_models import decoder_layers
+
+    return decoder_layers(meta_models.build(config))[0]
+
+
+def _print_recommended(best: Row, job: Job, layers: str) -> None:
     STDOUT.print(
         f"[bold]{escape(_name(best))}[/]: {size_text(best.total)} of a GPU, {size_text(best.headroom)} to spare, "
         f"{best.step_tokens:,} tokens a step",
         soft_wrap=True,
     )
-    for line in launch(best, job.gpus):
+    for line in launch(best, job.gpus, layers):
         STDOUT.print(f"    {escape(line)}", soft_wrap=True)
+
+
+def _print_lacking(found: list[Row], job: Job, targets: str, other: tuple[Job, Row] | None) -> None:
+    """Where nothing is recommended: what lacks least, and the nearest that fits."""
+    from gain_ops.planning.methods import METHODS
+    from gain_ops.planning.strategies import recommend
+
+    able = [row for row in found if row.obstacle is None and METHODS[row.method].targets == targets]
+    if not able:
+        line = f"[yellow]nothing to recommend:[/] no way with {targets} could be counted"
+        for family in _FAMILIES:
+            if (best := recommend(found, family)) is not None:
+                line += f"; what fits with --targets {family}: {escape(_name(best))}, {size_text(best.total)} of a GPU"
+        STDOUT.print(line, soft_wrap=True)
+        return
+    least = max(able, key=lambda row: row.headroom)
+    line = f"[yellow]nothing fits:[/] {escape(_name(least))} lacks {size_text(-least.headroom)} on each GPU"
+    if other is None:
+        STDOUT.print(f"{line}: take a smaller model or a quantised base", soft_wrap=True)
+        return
+    near, row = other
+    change = f"--gpus {near.gpus}"
+    if near.gpus == job.gpus:
+        change = f"--tokens {near.tokens}" + (f" --sequence-length {near.length}" if near.length < job.length else "")
+    STDOUT.print(line, soft_wrap=True)
+    STDOUT.print(
+        f"the nearest that fits: [bold]{change}[/] with {escape(_name(row))}, {size_text(row.total)} of a GPU",
+        soft_wrap=True,
+    )
 
 
 def _name(row: Row) -> str:
     return f"{row.method}, {row.strategy}" + (", with activation checkpointing" if row.checkpointed else "")
 
 
-def _json(model: str, job: Job, found: list[Row], best: Row | None) -> str:
+def _json(model: str, job: Job, found: list[Row], best: Row | None, other: tuple[Job, Row] | None, layers: str) -> str:
     def told(row: Row) -> dict[str, Any]:
         return asdict(row) | {"total": row.total, "fits": row.fits}
 
     asked = {name: getattr(job, name) for name in ("gpus", "memory", "tokens", "length", "reserve")}
     asked |= {"model": model, "dtype": str(job.dtype).removeprefix("torch.")}
-    chosen = None if best is None else told(best) | {"launch": launch(best, job.gpus)}
-    return json.dumps({"asked": asked, "rows": [told(row) for row in found], "recommended": chosen}, indent=2) + "\n"
+    written = {"asked": asked, "rows": [told(row) for row in found], "recommended": None, "nearest": None}
+    if best is not None:
+        written["recommended"] = told(best) | {"launch": launch(best, job.gpus, layers)}
+    if other is not None:
+        near, row = other
+        written["nearest"] = told(row) | {"gpus": near.gpus, "tokens": near.tokens, "length": near.length}
+    return json.dumps(written, indent=2) + "\n"

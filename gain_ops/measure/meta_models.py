@@ -1,12 +1,14 @@
-"""Causal language models of transformers with random weights, on the meta device, where 405 billion parameters take no memory.
+"""Language models of transformers with random weights, on the meta device, where 405 billion parameters take no memory.
 
 The attention is torch's scaled_dot_product_attention. On meta that would take its math path, which saves [heads, T, T]
 matrices and which no GPU runs. So on meta the flash kernel is called by name; it saves q, k, v, its output and one fp32 number
-for each head and token.
+for each head and token. Where the heads of v have another size (latent attention), GPUs run the memory-efficient kernel
+instead, and so does meta.
 """
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,9 +17,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from gain_ops.measure.language_models import auto_class, decoder_layers, refused
 from gain_ops.utils.errors import UsageError
 
-__all__ = ["ATTENTION", "blocks", "build", "checkpoint", "quiet", "random_ids"]
+__all__ = ["ATTENTION", "blocks", "build", "checkpoint", "kernel_attention", "quiet", "random_ids"]
 
 ATTENTION = "gain_ops_attention"
 """What transformers calls the attention above."""
@@ -30,43 +33,36 @@ def build(config: Any, device: torch.device | str = "meta", dtype: torch.dtype =
     first block is like any other. transformers and PEFT do the same under activation checkpointing.
 
     Args:
-        config: of a causal language model. Dropout is that of the config: 0 in most, not in GPT-2's.
+        config: of a causal or a multimodal language model. Dropout is that of the config: 0 in most, not in GPT-2's.
         device: "meta" allocates nothing.
         dtype: of every weight.
 
     Raises:
         ImportError: transformers is missing.
-        ValueError: transformers has no causal language model for such a config.
+        UsageError: transformers has no such model for the config, or cannot build it.
 
     """
-    from transformers import AttentionInterface, AutoModelForCausalLM
+    from transformers import AttentionInterface
 
     AttentionInterface.register(ATTENTION, _attend)
-    try:
-        with torch.device(device):
-            model = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation=ATTENTION, trust_remote_code=False
-            )
-    except Exception as error:  # a value of another type ends in errors of every kind there
-        raise UsageError(
-            f"transformers makes no causal language model of this config: {str(error) or repr(error)}"
-        ) from error
-    model.enable_input_require_grads()
+    made = auto_class(config)
+    with refused(f"transformers cannot build a model of this {config.model_type} config"), torch.device(device):
+        try:
+            # a copy: transformers writes the attention into the config that it is given
+            own = copy.deepcopy(config)
+            model = made.from_config(own, dtype=dtype, trust_remote_code=False, attn_implementation=ATTENTION)
+        except KeyError as error:
+            if ATTENTION not in error.args:
+                raise
+            # an old model, which chooses among classes of its own; kernel_attention() serves those that call torch's function
+            model = made.from_config(config, dtype=dtype, trust_remote_code=False)
+        model.enable_input_require_grads()
     return cast(nn.Module, model.train())
 
 
 def blocks(model: nn.Module) -> Sequence[nn.Module]:
-    """The decoder layers, in order: transformers never splits them, and FSDP and checkpointing take them one by one.
-
-    Raises:
-        ValueError: a model that does not say which they are.
-
-    """
-    kinds = set(cast(Any, model)._no_split_modules or ())
-    found = [module for module in model.modules() if type(module).__name__ in kinds]
-    if not found:
-        raise UsageError(f"{type(model).__name__} does not say what its blocks are (_no_split_modules)")
-    return found
+    """The decoder layers, in order, as decoder_layers() finds them."""
+    return decoder_layers(model)[1]
 
 
 def checkpoint(model: nn.Module) -> None:
@@ -112,11 +108,53 @@ def _attend(
     transformers makes no mask for an attention that is not its own; making one would read values, and so fail on meta.
     """
     if query.device.type == "meta":
-        kept = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        output, _ = kept(query, key, value, dropout, True, scale=scaling)
+        output = _kernel(query, key, value, dropout, scaling)
     else:
         grouped = key.shape[1] != query.shape[1]
         output = nn.functional.scaled_dot_product_attention(
             query, key, value, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=grouped
         )
     return output.transpose(1, 2).contiguous(), None
+
+
+@contextmanager
+def kernel_attention() -> Iterator[None]:
+    """Within it, torch's scaled_dot_product_attention on meta allocates as the kernels of a GPU, where a model calls it itself.
+
+    torch's function is replaced meanwhile: a mode of torch's would not reach into backward, where blocks are recomputed.
+    """
+    torchs = nn.functional.scaled_dot_product_attention
+
+    def attend(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        if query.device.type == "meta":
+            return _kernel(query, key, value, dropout_p, scale)
+        return torchs(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+
+    nn.functional.scaled_dot_product_attention = attend
+    try:
+        yield
+    finally:
+        nn.functional.scaled_dot_product_attention = torchs
+
+
+def _kernel(query: Tensor, key: Tensor, value: Tensor, dropout: float, scale: float | None) -> Tensor:
+    """[B, heads, T, d of value], by the kernel that a GPU would choose."""
+    ops = torch.ops.aten
+    if query.shape[-1] == value.shape[-1]:
+        output, _ = ops._scaled_dot_product_flash_attention_for_cpu(query, key, value, dropout, True, scale=scale)
+    else:
+        heads = query.shape[1] // key.shape[1]
+        key, value = (each.repeat_interleave(heads, 1) if heads > 1 else each for each in (key, value))
+        output, *_ = ops._scaled_dot_product_efficient_attention(
+            query, key, value, None, True, dropout, True, scale=scale
+        )
+    return cast(Tensor, output)

@@ -7,6 +7,7 @@ import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from gain_ops.measure.language_models import refused, text_config
 from gain_ops.utils.errors import MissingFileError, UsageError, file_errors
 from gain_ops.utils.kinds import pickled
 
@@ -14,7 +15,15 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-__all__ = ["BUNDLED", "read_config", "split_config", "split_weights", "summed_weights", "with_layers"]
+__all__ = [
+    "BUNDLED",
+    "layer_lists",
+    "read_config",
+    "split_config",
+    "split_weights",
+    "summed_weights",
+    "with_layers",
+]
 
 BUNDLED: dict[str, dict[str, Any]] = {
     "llama-3-8b": {
@@ -53,7 +62,7 @@ _WHOLE = {"replicated_with_grad_allreduce"}
 
 
 def read_config(model: str) -> Any:
-    """The transformers config of a bundled name, a config.json, or a folder with one; never from the network.
+    """The transformers config of a bundled name, a config.json, or a folder with one; no network, and no code of the model's.
 
     Raises:
         MissingFileError: none of these.
@@ -70,7 +79,7 @@ def read_config(model: str) -> Any:
         raise MissingFileError(
             f"no config at {model}: give a config.json, the folder of a transformers model, or one of {', '.join(BUNDLED)}"
         )
-    from transformers import AutoConfig, LlamaConfig
+    from transformers import CONFIG_MAPPING, AutoConfig, LlamaConfig
 
     from gain_ops.checkpoints.formats.config import read_object  # needs torch, and --help does not wait for it
 
@@ -78,16 +87,15 @@ def read_config(model: str) -> Any:
         return LlamaConfig(vocab_size=128256, tie_word_embeddings=False, **BUNDLED[model])
     with file_errors():
         content = read_object(path if path.is_file() else path / "config.json")
-    try:
+    kind = content.get("model_type")
+    if "auto_map" in content and kind not in CONFIG_MAPPING:
+        raise UsageError(
+            f"the config at {model} is of a model with code of its own (auto_map), which plan does not run: give the "
+            "config of a model of the same sizes that transformers has"
+        )
+    with refused(f"transformers cannot read the config at {model}"):
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # a value of another type ends in errors of every kind there
-        if "auto_map" in content:
-            raise UsageError(
-                f"the config at {model} is of a model with code of its own (auto_map), which plan does not run: give the "
-                "config of a model of the same sizes that transformers has"
-            ) from error
-        raise UsageError(f"transformers cannot read the config at {model}: {str(error) or repr(error)}") from error
-    layers = getattr(config, "num_hidden_layers", None)
+    layers = getattr(text_config(config), "num_hidden_layers", None)
     if isinstance(layers, int) and layers > _MOST_LAYERS:
         raise UsageError(f"the config at {model} has {layers:,} layers, of at most {_MOST_LAYERS:,}")
     return config
@@ -96,10 +104,22 @@ def read_config(model: str) -> Any:
 def with_layers(config: Any, layers: int) -> Any:
     """A copy of a config with this number of layers."""
     config = copy.deepcopy(config)
-    config.num_hidden_layers = layers
-    if getattr(config, "layer_types", None) is not None:
-        config.layer_types = config.layer_types[:layers]
+    text = text_config(config)
+    lists = layer_lists(config)
+    text.num_hidden_layers = layers
+    for name, value in lists.items():
+        setattr(text, name, value[:layers])
     return config
+
+
+def layer_lists(config: Any) -> dict[str, list[Any]]:
+    """What a config says of each layer, by name: layer_types and its like."""
+    text = text_config(config)
+    return {
+        name: value
+        for name, value in vars(text).items()
+        if isinstance(value, list) and len(value) == text.num_hidden_layers
+    }
 
 
 def split_config(config: Any, model: nn.Module, ranks: int) -> Any:
@@ -119,13 +139,15 @@ def split_config(config: Any, model: nn.Module, ranks: int) -> Any:
 
     """
     kind = type(model).__name__
-    plan = config.base_model_tp_plan or {}
+    if text_config(config) is not config:
+        raise UsageError(f"tensor parallelism is not planned for {kind}, which has parts beside the language model")
+    plan = getattr(config, "base_model_tp_plan", None) or {}
     if not plan or set(plan.values()) - _SPLIT_IN_A_BLOCK - _WHOLE:
         raise UsageError(f"transformers has no plan of tensor parallelism for {kind} whose parts are smaller layers")
     sizes = {}
     for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
         size = getattr(config, name, None)
-        if size is None or size % ranks:
+        if not isinstance(size, int) or size % ranks:
             raise UsageError(f"{name}={size} of {kind} is no multiple of {ranks}")
         sizes[name] = size // ranks
     part = copy.deepcopy(config)

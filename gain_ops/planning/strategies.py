@@ -51,8 +51,9 @@ import torch
 from torch import nn
 
 from gain_ops.measure import meta_models
+from gain_ops.measure.language_models import refuse_encoder, refused
 from gain_ops.planning.configs import split_config, split_weights, summed_weights
-from gain_ops.planning.counts import Counts, blocks_alike, count
+from gain_ops.planning.counts import Counts, blocks_alike, count, refuse_loops
 from gain_ops.planning.methods import FULL, IN_MODEL_DTYPE, LORA, METHODS, Method
 from gain_ops.utils.errors import UsageError
 
@@ -65,6 +66,7 @@ __all__ = [
     "Sizes",
     "Strategy",
     "gathered_at_once",
+    "nearest",
     "recommend",
     "rows",
     "sharded_traffic",
@@ -75,6 +77,12 @@ __all__ = [
 GIB = 2**30
 NODE = 8
 """GPUs of a machine. A group of tensor parallelism is no larger, or its all-reduces would cross the network."""
+
+_Counted = dict[tuple[int, str], tuple[Counts, Counts] | str]
+"""Counts without and with activation checkpointing, or why there are none, by ranks of tensor parallelism and method."""
+
+_DOUBLED = 7  # times, in nearest()
+_FEWEST_TOKENS = 128
 
 _GAINS = ("gain", "gain, lean", "gain-ffn", "gain-ffn, lean", "gain-ffn, fused", "gain-ffn, fused, lean")
 PLANNED = {name: METHODS[name] for name in (*_GAINS, LORA, LORA + IN_MODEL_DTYPE, FULL)}
@@ -184,22 +192,31 @@ def strategies(config: Any, model: nn.Module, gpus: int) -> list[Strategy]:
     return found
 
 
-def rows(job: Job, methods: Sequence[Method] = tuple(PLANNED.values())) -> Iterator[Row]:
+def rows(
+    job: Job, methods: Sequence[Method] = tuple(PLANNED.values()), counted: _Counted | None = None
+) -> Iterator[Row]:
     """Every strategy with every method, without and with activation checkpointing.
 
+    Args:
+        job: the question.
+        methods: to count.
+        counted: kept between jobs that differ in their GPUs and memory alone.
+
     Raises:
-        ValueError: a config that is no causal language model's.
+        UsageError: a config that is no causal or multimodal language model's, or one whose model cannot be counted.
 
     """
     model = meta_models.build(job.config, dtype=job.dtype)
-    alike = blocks_alike(model)
+    refuse_encoder(model)
+    refuse_loops(model)
+    alike = blocks_alike(job.config, model)
     shares = strategies(job.config, model, job.gpus)
     parts = {
         tensor: split_config(job.config, model, tensor) if tensor > 1 else job.config
         for tensor in dict.fromkeys(share.tensor for share in shares if share.obstacle is None)
     }
     sizes = {tensor: sizes_of(model, tensor) for tensor in parts}
-    counted: dict[tuple[int, str], tuple[Counts, Counts] | str] = {}
+    counted = {} if counted is None else counted
     for share, method, checkpointed in itertools.product(shares, methods, (False, True)):
         row = Row(share.name, method.name, checkpointed, share.tensor, share.sharded, obstacle=share.obstacle)
         if share.obstacle is None:
@@ -238,6 +255,41 @@ def recommend(found: Sequence[Row], family: str) -> Row | None:
     )
 
 
+def nearest(job: Job, found: Sequence[Row], family: str) -> tuple[Job, Row] | None:
+    """Where nothing fits: the job with the most tokens on these GPUs that fits, or else that with the fewest GPUs.
+
+    Tokens are halved, and GPUs are doubled, at most seven times.
+
+    Args:
+        job: what was asked.
+        found: its rows.
+        family: as in recommend().
+
+    Returns:
+        The other job and the row that is recommended for it; None where nothing of the family was counted, or no number fits.
+    """
+    able = [row for row in found if row.obstacle is None and METHODS[row.method].targets == family]
+    if not able:
+        return None
+    methods = [METHODS[name] for name in dict.fromkeys(row.method for row in able)]
+    memory = job.memory - job.reserve
+    share = max((memory - (row.total - row.saved - row.transient)) / (row.saved + row.transient) for row in able)
+    jobs = [
+        replace(job, tokens=tokens, length=min(job.length, tokens))
+        for tokens in _halves(job.tokens, job.length)
+        if tokens <= share * job.tokens  # what a pass holds shrinks no faster than its tokens
+    ]
+    for other in jobs:
+        if (best := recommend(list(rows(other, methods)), family)) is not None:
+            return other, best
+    counted: _Counted = {}
+    for power in range(1, _DOUBLED + 1):
+        other = replace(job, gpus=job.gpus << power)
+        if (best := recommend(list(rows(other, methods, counted)), family)) is not None:
+            return other, best
+    return None
+
+
 def sizes_of(model: nn.Module, tensor: int = 1) -> Sizes:
     """The sizes of a model without adapters, or of the part of it that one of ``tensor`` ranks holds."""
     names = {parameter: name for name, parameter in model.named_parameters()}
@@ -262,11 +314,29 @@ def sharded_traffic(sizes: Sizes, trained: int, ranks: int) -> int:
     return _ring(2 * sizes.weights - sizes.root, ranks) + _ring(trained, ranks)
 
 
+def _halves(tokens: int, length: int) -> Iterator[int]:
+    """Half the windows and half of these, then half a window and half of that, as whole numbers."""
+    windows = tokens // length
+    while windows > 1:
+        windows //= 2
+        yield windows * length
+    while length >= 2 * _FEWEST_TOKENS:
+        length //= 2
+        yield length
+
+
 def _obstacle(config: Any, model: nn.Module, ranks: int) -> str | None:
     try:
-        split_config(config, model, ranks)
+        with refused(f"{type(model).__name__} cannot be planned in parts"):
+            part = meta_models.build(split_config(config, model, ranks), dtype=next(model.parameters()).dtype)
     except UsageError as error:
         return str(error)
+    held = split_weights(model, ranks)
+    names = {parameter: name for name, parameter in part.named_parameters()}
+    if any(held.get(names[p]) != p.nbytes for block in meta_models.blocks(part) for p in block.parameters()):
+        return (
+            f"transformers' plan of tensor parallelism for {type(model).__name__} has parts that its config cannot say"
+        )
     return None
 
 

@@ -67,12 +67,68 @@ def test_a_table_a_choice_and_a_file(config: Path, tmp_path: Path) -> None:
         assert row["obstacle"] is not None or row["total"] == sum(row[part] for part in parts) > 0
 
 
-def test_what_does_not_fit_is_said(config: Path) -> None:
-    done = call("--model", config, "--memory", 0.001, "--reserve", 0.0009, "--tokens", 128, "--all")
+def test_what_does_not_fit_is_said_and_the_nearest_that_does(config: Path, tmp_path: Path) -> None:
+    out = tmp_path / "plan.json"
+    where = ("--reserve", 0, "--tokens", 256, "--sequence-length", 64, "--all")
+    done = call("--model", config, "--memory", 0.0007, *where, "--json", out)
     assert done.exit_code == 0, done.output
-    assert "nothing fits" in done.output
+    assert "nothing fits: gain-ffn" in done.output
     assert "lacks" in done.output
+    near = json.loads(out.read_text(encoding="utf-8"))["nearest"]
+    assert f"the nearest that fits: --tokens {near['tokens']} with {near['method']}, one GPU" in done.output
+    assert (near["gpus"], near["length"], near["fits"]) == (1, 64, True)
     assert done.output.count("run again") == done.output.count(" once ")
+
+
+def test_a_reason_is_said_once_and_gains_that_are_left_are_named(tmp_path: Path) -> None:
+    from transformers import MixtralConfig
+
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+    MixtralConfig(vocab_size=96, num_hidden_layers=2, num_local_experts=2, **sizes).save_pretrained(tmp_path)
+    done = call("--model", tmp_path, "--gpus", 2, "--memory", 4, "--tokens", 128, "--sequence-length", 64)
+    assert done.exit_code == 0, done.output
+    lines = [line.removeprefix("not counted: ") for line in done.output.splitlines() if "not counted" in line]
+    reasons = [line.partition(": ")[2] for line in lines]
+    assert len(reasons) == len(set(reasons)) >= 1
+    if any(line.startswith("gain-ffn; gain-ffn, lean") for line in lines):
+        assert "nothing to recommend: no way with gain-ffn could be counted" in done.output
+        assert "what fits with --targets gain: gain, replicated x 2" in done.output
+    assert "lacks -" not in done.output
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        ("{", "config.json"),
+        ("[1]", "holds list, expected an object"),
+        ("{}", "transformers cannot read the config at"),
+        ('{"model_type": "llama", "hidden_size": "wide"}', "transformers cannot read the config at"),
+        ('{"model_type": "llama", "hidden_size": 65}', "transformers cannot"),
+        ('{"model_type": "t5"}', "t5 is an encoder-decoder model"),
+        ('{"model_type": "bert"}', "bert is an encoder, which sees the tokens to predict"),
+        ('{"model_type": "mpt", "n_layers": 2}', "MptForCausalLM does not run on the meta device, with text alone"),
+    ],
+)
+def test_a_config_that_cannot_be_planned_is_refused_in_one_line(written: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(written, encoding="utf-8")
+    done = call("--model", tmp_path, "--tokens", 64, "--json", tmp_path / "plan.json")
+    assert (done.exit_code, done.stdout.strip()) == (2, "")
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert not (tmp_path / "plan.json").exists()
+
+
+def test_no_code_of_a_model_runs(tmp_path: Path) -> None:
+    ran = tmp_path / "ran"
+    (tmp_path / "own.py").write_text(f"open({str(ran)!r}, 'w')\nclass Own: pass\n", encoding="utf-8")
+    auto = {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"}
+    written = {"model_type": "own", "auto_map": auto}
+    for model_type in ("own", "llama"):
+        sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_hidden_layers": 1}
+        (tmp_path / "config.json").write_text(json.dumps(written | sizes | {"model_type": model_type}))
+        done = call("--model", tmp_path, "--tokens", 64)
+        assert done.exit_code == (2 if model_type == "own" else 0), done.output
+        assert not ran.exists()
 
 
 @pytest.mark.parametrize(
@@ -96,18 +152,18 @@ def test_what_does_not_fit_together_is_refused(arguments: tuple[object, ...], me
 
 
 def test_the_lines_are_those_of_the_strategy() -> None:
-    assert launch(Row("one GPU", "gain", False), 1) == ['gain_ops.apply(model, "gain")', "python train.py"]
-    assert launch(Row("FSDP 4", "gain", False, sharded=4), 4)[1:] == [
-        "for block in model.model.layers:",
+    assert launch(Row("one GPU", "gain", False), 1, "") == ['gain_ops.apply(model, "gain")', "python train.py"]
+    assert launch(Row("FSDP 4", "gain", False, sharded=4), 4, "transformer.h")[1:] == [
+        "for block in model.transformer.h:",
         "    fully_shard(block)",
         "fully_shard(model)",
         "torchrun --nproc-per-node 4 train.py",
     ]
-    assert launch(Row("TP 2", "gain", False, tensor=2), 2)[1:3] == [
+    assert launch(Row("TP 2", "gain", False, tensor=2), 2, "")[1:3] == [
         'mesh = init_device_mesh("cuda", (2,))',
         "parallelize_module(model, mesh, styles)",
     ]
-    lines = launch(Row("TP 8 x FSDP 2", "gain-ffn, fused", True, tensor=8, sharded=2), 16)
+    lines = launch(Row("TP 8 x FSDP 2", "gain-ffn, fused", True, tensor=8, sharded=2), 16, "model.layers")
     assert lines == [
         'gain_ops.apply(model, "gain-ffn", side="input", fuse_mlp=True)',
         'model.gradient_checkpointing_enable({"use_reentrant": False})',
@@ -126,7 +182,7 @@ def test_the_lines_are_those_of_the_strategy() -> None:
     [(gpus, t) for gpus in (2, 4, 6, 8, 9, 10, 11, 12, 16, 20, 24) for t in (1, 2, 4, 8) if gpus % t == 0],
 )
 def test_as_many_processes_start_as_there_are_gpus_and_none_of_a_group_elsewhere(gpus: int, tensor: int) -> None:
-    words = launch(Row("", "gain", False, tensor=tensor, sharded=gpus // tensor), gpus)[-1].split()
+    words = launch(Row("", "gain", False, tensor=tensor, sharded=gpus // tensor), gpus, "")[-1].split()
     machines = int(words[words.index("--nnodes") + 1]) if "--nnodes" in words else 1
     each = int(words[words.index("--nproc-per-node") + 1])
     assert machines * each == gpus

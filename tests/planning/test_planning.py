@@ -9,6 +9,7 @@ from torch import nn
 
 from benchmarks.suites.memory import allocator_peak
 from gain_ops.measure import meta_models
+from gain_ops.measure.language_models import decoder_layers
 from gain_ops.measure.peak_bytes import peak_bytes
 from gain_ops.measure.perplexity import next_token_loss
 from gain_ops.measure.saved_bytes import saved_bytes
@@ -22,6 +23,7 @@ from gain_ops.planning.strategies import (
     Row,
     Sizes,
     gathered_at_once,
+    nearest,
     recommend,
     rows,
     sizes_of,
@@ -38,9 +40,8 @@ def tiny(layers: int = 2, **sizes: int):
     from transformers import LlamaConfig
 
     given = {"hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4, "num_key_value_heads": 2}
-    return LlamaConfig(
-        vocab_size=VOCABULARY, num_hidden_layers=layers, max_position_embeddings=LENGTH, **(given | sizes)
-    )
+    given |= {"max_position_embeddings": LENGTH}
+    return LlamaConfig(vocab_size=VOCABULARY, num_hidden_layers=layers, **(given | sizes))
 
 
 def adapted(config, name: str, checkpointed: bool, device: str, dtype: torch.dtype) -> nn.Module:
@@ -137,9 +138,63 @@ def test_the_passes_of_one_model_count_as_those_of_two(name: str) -> None:
 
 def test_blocks_that_differ_are_told() -> None:
     model = meta_models.build(tiny())
-    assert blocks_alike(model)
+    assert blocks_alike(tiny(), model)
     model.model.layers[1].mlp.down_proj = nn.Linear(3, 4, device="meta")
-    assert not blocks_alike(model)
+    assert not blocks_alike(tiny(), model)
+
+
+class TestLayers:
+    def test_those_of_two_kinds_are_counted_in_full(self) -> None:
+        from transformers import Gemma3TextConfig
+
+        sizes = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": VOCABULARY}
+        for kinds, alike in ((["full_attention"], True), (["full_attention", "sliding_attention"], False)):
+            config = Gemma3TextConfig(num_hidden_layers=6, layer_types=[*kinds * 6][:6], **sizes)
+            assert blocks_alike(config, meta_models.build(config)) == alike
+
+    def test_weights_that_follow_the_layers_are_seen(self) -> None:
+        """Of two and of three layers the model is another: the counts of all cannot be told from these."""
+        from transformers import Gemma4TextConfig
+
+        sizes = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": VOCABULARY}
+        config = Gemma4TextConfig(
+            num_hidden_layers=6, layer_types=["full_attention"] * 6, num_kv_shared_layers=2, **sizes
+        )
+        model = meta_models.build(config)
+        whole = sum(parameter.nbytes for parameter in model.parameters())
+        for row in rows(Job(config, 1, GIB, 64, 64, reserve=0), [PLANNED["full fine-tuning"]]):
+            assert row.weights == whole
+
+    def test_they_are_those_of_the_language_model(self) -> None:
+        from transformers import CLIPVisionConfig, LlavaConfig
+
+        vision = CLIPVisionConfig(hidden_size=32, num_hidden_layers=9, num_attention_heads=2, intermediate_size=4096)
+        model = meta_models.build(LlavaConfig(vision_config=vision, text_config=tiny()))
+        name, layers = decoder_layers(model)
+        assert name == "model.language_model.layers"
+        assert [type(layer).__name__ for layer in layers] == ["LlamaDecoderLayer"] * 2
+        assert meta_models.blocks(model) == layers
+
+    def test_attention_that_a_model_calls_itself_is_a_kernels(self) -> None:
+        """As that which transformers calls: no [tokens, tokens] matrix is saved, also where a block is recomputed."""
+        q, k = (torch.empty(1, heads, 512, 16, device="meta", requires_grad=True) for heads in (4, 2))
+
+        def attend() -> torch.Tensor:
+            return nn.functional.scaled_dot_product_attention(q, k, k, is_causal=True, enable_gqa=True)
+
+        with meta_models.kernel_attention():
+            assert saved_bytes(attend, inputs=[q, k]).new < 2 * q.nbytes
+            peak = peak_bytes(lambda: torch.utils.checkpoint.checkpoint(attend, use_reentrant=False).sum().backward())
+        assert peak < 10 * q.nbytes < 4 * 512 * 512 * 4
+        assert saved_bytes(attend, inputs=[q, k]).new > 4 * 512 * 512
+
+    def test_values_of_another_size_attend_in_the_efficient_kernel(self) -> None:
+        q, v = (torch.empty(1, 4, 512, size, device="meta", requires_grad=True) for size in (24, 16))
+        with meta_models.kernel_attention():
+            out = nn.functional.scaled_dot_product_attention(q, q, v, is_causal=True)
+            assert out.shape == v.shape
+            out.sum().backward()
+        assert (q.grad.shape, v.grad.shape) == (q.shape, v.shape)
 
 
 class TestParts:
@@ -200,6 +255,36 @@ class TestChoice:
         assert recommend(found, "gain") == found[5]
         assert recommend(found[:1], "gain-ffn") is None
         assert recommend([dataclasses.replace(found[2], obstacle="why")], "gain-ffn") is None
+
+    @pytest.mark.parametrize(("tokens", "length"), [(512, 64), (256, 256), (1024, 512)])
+    def test_the_nearest_that_fits_has_the_most_tokens(self, tokens: int, length: int) -> None:
+        methods = [PLANNED["gain-ffn"], PLANNED["gain-ffn, lean"]]
+        config = tiny(max_position_embeddings=512)
+        asked = Job(config, 1, GIB, tokens, length, reserve=0)
+        able = list(rows(dataclasses.replace(asked, tokens=128, length=min(length, 128)), methods))
+        job = dataclasses.replace(asked, memory=min(row.total for row in able))
+        found = list(rows(job, methods))
+        assert recommend(found, "gain-ffn") is None
+        assert nearest(job, found, "gain") is None, "none of it was counted"
+        other, row = nearest(job, found, "gain-ffn")
+        assert (other.gpus, row.fits) == (1, True)
+        assert other.tokens >= 64
+        if (more := 2 * other.tokens) < tokens:
+            more = dataclasses.replace(job, tokens=more, length=min(length, more))
+            assert recommend(list(rows(more, methods)), "gain-ffn") is None
+
+    def test_more_gpus_are_the_nearest_where_the_weights_do_not_fit(self) -> None:
+        methods = [PLANNED["gain-ffn"]]
+        config = tiny(layers=24)
+        asked = Job(config, 1, GIB, LENGTH, LENGTH, reserve=0)
+        four = next(row for row in rows(dataclasses.replace(asked, gpus=4), methods) if row.strategy == "FSDP 4")
+        job = dataclasses.replace(asked, memory=four.total)
+        other, row = nearest(job, list(rows(job, methods)), "gain-ffn")
+        assert 1 < other.gpus <= 4
+        assert other.tokens == job.tokens
+        assert row.fits
+        job = dataclasses.replace(asked, memory=20_000)
+        assert nearest(job, list(rows(job, methods)), "gain-ffn") is None
 
     def test_the_parts_add_up(self) -> None:
         config, ffn = tiny(), PLANNED["gain-ffn"]
