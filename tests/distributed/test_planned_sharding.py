@@ -148,7 +148,7 @@ def _launched(row: Row, gpus: int) -> tuple[float, float]:
     given = (DistributedDataParallel, fully_shard, init_device_mesh, parallelize_module, place_gains)
     names = {function.__name__: function for function in given}
     names |= {"gain_ops": gain_ops, "model": model, "styles": _styles(METHODS[row.method].fused)}
-    lines = launch(row, gpus)[:-1]
+    lines = launch(row, gpus, "model.layers")[:-1]
     exec("\n".join(lines).replace('"cuda"', '"cpu"'), names)
     torch.manual_seed(1)
     return _passed(names["model"])

