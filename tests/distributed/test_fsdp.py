@@ -347,7 +347,7 @@ def _save_nowhere(path):
 def test_a_file_that_cannot_be_written_is_an_error_on_every_rank(two, tmp_path):
     (tmp_path / "gains").mkdir()
     first, second = two(_save_nowhere, str(tmp_path / "gains"))
-    assert first[0] == "IsADirectoryError"
+    assert first[0] == "IsAFolderError"
     assert second == (
         "FileError",
         f"{tmp_path}/gains could not be written; the error of the mesh's first rank says why",
