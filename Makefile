@@ -55,7 +55,7 @@ imports: $(VENV)/.dev
 triton36: $(VENV)/.dev .triton36/.done
 	PYTHONPATH=$(CURDIR)/.triton36 $(PY) -c 'import triton; assert triton.__version__.startswith("3.6"), triton'
 	PYTHONPATH=$(CURDIR)/.triton36 $(PYTEST) tests/kernels $(ARGS)
-	PYTHONPATH=$(CURDIR)/.triton36 $(PYTEST) tests/backends/test_parity.py -k "not cuda" $(ARGS)
+	PYTHONPATH=$(CURDIR)/.triton36 $(PYTEST) tests/backends/test_parity.py -k "not cuda" -m "not slow" $(ARGS)
 
 $(PY):
 	$(PYTHON) -m venv $(VENV)
