@@ -23,6 +23,7 @@ from gain_ops.reference import SIDES
 from gain_ops.utils import strict_json
 from gain_ops.utils.errors import GainOpsError, MissingFileError
 from gain_ops.utils.files import replace_file
+from gain_ops.utils.kinds import kind_of
 from gain_ops.utils.limits import check_name
 from gain_ops.utils.wording import named, some_of
 
@@ -110,6 +111,10 @@ def read_gains(path: str | os.PathLike[str]) -> GainFile:
                 )
             file = _parse(strict_json.parse(header, finite=True), opened, path)
     except safetensors.SafetensorError as error:
+        if kind_of(Path(path)) == "pickle":
+            raise GainFileError(
+                f"{path} is a pickle, which can run any code when it is read: give a file that gain_ops.save_gains() wrote"
+            ) from error
         raise GainFileError(f"{path} is not a complete safetensors file: {error}") from error
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         if isinstance(error, GainFileError):

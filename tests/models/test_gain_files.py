@@ -273,6 +273,7 @@ LORA = {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.
         (lambda path: path.write_bytes(b"\x00" * 64), "is not a complete safetensors file"),
         (lambda path: path.write_bytes(path.read_bytes()[:-100]), "is not a complete safetensors file"),
         (lambda path: path.write_bytes(os.urandom(500)), "is not a complete safetensors file"),
+        (lambda path: torch.save({"delta": torch.zeros(4)}, path), "is a pickle, which can run any code"),
         (
             lambda path: safetensors.torch.save_file(LORA, path),
             "is not a gain file: .* holds base_model.*lora_A.weight",
