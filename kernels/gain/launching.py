@@ -26,8 +26,8 @@ from torch import Tensor
 from triton.compiler import CompiledKernel
 from triton.runtime import JITFunction, driver
 from triton.runtime.jit import native_specialize_impl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
+from gain_ops.kernels.descriptors import Block, Encoded, descriptor, encoded
 from gain_ops.kernels.devices import is_ready, on_device_of
 
 LIMIT = 4096
@@ -46,8 +46,6 @@ _READS_FPSAN = "fpsan_homomorphic_casts" in _READ
 RUN = JITFunction.run if set(_NAMES.split()).issuperset(_READ) else None
 """JITFunction.run, where plans do what it does."""
 
-Block = tuple[int, int]
-
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Schedule:
@@ -65,6 +63,8 @@ class _Plan:
     compiled: CompiledKernel
     constants: tuple[Any, ...]
     """The arguments after those that ``launch`` is given."""
+    encoded: Encoded | None
+    """Launches it with descriptors that are kept, where it has descriptors."""
     globals: tuple[tuple[dict[str, Any], str, Any], ...]
     """Places, names and values of the global variables that the kernel was compiled with."""
 
@@ -114,8 +114,9 @@ def launch(
         with on_device_of(like):
             launch(kernel, grid, tensors, rows, numbers, schedule)
         return
+    after = numbers if rows is None else (rows, *numbers)
     if not _has_plans(kernel, rows):
-        kernel[(grid,)](*_arguments(tensors, rows, numbers, schedule.blocks), **schedule.constants)
+        kernel[(grid,)](*_given(tensors, schedule.blocks), *after, **schedule.constants)
         return
     active = driver.active
     plans = _plans_of(active)
@@ -131,24 +132,26 @@ def launch(
         _READS_FPSAN and compilation.fpsan_homomorphic_casts,
         *_kinds(kernel.device_caches[device][3], tensors, schedule.blocks),
     )
-    arguments = _arguments(tensors, rows, numbers, schedule.blocks)
     plan = plans.get(key)
     if plan is None or not plan.is_fresh():
-        compiled = kernel[(grid,)](*arguments, **schedule.constants)
+        compiled = kernel[(grid,)](*_given(tensors, schedule.blocks), *after, **schedule.constants)
         if isinstance(compiled, CompiledKernel):
             if len(plans) >= LIMIT:
                 plans.clear()
-            plans[key] = _plan(kernel, compiled, len(tensors), rows, len(arguments), schedule.constants)
+            plans[key] = _plan(kernel, compiled, len(tensors), rows, len(numbers), schedule)
         return
-    compiled = plan.compiled
-    arguments += plan.constants
-    stream = active.get_current_stream(device)
+    compiled, stream = plan.compiled, active.get_current_stream(device)
     enter, leave, metadata = runtime.launch_enter_hook, runtime.launch_exit_hook, None
-    if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):
-        metadata = compiled.launch_metadata((grid,), stream, *arguments)
+    hooked = getattr(enter, "calls", enter) or getattr(leave, "calls", leave)
+    if hooked or plan.encoded is None:
+        run, given = compiled.run, (*_given(tensors, schedule.blocks), *after, *plan.constants)
+    else:
+        run, given = plan.encoded.run, (*plan.encoded.expand(tensors, schedule.blocks), *after, *plan.constants)
+    if hooked:
+        metadata = compiled.launch_metadata((grid,), stream, *given)
     else:
         enter = leave = None  # calling chains of no hooks takes a tenth of a launch
-    compiled.run(grid, 1, 1, stream, compiled.function, compiled.packed_metadata, metadata, enter, leave, *arguments)
+    run(grid, 1, 1, stream, compiled.function, compiled.packed_metadata, metadata, enter, leave, *given)
 
 
 def forget() -> None:
@@ -186,50 +189,25 @@ def _kinds(backend: Any, tensors: tuple[Tensor | None, ...], blocks: tuple[Block
     ]
 
 
-def _arguments(
-    tensors: tuple[Tensor | None, ...],
-    rows: int | None,
-    numbers: tuple[int | float, ...],
-    blocks: tuple[Block | None, ...] | None,
-) -> tuple[Any, ...]:
-    """What a kernel is given of them."""
-    given: tuple[Any, ...] = tensors
-    if blocks is not None:
-        given = tuple(
-            [
-                t if t is None or block is None else _descriptor(t, block)
-                for t, block in zip(tensors, blocks, strict=True)
-            ]
-        )
-    return given + numbers if rows is None else (*given, rows, *numbers)
-
-
-def _descriptor(t: Tensor, block: Block) -> TensorDescriptor:
-    """A TMA descriptor of a row-major 2-D tensor whose tiles are ``block``."""
-    shape, strides = t.shape, t.stride()
-    if (
-        len(shape) != 2
-        or shape[0] < 1
-        or shape[1] < 1
-        or strides[1] != 1
-        or (strides[0] * t.itemsize | t.data_ptr()) % 16
-    ):
-        return TensorDescriptor(t, list(shape), list(strides), list(block))  # says what is wrong
-    # without __post_init__, whose checks take as long as all else of a launch; the block is of a schedule that compiled
-    made = object.__new__(TensorDescriptor)
-    made.base, made.shape, made.strides, made.block_shape = t, shape, strides, block
-    return made
+def _given(tensors: tuple[Tensor | None, ...], blocks: tuple[Block | None, ...] | None) -> tuple[Any, ...]:
+    """What a kernel is given of the tensors."""
+    if blocks is None:
+        return tensors
+    pairs = zip(tensors, blocks, strict=True)
+    return tuple([t if t is None or block is None else descriptor(t, block) for t, block in pairs])
 
 
 def _plan(
-    kernel: Any, compiled: CompiledKernel, tensors: int, rows: int | None, given: int, constants: dict[str, Any]
+    kernel: Any, compiled: CompiledKernel, tensors: int, rows: int | None, numbers: int, schedule: Schedule
 ) -> _Plan:
     if rows is not None:
         assert kernel.params[tensors].do_not_specialize, f"{kernel.params[tensors].name}: not in do_not_specialize"
+    given = tensors + (rows is not None) + numbers
     return _Plan(
         kernel,
         compiled,
-        tuple(constants[parameter.name] for parameter in kernel.params[given:]),
+        tuple(schedule.constants[parameter.name] for parameter in kernel.params[given:]),
+        None if schedule.blocks is None else encoded(compiled),
         # Triton has just compared them with those that it compiled
         tuple((place, name, place[name]) for (name, _), (_, place) in kernel.used_global_vals.items()),
     )

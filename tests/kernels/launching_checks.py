@@ -6,9 +6,11 @@ Nothing is compiled: Triton binds and specialises, and a class that remembers it
 import contextlib
 import dataclasses
 import json
+import tempfile
 import threading
 import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -22,10 +24,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
+from triton.compiler.compiler import LazyDict
 from triton.runtime import JITFunction, driver
 
+from benchmarks.harness import stand_in
 from gain_ops.kernels import (
     aot,
+    descriptors,
     glu,
     launching,
     linear_backward,
@@ -439,11 +444,97 @@ def every_op_launches_the_same_with_plans_and_without() -> None:
             assert with_plans == without, name
 
 
+@contextlib.contextmanager
+def launcher_in_c() -> Iterator[list[tuple[Any, ...]]]:
+    """What Triton's launcher of NVIDIA's hands to C; an encoded descriptor is what it was encoded from."""
+    from triton.backends.nvidia import driver as nvidia
+
+    given: list[tuple[Any, ...]] = []
+
+    def record(*arguments: Any) -> None:
+        given.append(arguments)
+
+    def encode(*arguments: Any) -> tuple[Any, ...]:
+        encodings.append(arguments)
+        return tuple(tuple(one) if isinstance(one, list | torch.Size) else one for one in arguments)
+
+    if reason := stand_in.obstacle():
+        pytest.skip(reason)
+    with tempfile.TemporaryDirectory() as folder, stand_in.driver(Path(folder)):
+        utils: Any = driver.active.utils
+        filled = {name: encode for name in vars(utils) if name.startswith("fill_tma_descriptor")}
+        with mock.patch.multiple(utils, **filled), contextlib.ExitStack() as stack:
+            if hasattr(utils, "launch"):
+                stack.enter_context(mock.patch.object(utils, "launch", record))
+            else:  # Triton 3.6 makes a module for each kernel
+                module = SimpleNamespace(launch=record)
+                stack.enter_context(mock.patch.object(nvidia, "compile_module_from_src", return_value=module))
+            linear_forward.linear_kernel.device_caches.clear()
+            launching.forget()
+            yield given
+            # a kernel that goes asks the driver, so it goes first
+            linear_forward.linear_kernel.device_caches.clear()
+            launching.forget()
+
+
+encodings: list[tuple[Any, ...]] = []
+
+
+def _flat(part: Any) -> Any:
+    """What C gets, to compare: tensors by their address; a chain of no hooks, and what it would be told, as none."""
+    if isinstance(part, tuple | list):
+        return [_flat(one) for one in part]
+    if isinstance(part, Tensor):
+        return part.data_ptr()
+    return None if isinstance(part, LazyDict) or (hasattr(part, "calls") and not part.calls) else part
+
+
+@check
+def a_descriptor_is_encoded_once_and_is_that_of_triton() -> None:
+    memory = torch.zeros(16, 4096, dtype=torch.bfloat16)
+
+    def views(t: int, n: int, k: int, row: int) -> tuple[Any, ...]:
+        x = memory[row].as_strided((t, k), (k * t, 1), memory[row].storage_offset())
+        y, z = (memory[row + place, : t * n].view(t, n) for place in (2, 3))
+        w = memory[row + 1, : n * k].view(n, k)
+        return (x, w, memory[8, :n], None, y, z) if row else (x, w, memory[8, :n], memory[9, :n], y, None)
+
+    cases = [views(t, n, k, row) for t in (1, 2, 8) for n, k in ((16, 32), (32, 16)) for row in (0, 4)]
+
+    def launches() -> Any:
+        given.clear()
+        encodings.clear()
+        for case in cases:
+            linear_forward.launch(*case)
+        return _flat(given)
+
+    with launcher_in_c() as given:
+        launches()
+        with mock.patch.object(launching, "RUN", None):
+            plainly = launches()
+        assert len(plainly) == len(cases)
+        assert launches() == plainly
+        assert encodings
+        assert launches() == plainly
+        assert not encodings
+        with mock.patch.object(descriptors, "LIMIT", 3):
+            launching.forget()
+            for _ in range(2):
+                assert launches() == plainly
+            assert all(len(plan.encoded._kept) <= 3 for plan in launching._plans.values() if plan.encoded)
+        x, *others = cases[0]
+        bad = torch.zeros(40, dtype=torch.bfloat16)[1 : 1 + x.numel()].view(x.shape)
+        with pytest.raises(AssertionError, match="16-byte aligned"):
+            linear_forward.launch(bad, *others)
+
+
 def main() -> None:
     failed = dict.fromkeys(CHECKS, "")
     for name, function in CHECKS.items():
         try:
             function()
+        except pytest.skip.Exception as reason:
+            failed[name] = f"skipped: {reason}"
         except BaseException:
             failed[name] = traceback.format_exc()
         made.clear()
