@@ -20,6 +20,7 @@ from gain_ops.models.decoder_layout import NormForm, folded_forward, folds_of, l
 from gain_ops.models.fused_mlp import hooked
 from gain_ops.ops.linear import gain_scale
 from gain_ops.ops.residual import gain_add, gain_add_rms_norm, gain_rms_norm_add
+from gain_ops.ops.rms_norm import gain_rms_norm
 from gain_ops.utils.errors import UsageError
 
 
@@ -45,6 +46,24 @@ class WithheldGain(Gained):
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle by the original class: the class made here has no name that pickle could find."""
         return _rebuild_withheld, (type(self).__bases__[1],), self.__dict__
+
+
+class OnePassNorm(nn.Module):
+    """A mixin before the class of an RMSNorm in such a layer that no gain is folded into: the norm alone, in one pass."""
+
+    _gain_form: NormForm
+    _gain_backend: str
+
+    def forward(self, x: Tensor) -> Tensor:
+        """rms_norm(x) * weight, rounded once."""
+        if _widens(self, self._gain_form, x):
+            return cast(Tensor, super().forward(x))
+        weight, eps = _weight_and_eps(self, self._gain_form)
+        return gain_rms_norm(x, weight, torch.zeros_like(weight), eps, backend=self._gain_backend)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle by the original class: the class made here has no name that pickle could find."""
+        return _rebuild_norm, (type(self).__bases__[1],), self.__dict__
 
 
 class FusedResidual(nn.Module):
@@ -124,6 +143,7 @@ def fuse_residual(model: nn.Module) -> None:
             projection = layer.get_submodule(place.projection)
             if not isinstance(projection, WithheldGain):
                 projection.__class__ = _withheld_class(cast(Any, type(projection)))
+        _fuse_norms(layer, places)
         layer._gain_places = places  # type: ignore[assignment]
         layer.__class__ = _fused_class(cast(Any, type(layer)), tuple(places))
 
@@ -133,6 +153,9 @@ def unfuse_residual(model: nn.Module) -> None:
     for module in list(model.modules()):
         if isinstance(module, WithheldGain):
             module.__class__ = type(module).__bases__[1]
+        elif isinstance(module, OnePassNorm):
+            module.__class__ = type(module).__bases__[1]
+            del module._gain_form, module._gain_backend
         elif isinstance(module, FusedResidual):
             module.__class__ = type(module).__bases__[1]
             del module._gain_places
@@ -145,6 +168,18 @@ def refuse_fused_residual(model: nn.Module, doing: str) -> None:
             f"{doing} cannot serve a model with fuse_residual=True: the layers read the gains of their projections. Apply the "
             "gains without it."
         )
+
+
+def _fuse_norms(layer: nn.Module, places: dict[str, Place]) -> None:
+    """Run each RMSNorm in a layer that no fold takes in one pass, where its class is known and nothing else looks at it."""
+    taken = {id(layer.get_submodule(place.norm)) for place in places.values() if place.norm is not None}
+    backend = next(cast(Gained, layer.get_submodule(place.projection)).backend for place in places.values())
+    for module in layer.modules():
+        form = norm_form(cast(Any, type(module)))
+        if form is None or id(module) in taken or "forward" in vars(module) or hooked(module):
+            continue
+        module._gain_form, module._gain_backend = form, backend  # type: ignore[assignment]
+        module.__class__ = _norm_class(cast(Any, type(module)))
 
 
 def _why_not(layer: nn.Module, part: str, holder: nn.Module, last: str | None, projection: Gained) -> str | None:
@@ -189,6 +224,11 @@ def _withheld_class(kind: Any) -> type[nn.Module]:
 
 
 @functools.cache
+def _norm_class(kind: Any) -> type[nn.Module]:
+    return type(kind.__name__, (OnePassNorm, kind), {"__module__": __name__})
+
+
+@functools.cache
 def _fused_class(kind: Any, parts: tuple[str, ...]) -> type[nn.Module]:
     """Under the layer's own name, by which FSDP's and accelerate's plans find decoder layers."""
     body = {"__module__": __name__, "forward": folded_forward(kind, parts)}
@@ -197,6 +237,11 @@ def _fused_class(kind: Any, parts: tuple[str, ...]) -> type[nn.Module]:
 
 def _rebuild_withheld(kind: type[nn.Module]) -> nn.Module:
     made = _withheld_class(cast(Any, kind))
+    return made.__new__(made)
+
+
+def _rebuild_norm(kind: type[nn.Module]) -> nn.Module:
+    made = _norm_class(cast(Any, kind))
     return made.__new__(made)
 
 

@@ -17,7 +17,7 @@ from gain_ops.layers.wrapper import GainWrapper
 from gain_ops.measure.saved_bytes import saved_bytes
 from gain_ops.models.decoder_layout import folds_of
 from gain_ops.models.fused_mlp import FusedMlp
-from gain_ops.models.fused_residual import FusedResidual, WithheldGain
+from gain_ops.models.fused_residual import FusedResidual, OnePassNorm, WithheldGain
 from gain_ops.testing import PlainGain, assert_no_worse_than_torch
 
 from support.quantized_bases import TRAINABLE, plain_layer
@@ -83,7 +83,7 @@ def fused(model: nn.Module, **options: object) -> nn.Module:
 
 
 def is_fused(model: nn.Module) -> bool:
-    return any(isinstance(module, FusedResidual | WithheldGain) for module in model.modules())
+    return any(isinstance(module, FusedResidual | WithheldGain | OnePassNorm) for module in model.modules())
 
 
 PRE_NORM = ["Llama", "Qwen2", "Qwen3", "Mistral", "Gemma", "Glm", "SmolLM3", "Ministral", "Apertus", "Arcee"]
@@ -152,12 +152,12 @@ def test_a_block_saves_what_a_frozen_one_saves_and_each_z() -> None:
     frozen = saved(model.requires_grad_(False))
     unfused = copy.deepcopy(model)
     gain_ops.apply(unfused, "gain-ffn")
-    z = x.numel() * 4
-    assert saved(fused(model)) == frozen + 2 * z
-    assert saved(fused(model_of("Llama"), targets="gain")) == frozen + z
+    z, one = x.numel() * 4, 16 * 4  # one: the gain of the norm that no gain is folded into
+    assert saved(fused(model)) == frozen + 2 * z + one
+    assert saved(fused(model_of("Llama"), targets="gain")) == frozen + z + one
     assert saved(unfused) == frozen + 2 * z
     model.requires_grad_(False)
-    assert saved(model) == frozen  # frozen gains need no z
+    assert saved(model) == frozen + one  # frozen gains need no z
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -282,6 +282,24 @@ def test_a_layer_keeps_its_name_and_its_hooks_run() -> None:
     fused(model)(IDS)
     assert type(model.model.layers[0]).__name__ == "LlamaDecoderLayer"
     assert calls == [1]
+
+
+@pytest.mark.parametrize(("family", "norms"), [("Llama", 1), ("Qwen3", 3), ("Gemma2", 2)])
+def test_norms_without_a_gain_take_one_pass_too(family: str, norms: int) -> None:
+    model = model_of(family)
+    layers = model.model.layers
+    watched, replaced = layers[1].input_layernorm, layers[0].input_layernorm
+    watched.register_forward_hook(lambda *_: None)
+    if family == "Llama":
+        replaced.forward = replaced.forward
+    fused(model)
+    one_pass = [[type(m).__name__ for m in layer.modules() if isinstance(m, OnePassNorm)] for layer in layers]
+    assert not isinstance(watched, OnePassNorm), "what a hook sees stays as it is"
+    assert [len(kinds) for kinds in one_pass] == [norms - (family == "Llama"), norms - 1]
+    assert {kind for kinds in one_pass for kind in kinds} <= {type(watched).__name__}
+    gain_ops.remove(model)
+    assert not any("_gain_form" in vars(m) for m in model.modules())
+    assert not any(isinstance(m, OnePassNorm) for m in model.modules())
 
 
 @pytest.mark.parametrize("name", ["self_attn", "self_attn.o_proj", "post_attention_layernorm", "mlp"])
