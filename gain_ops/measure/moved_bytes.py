@@ -66,9 +66,9 @@ def moved_bytes(step: Callable[[], object]) -> MovedBytes:
         bytes = sum over ops of (the distinct elements of each tensor that it reads + those of each that it writes) * itemsize
 
     Every op of torch is one kernel, as in eager mode: views are free, an expanded dimension is read once, and an op that
-    works in place reads and writes. An op of gain_ops is one kernel too, but for its products: these are the vendor's GEMM and a
-    pass over its result, or for the input side over the smaller operand, in place where nothing else reads it. Partial sums
-    of reductions, and what a cache saves, are left out.
+    works in place reads and writes. An op of gain_ops is one kernel too, but for its products: these are the vendor's GEMM
+    and a pass over its result, or for the input side over the smaller operand, in place where nothing else reads it.
+    Partial sums of reductions, and what a cache saves, are left out.
 
     Args:
         step: called once; for instance a forward and a backward. On the meta device it costs neither memory nor time.
@@ -137,7 +137,7 @@ def _operands(
     for argument in arguments:
         tensors = [leaf for leaf in tree_leaves(given.get(argument.name)) if isinstance(leaf, Tensor)]
         mutated = argument.alias_info is not None and argument.alias_info.is_write
-        if not (mutated and name in ("copy_", "fill_", "zero_")):
+        if not (mutated and (argument.kwarg_only or name in ("copy_", "fill_", "zero_"))):  # by keyword: out=
             read += tensors
         if mutated:
             # the op's result is the argument itself, and is written once
