@@ -21,6 +21,7 @@ class RmsNorm(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         """x [..., n] -> y [..., n]."""
+        y: Tensor
         y, r = _rms_norm(x, weight)
         ctx.save_for_backward(x, weight, r)
         return y

@@ -14,8 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 from gain_ops.kernels.config import GemmConfig, RmsNormConfig, RowsConfig
+from gain_ops.kernels.descriptors import Block
 from gain_ops.kernels.devices import persistent_programs
-from gain_ops.kernels.launching import Block, Schedule
+from gain_ops.kernels.launching import Schedule
 
 GEMM_UNIT = tl.constexpr(8)
 """16-bit elements in 16 bytes: the sizes and row strides of a fused GEMM are multiples of it (operands.fuses)."""

@@ -71,7 +71,7 @@ def encoded(compiled: CompiledKernel) -> Encoded | None:
     """The launcher of a compiled kernel that takes encoded descriptors, where Triton's is one of NVIDIA's as known here."""
     launcher: Any = compiled.run
     metas = getattr(compiled.metadata, "tensordesc_meta", None)
-    launch = getattr(launcher, "launch", None)
+    launch: Any = getattr(launcher, "launch", None)
     code = getattr(launch, "__code__", None)
     if code is None or not metas or None in metas:
         return None

@@ -146,6 +146,7 @@ def launch(
     if hooked or plan.encoded is None:
         run, given = compiled.run, (*_given(tensors, schedule.blocks), *after, *plan.constants)
     else:
+        assert schedule.blocks is not None
         run, given = plan.encoded.run, (*plan.encoded.expand(tensors, schedule.blocks), *after, *plan.constants)
     if hooked:
         metadata = compiled.launch_metadata((grid,), stream, *given)
