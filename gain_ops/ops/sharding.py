@@ -161,7 +161,7 @@ _WORDS = {
     "2": "Shard(2)",
 }
 _STATISTICS = {"mean", "r"}
-_ACTIVATIONS = {"x", "dy", "z", "dh", "h", "gate", "up", "residual"}
+_ACTIVATIONS = {"x", "dy", "z", "dh", "h", "gate", "up", "residual", "weights"}
 
 
 @dataclass(frozen=True)
