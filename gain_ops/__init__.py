@@ -11,6 +11,7 @@ CUDA, no triton and no transformers.
     gain_glu, gain_swiglu, ...          the gain in an FFN's activation    ops/glu.py
     gain_rms_norm                       the gain in a norm                 ops/rms_norm.py
     gain_add, gain_add_rms_norm, ...    the gain before a residual add     ops/residual.py
+    gain_grouped_linear, gain_combine   gains on a mixture's experts       ops/grouped.py
     gain_mlp                            an FFN as one function             ops/mlp.py
     GainLinear, GainWrapper             the layers                         layers/
     apply, remove                       gains on a model                   models/apply.py
@@ -48,8 +49,10 @@ __all__ = [
     "gain_add",
     "gain_add_layer_norm",
     "gain_add_rms_norm",
+    "gain_combine",
     "gain_geglu",
     "gain_glu",
+    "gain_grouped_linear",
     "gain_linear",
     "gain_mlp",
     "gain_relu2",

@@ -28,6 +28,8 @@ from gain_ops.ops.glu import gain_geglu as gain_geglu
 from gain_ops.ops.glu import gain_glu as gain_glu
 from gain_ops.ops.glu import gain_relu2 as gain_relu2
 from gain_ops.ops.glu import gain_swiglu as gain_swiglu
+from gain_ops.ops.grouped import gain_combine as gain_combine
+from gain_ops.ops.grouped import gain_grouped_linear as gain_grouped_linear
 from gain_ops.ops.linear import gain_linear as gain_linear
 from gain_ops.ops.linear import gain_scale as gain_scale
 from gain_ops.ops.mlp import gain_mlp as gain_mlp

@@ -7,8 +7,12 @@ Results are contiguous.
 Products with the gain and all sums run in fp32 (fp64 for fp64). An activation is rounded once to its dtype. A ``ddelta`` stays
 in the accumulation dtype, and its caller rounds it to delta's. The op that computes an activation writes it rounded, without an
 fp32 copy between, so these functions are not differentiable; ``composite*``, ``ddelta``, ``ddelta_recompute``,
-``rms_norm_backward``, ``add_rms_norm_backward``, ``add_layer_norm_backward`` and
-``rms_norm_add_backward`` are.
+``rms_norm_backward``, ``add_rms_norm_backward``, ``add_layer_norm_backward``,
+``rms_norm_add_backward``, ``grouped_ddelta`` and ``combine`` are.
+
+Rows that are sorted by expert have ``offsets`` [E], the end of each expert's rows: row s belongs to expert e if
+``offsets[e - 1] <= s < offsets[e]``. delta and a bias have a row an expert, and the weight is [E, out, in]. Rows past the last
+end belong to nobody (expert parallelism leaves them uninitialised): they are never read, and are zero in every result.
 
 The kernels name these lines:
 
@@ -32,6 +36,12 @@ The kernels name these lines:
     (18) ds     = r * (v - n * mean(v * n)),   v = dh * w,   n = r * s;   dz = gain * ds,   ddelta = sum_t ds[t] * z[t]
     (19) y      = n * w + c,   n = r * (h - mean(h)),   r = 1 / sqrt(mean((h - mean(h))^2) + eps)    line (15) of a LayerNorm
     (20) dx     = dh + r * (v - mean(v) - n * mean(v * n)),   v = dy * w;   dz and ddelta as in (16)
+    (21) z      = x @ W[e].T + b[e]                row s of expert e, as in all of (21) to (25)
+    (22) y      = gain[e] * z + b[e]
+    (23) dz     = gain[e] * dy,   ddelta[e] = sum over the rows of e of dy[s] * z[s];   (8) to (10) likewise
+    (24) y[t]   = sum_j w[t, j] * (gain[e] * z[s] + b[e])           row s is for slot order[s] = k * t + j, token t's j-th of k
+    (25) dz     = w[t, j] * gain[e] * dy[t],   dw[t, j] = sum_n dy[t] * (gain[e] * z[s] + b[e]),
+         ddelta[e] = sum over the rows of e of w[t, j] * dy[t] * z[s]
 
 No line divides by a gain or by z, so a zero gain and an all-zero row of W have exact, finite gradients. dW is never formed.
 
@@ -39,6 +49,8 @@ Source: GAIN, arXiv 2604.04516 (W_new = S W); the gradients follow by the chain 
 """
 
 import functools
+import itertools
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -232,6 +244,119 @@ def rms_norm_add_backward(dh: Tensor, z: Tensor, delta: Tensor, weight: Tensor, 
     return (ds * gain).to(z.dtype).contiguous(), (ds * z).sum(0)
 
 
+def grouped_mm(x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor:
+    """Line (21): x [S, in], weight [E, out, in] -> [S, out]. Torch's grouped_mm where it serves the operands."""
+    if _has_grouped_mm(x, weight):
+        z = F.grouped_mm(x, weight.transpose(1, 2), offs=offsets)
+        of_nobody = torch.arange(x.shape[0], device=x.device) >= offsets[-1]
+        z.masked_fill_(of_nobody[:, None], 0)  # torch leaves these rows uninitialised
+    else:
+        z = x.new_zeros(x.shape[0], weight.shape[1])
+        for e, rows in expert_rows(offsets):
+            torch.mm(x[rows], weight[e].t(), out=z[rows])
+    if bias is not None:
+        for e, rows in expert_rows(offsets):
+            z[rows] += bias[e]
+    return z
+
+
+def grouped_scale(x: Tensor, delta: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor:
+    """Line (22): x [S, n], delta and bias [E, n] -> [S, n], rounded once."""
+    y = x.new_zeros(x.shape)
+    for e, rows in expert_rows(offsets):
+        _scale_into(y[rows], x[rows], delta[e], None if bias is None else bias[e])
+    return y
+
+
+def grouped_backward(dy: Tensor, z: Tensor, delta: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+    """Line (23): -> dz [S, n], ddelta [E, n]."""
+    return grouped_scale(dy, delta, None, offsets), grouped_ddelta(dy, z, offsets)
+
+
+def grouped_ddelta(dy: Tensor, z: Tensor, offsets: Tensor) -> Tensor:
+    """Line (23)'s sums alone: -> [E, n], differentiable."""
+    sums = dy.new_zeros(len(offsets), dy.shape[1], dtype=accumulation_dtype(dy.dtype))
+    for e, rows in expert_rows(offsets):
+        sums[e] = ddelta(dy[rows], z[rows])
+    return sums
+
+
+def grouped_glu(gate: Tensor, up: Tensor | None, delta: Tensor, offsets: Tensor, activation: str) -> Tensor:
+    """Line (8), delta [E, n]: -> h [S, n], rounded once."""
+    h = gate.new_zeros(gate.shape)
+    for e, rows in expert_rows(offsets):
+        h[rows] = glu(gate[rows], _rows_of(up, rows), delta[e], activation)
+    return h
+
+
+def grouped_glu_backward(
+    dh: Tensor, gate: Tensor, up: Tensor | None, delta: Tensor, offsets: Tensor, activation: str
+) -> tuple[Tensor, Tensor]:
+    """Lines (9), (10), delta [E, n]: -> dg and du side by side [S, 2n] (without up: dg [S, n]), ddelta [E, n]."""
+    n = gate.shape[1]
+    dgate_up = gate.new_zeros(gate.shape[0], n if up is None else 2 * n)
+    sums = gate.new_zeros(delta.shape, dtype=accumulation_dtype(gate.dtype))
+    for e, rows in expert_rows(offsets):
+        dgate_up[rows], sums[e] = glu_backward(dh[rows], gate[rows], _rows_of(up, rows), delta[e], activation)
+    return dgate_up, sums
+
+
+def grouped_glu_ddelta(dh: Tensor, gate: Tensor, up: Tensor | None, offsets: Tensor, activation: str) -> Tensor:
+    """Line (10) alone: -> [E, n]."""
+    sums = gate.new_zeros(len(offsets), gate.shape[1], dtype=accumulation_dtype(gate.dtype))
+    for e, rows in expert_rows(offsets):
+        sums[e] = glu_ddelta(dh[rows], gate[rows], _rows_of(up, rows), activation)
+    return sums
+
+
+def combine(z: Tensor, delta: Tensor, bias: Tensor | None, weights: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
+    """Line (24): z [S, n], delta and bias [E, n], weights [T, k], order [S] -> y [T, n], rounded once."""
+    gain = _gain(delta, z)
+    place = (
+        torch.zeros_like(order).scatter_(0, order, torch.arange(len(order), device=order.device)).view(weights.shape)
+    )
+    expert = torch.searchsorted(offsets, place.to(offsets.dtype), right=True)
+    live, expert = expert < len(offsets), expert.clamp(max=len(offsets) - 1)
+    y = z.new_zeros(weights.shape[0], z.shape[1], dtype=gain.dtype)
+    for j in range(weights.shape[1]):
+        known = live[:, j, None]
+        # rows of nobody may hold NaN, which a product with zero keeps, in a gradient too
+        term = torch.where(known, z[place[:, j]], 0) * gain[expert[:, j]]
+        if bias is not None:
+            term = term + bias[expert[:, j]]
+        y = y + torch.where(known, weights[:, j, None], 0) * term
+    return y.to(z.dtype)
+
+
+def combine_backward(
+    dy: Tensor,
+    z: Tensor,
+    delta: Tensor,
+    bias: Tensor | None,
+    weights: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Line (25): dy [T, n] -> dz [S, n], ddelta [E, n], dw [T, k]."""
+    gain = _gain(delta, z)
+    dz, sums = z.new_zeros(z.shape), gain.new_zeros(gain.shape)
+    dw = gain.new_zeros(len(order))
+    for e, rows in expert_rows(offsets):
+        slots, row = order[rows], z[rows]
+        gradient = dy[slots // weights.shape[1]].to(gain.dtype)
+        weighted = gradient * weights.flatten()[slots, None]
+        torch.mul(weighted, gain[e], out=dz[rows])
+        sums[e] = ddelta(weighted, row)
+        dw[slots] = (gradient * (row * gain[e] if bias is None else torch.addcmul(bias[e], row, gain[e]))).sum(1)
+    return dz, sums, dw.view(weights.shape)
+
+
+def expert_rows(offsets: Tensor) -> list[tuple[int, slice]]:
+    """(e, its rows) of each expert that has rows. Of offsets without values (meta), none is known."""
+    ends = [] if offsets.is_meta else offsets.tolist()
+    return [(e, slice(start, end)) for e, (start, end) in enumerate(itertools.pairwise([0, *ends])) if start < end]
+
+
 def activate(x: Tensor, activation: str) -> Tensor:
     """``act(x)``: one of ACTIVATIONS, differentiable."""
     if activation == "silu":
@@ -324,6 +449,72 @@ def composite(x: Tensor, weight: Tensor, delta: Tensor, bias: Tensor | None, sid
 def composite_scale(x: Tensor, delta: Tensor) -> Tensor:
     """``scale`` for x of any rank, differentiable."""
     return (x * _gain(delta, x)).to(x.dtype)
+
+
+def composite_grouped_scale(x: Tensor, delta: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor:
+    """``grouped_scale``, differentiable."""
+    gain = _gain(delta, x)
+
+    def scaled(e: int, rows: slice) -> Tensor:
+        return (x[rows] * gain[e] if bias is None else torch.addcmul(bias[e], x[rows], gain[e])).to(x.dtype)
+
+    return _by_expert(scaled, x, x.shape[1], offsets)
+
+
+def composite_grouped_glu(gate: Tensor, up: Tensor | None, delta: Tensor, offsets: Tensor, activation: str) -> Tensor:
+    """``grouped_glu``, differentiable."""
+
+    def activated(e: int, rows: slice) -> Tensor:
+        return composite_glu(gate[rows], _rows_of(up, rows), delta[e], activation)
+
+    return _by_expert(activated, gate, gate.shape[1], offsets)
+
+
+def composite_grouped(
+    x: Tensor, weight: Tensor, delta: Tensor, bias: Tensor | None, offsets: Tensor, side: str
+) -> Tensor:
+    """Lines (21), (22) by differentiable torch calls alone: the output or the input side of the experts' linear maps."""
+    if side == "output":
+        return composite_grouped_scale(_grouped_product(x, weight, None, offsets), delta, bias, offsets)
+    return _grouped_product(composite_grouped_scale(x, delta, None, offsets), weight, bias, offsets)
+
+
+def _grouped_product(x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor:
+    """``grouped_mm``, differentiable."""
+
+    def product(e: int, rows: slice) -> Tensor:
+        z = x[rows] @ weight[e].t()
+        return z if bias is None else (z + bias[e]).to(z.dtype)
+
+    return _by_expert(product, x, weight.shape[1], offsets)
+
+
+def _by_expert(part: Callable[[int, slice], Tensor], like: Tensor, n: int, offsets: Tensor) -> Tensor:
+    """[S, n]: what ``part`` makes of each expert's rows, one below the other, then zeros; S and the dtype are those of like."""
+    found = expert_rows(offsets)
+    end = found[-1][1].stop if found else 0
+    return torch.cat([*(part(e, rows) for e, rows in found), like.new_zeros(like.shape[0] - end, n)])
+
+
+def _rows_of(t: Tensor | None, rows: slice) -> Tensor | None:
+    return None if t is None else t[rows]
+
+
+def _has_grouped_mm(x: Tensor, weight: Tensor) -> bool:
+    """Whether torch's grouped_mm serves the operands: its devices, its dtypes, rows of 16 bytes."""
+
+    def by_rows(t: Tensor) -> bool:
+        step = t.stride(-2) * t.itemsize
+        return t.stride(-1) == 1 and t.stride(-2) >= t.shape[-1] and (step | t.data_ptr()) % 16 == 0
+
+    return (
+        x.device.type in ("cpu", "cuda")
+        and x.dtype != torch.float64
+        and x.numel() * weight.numel() > 0
+        and weight.shape[1] * x.itemsize % 16 == 0
+        and by_rows(x)
+        and (by_rows(weight) or by_rows(weight.transpose(1, 2)))
+    )
 
 
 def _gain(delta: Tensor, like: Tensor) -> Tensor:

@@ -33,6 +33,15 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
     "add_layer_norm_backward": ("dy", "dh", "h", "z", "delta_out", "norm_weight", "mean", "r"),
     "rms_norm_add": ("dy", "z", "delta_out", "norm_weight", "eps"),
     "rms_norm_add_backward": ("dh", "z", "delta_out", "norm_weight", "r"),
+    "grouped_mm": ("x", "experts", "expert_bias", "offsets"),
+    "grouped_scale": ("z", "expert_delta", "expert_bias", "offsets"),
+    "grouped_backward": ("dy", "z", "expert_delta", "offsets"),
+    "grouped_ddelta": ("dy", "z", "offsets"),
+    "grouped_glu": ("dy", "z", "expert_delta", "offsets", "activation"),
+    "grouped_glu_backward": ("dh", "dy", "z", "expert_delta", "offsets", "activation"),
+    "grouped_glu_ddelta": ("dh", "dy", "z", "offsets", "activation"),
+    "combine": ("z", "expert_delta", "expert_bias", "router", "order", "offsets"),
+    "combine_backward": ("token_dy", "z", "expert_delta", "expert_bias", "router", "order", "offsets"),
 }
 """By op, what it is called with in tests and benchmarks, by the names of ``tensors``."""
 
@@ -49,6 +58,8 @@ def tensors(
 
     dy, z, dh and h are [T, out]; vectors are [in] or [out], mean and r are [T]. Gains are away from 1, and W keeps the size of
     x's elements. delta, mean and r have the dtype of sums: fp64 of fp64, else fp32.
+    The rows are those of four experts as well: the second has none, and some rows at the end belong to nobody. The router has
+    two slots a token (one where T is odd), so token_dy is [T / 2, out].
     make: what makes a tensor of a shape, as torch.randn and torch.empty do.
     """
     sums = torch.promote_types(dtype, torch.float32)
@@ -56,6 +67,8 @@ def tensors(
     def of(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return make(shape, dtype=dtype, device=device)
 
+    slots = 1 + (t % 2 == 0)
+    end = t - t // 8
     return {
         "x": of(t, i),
         "weight": of(o, i).div_(max(i, 1) ** 0.5),
@@ -70,6 +83,14 @@ def tensors(
         "h": of(t, o),
         "norm_bias": of(o),
         "mean": of(t, dtype=sums),
+        "experts": of(4, o, i).div_(max(i, 1) ** 0.5),
+        "expert_delta": of(4, o, dtype=sums).mul_(0.3),
+        "expert_bias": of(4, o),
+        "offsets": torch.tensor([end // 3, end // 3, end // 2, end], dtype=torch.int32, device=device),
+        "router": of(t // slots, slots, dtype=sums),
+        "token_dy": of(t // slots, o),
+        # the rows of a token are apart
+        "order": torch.arange(t, device=device).view(t // slots, slots).t().flatten(),
     }
 
 

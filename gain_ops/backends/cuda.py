@@ -3,6 +3,8 @@
 A GEMM's epilogue does the work where a fused kernel serves the operands: sm_90, bfloat16 or float16, rows that TMA can
 address. Elsewhere (other cards, float32, odd sizes) the vendor's GEMM runs, with tf32 only where torch allows it, and one
 hand-written pass follows, which reads and writes [T, out] once more (the count is in benchmarks/NOTES.md).
+
+The ops of experts are plain torch's here, an expert after the other; the Triton backend has kernels for them.
 """
 
 import functools
@@ -164,6 +166,61 @@ def rms_norm_add(residual: Tensor, z: Tensor, delta: Tensor, weight: Tensor, eps
 def rms_norm_add_backward(dh: Tensor, z: Tensor, delta: Tensor, weight: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
     """Line (18) by plain torch: -> dz [T, n], ddelta [n]."""
     return reference.rms_norm_add_backward(dh, z, delta, weight, r)
+
+
+def grouped_mm(x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor:
+    """Line (21) by plain torch: -> z [S, out]."""
+    return reference.grouped_mm(x, weight, bias, offsets)
+
+
+def grouped_scale(x: Tensor, delta: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor:
+    """Line (22) by plain torch: -> y [S, n]."""
+    return reference.grouped_scale(x, delta, bias, offsets)
+
+
+def grouped_backward(dy: Tensor, z: Tensor, delta: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+    """Line (23) by plain torch: -> dz [S, n], ddelta [E, n]."""
+    return reference.grouped_backward(dy, z, delta, offsets)
+
+
+def grouped_ddelta(dy: Tensor, z: Tensor, offsets: Tensor) -> Tensor:
+    """Line (23)'s sums alone by plain torch: -> ddelta [E, n]."""
+    return reference.grouped_ddelta(dy, z, offsets)
+
+
+def grouped_glu(gate: Tensor, up: Tensor | None, delta: Tensor, offsets: Tensor, activation: str) -> Tensor:
+    """Line (8), a delta an expert, by plain torch: -> h [S, n]."""
+    return reference.grouped_glu(gate, up, delta, offsets, activation)
+
+
+def grouped_glu_backward(
+    dh: Tensor, gate: Tensor, up: Tensor | None, delta: Tensor, offsets: Tensor, activation: str
+) -> tuple[Tensor, Tensor]:
+    """Lines (9), (10), a delta an expert, by plain torch: -> [S, 2n] (without up [S, n]), ddelta [E, n]."""
+    return reference.grouped_glu_backward(dh, gate, up, delta, offsets, activation)
+
+
+def grouped_glu_ddelta(dh: Tensor, gate: Tensor, up: Tensor | None, offsets: Tensor, activation: str) -> Tensor:
+    """Line (10) alone, a delta an expert, by plain torch: -> ddelta [E, n]."""
+    return reference.grouped_glu_ddelta(dh, gate, up, offsets, activation)
+
+
+def combine(z: Tensor, delta: Tensor, bias: Tensor | None, weights: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
+    """Line (24) by plain torch: -> y [T, n]."""
+    return reference.combine(z, delta, bias, weights, order, offsets)
+
+
+def combine_backward(
+    dy: Tensor,
+    z: Tensor,
+    delta: Tensor,
+    bias: Tensor | None,
+    weights: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Line (25) by plain torch: -> dz [S, n], ddelta [E, n], dw [T, k]."""
+    return reference.combine_backward(dy, z, delta, bias, weights, order, offsets)
 
 
 def _scale_and_shift(z: Tensor, delta: Tensor, bias: Tensor | None) -> Tensor:

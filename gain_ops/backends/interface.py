@@ -12,8 +12,8 @@ def _empty(like: Tensor, *shape: int | torch.SymInt) -> Tensor:
     return torch.empty(shape, dtype=like.dtype, device=like.device)
 
 
-def _sums(like: Tensor, size: int | torch.SymInt) -> Tensor:
-    return torch.empty((size,), dtype=accumulation_dtype(like.dtype), device=like.device)
+def _sums(like: Tensor, *shape: int | torch.SymInt) -> Tensor:
+    return torch.empty(shape, dtype=accumulation_dtype(like.dtype), device=like.device)
 
 
 class Backend(Protocol):
@@ -138,6 +138,58 @@ class Backend(Protocol):
     ) -> tuple[Tensor, Tensor]:
         """dz [T, n], ddelta [n]."""
         return _empty(z, *z.shape), _sums(z, z.shape[1])
+
+    def grouped_mm(self, x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor:
+        """[S, out]."""
+        return _empty(x, x.shape[0], weight.shape[1])
+
+    def grouped_scale(self, x: Tensor, delta: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor:
+        """[S, n]."""
+        return _empty(x, *x.shape)
+
+    def grouped_backward(self, dy: Tensor, z: Tensor, delta: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+        """dz [S, n], ddelta [E, n]."""
+        return _empty(dy, *dy.shape), _sums(dy, *delta.shape)
+
+    def grouped_ddelta(self, dy: Tensor, z: Tensor, offsets: Tensor) -> Tensor:
+        """ddelta [E, n]."""
+        return _sums(dy, offsets.shape[0], dy.shape[1])
+
+    def grouped_glu(self, gate: Tensor, up: Tensor | None, delta: Tensor, offsets: Tensor, activation: str) -> Tensor:
+        """[S, n]."""
+        return _empty(gate, *gate.shape)
+
+    def grouped_glu_backward(
+        self, dh: Tensor, gate: Tensor, up: Tensor | None, delta: Tensor, offsets: Tensor, activation: str
+    ) -> tuple[Tensor, Tensor]:
+        """[S, 2n] (without up [S, n]), ddelta [E, n]."""
+        s, n = gate.shape
+        return _empty(gate, s, n if up is None else 2 * n), _sums(gate, *delta.shape)
+
+    def grouped_glu_ddelta(
+        self, dh: Tensor, gate: Tensor, up: Tensor | None, offsets: Tensor, activation: str
+    ) -> Tensor:
+        """ddelta [E, n]."""
+        return _sums(gate, offsets.shape[0], gate.shape[1])
+
+    def combine(
+        self, z: Tensor, delta: Tensor, bias: Tensor | None, weights: Tensor, order: Tensor, offsets: Tensor
+    ) -> Tensor:
+        """y [T, n]."""
+        return _empty(z, weights.shape[0], z.shape[1])
+
+    def combine_backward(
+        self,
+        dy: Tensor,
+        z: Tensor,
+        delta: Tensor,
+        bias: Tensor | None,
+        weights: Tensor,
+        order: Tensor,
+        offsets: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """dz [S, n], ddelta [E, n], dw [T, k]."""
+        return _empty(z, *z.shape), _sums(z, *delta.shape), _sums(z, *weights.shape)
 
 
 class _Fakes(Backend):

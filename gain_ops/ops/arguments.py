@@ -42,6 +42,27 @@ def check_features(x: Tensor, features: int, delta: Tensor, meaning: str) -> Non
     check_device(x, delta, "delta")
 
 
+def check_offsets(x: Tensor, offsets: Tensor) -> None:
+    """Raise unless x is [S, n] and offsets, the end of each expert's rows, are [E] in int32 on x's device."""
+    if x.dim() != 2:
+        raise ValueError(f"rows that are sorted by expert must be [S, n], got shape {tuple(x.shape)}")
+    if offsets.dim() != 1 or offsets.shape[0] == 0:
+        raise ValueError(f"offsets must be [E], the end of each expert's rows, got shape {tuple(offsets.shape)}")
+    if offsets.dtype != torch.int32:
+        raise TypeError(f"offsets must be int32, as those of torch.nn.functional.grouped_mm, got {offsets.dtype}")
+    check_device(x, offsets, "offsets")
+
+
+def check_expert_rows(x: Tensor, experts: int, features: int, rows: Tensor, name: str, meaning: str) -> None:
+    """Raise ValueError unless ``rows``, a delta or a bias, is [E, features] on x's device; ``meaning`` says which features."""
+    if rows.shape != (experts, features):
+        raise ValueError(
+            f"{name} must be [{experts}, {features}] (a row for each of the offsets, {meaning}), got shape "
+            f"{tuple(rows.shape)}"
+        )
+    check_device(x, rows, name)
+
+
 def check_device(x: Tensor, other: Tensor, name: str) -> None:
     """Raise ValueError unless both are on one device."""
     if other.device != x.device:

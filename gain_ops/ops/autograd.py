@@ -1,6 +1,6 @@
 """What every autograd Function here shares: autocast, the casts, the notes on ctx."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any
 
@@ -37,6 +37,17 @@ def outside_autocast(backward: Callable[..., Gradients]) -> Callable[..., Gradie
 def differentiable() -> bool:
     """Whether this backward is itself being recorded (create_graph=True); a traced backward never is."""
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def gradients_of(
+    composite: Callable[..., Tensor], inputs: Sequence[Tensor | None], needed: Sequence[bool], dy: Tensor
+) -> Gradients:
+    """The gradients of ``composite(*inputs)`` in a backward that is being recorded, None where none is needed."""
+    # a view has a node of its own: a delta from which z was made gets no gradient through z here
+    own = [t.view_as(t) if t is not None and need else t for t, need in zip(inputs, needed, strict=True)]
+    wanted = [t for t, need in zip(own, needed, strict=True) if t is not None and need]
+    found = iter(torch.autograd.grad(composite(*own), wanted, dy, create_graph=True))
+    return tuple(next(found) if need else None for need in needed)
 
 
 def cast_to(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -8,14 +8,27 @@ from torch.autograd import Function
 
 from gain_ops import reference
 from gain_ops.ops import raw
-from gain_ops.ops.arguments import check_device, check_features, check_floating, flatten
-from gain_ops.ops.autograd import Gradients, cast_to, differentiable, outside_autocast
+from gain_ops.ops.arguments import (
+    check_device,
+    check_expert_rows,
+    check_features,
+    check_floating,
+    check_offsets,
+    flatten,
+)
+from gain_ops.ops.autograd import Gradients, cast_to, differentiable, gradients_of, outside_autocast
 from gain_ops.ops.calling import call
 from gain_ops.ops.entering import entry
 
 
 def gain_glu(
-    gate: Tensor, up: Tensor | None, delta: Tensor, *, activation: str = "silu", backend: str = "auto"
+    gate: Tensor,
+    up: Tensor | None,
+    delta: Tensor,
+    *,
+    activation: str = "silu",
+    offsets: Tensor | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     r"""A gated FFN's activation with a gain on each hidden neuron, ``gain = 1 + delta``, in one pass.
 
@@ -31,8 +44,11 @@ def gain_glu(
     Args:
         gate: [..., n], any strides; float64, float32, bfloat16 or float16. Or packed [..., 2n], gate then up, with up=None.
         up: [..., n] in gate's dtype, or None where gate is packed.
-        delta: [n], any floating dtype.
+        delta: [n], any floating dtype; with offsets [E, n], a row an expert.
         activation: "silu" (SwiGLU), "gelu" or "gelu_tanh" (GEGLU), "relu2".
+        offsets: the rows of gate and up [S, n] are sorted by expert, and each expert's end here, as in gain_grouped_linear: the
+            gain is the input side of the experts' down projections. Rows past the last end are never read; h and the gradients
+            are zero there.
         backend: as in gain_linear.
 
     Returns:
@@ -56,7 +72,7 @@ def gain_glu(
             raise ValueError(f"without up, gate must be packed [..., 2n], gate then up; got shape {tuple(gate.shape)}")
     else:
         _check_like(gate, up)
-    return _activated(gate, up, delta, activation, up is None, backend)
+    return _activated(gate, up, delta, offsets, activation, up is None, backend)
 
 
 def gain_swiglu(gate: Tensor, up: Tensor | None, delta: Tensor, *, backend: str = "auto") -> Tensor:
@@ -74,7 +90,9 @@ def gain_geglu(
     return gain_glu(gate, up, delta, activation=activation, backend=backend)
 
 
-def gain_activation(x: Tensor, delta: Tensor, *, activation: str, backend: str = "auto") -> Tensor:
+def gain_activation(
+    x: Tensor, delta: Tensor, *, activation: str, offsets: Tensor | None = None, backend: str = "auto"
+) -> Tensor:
     """The activation of an FFN without a gate (GPT-2), with a gain on each hidden neuron, ``gain = 1 + delta``, in one pass.
 
     ::
@@ -83,8 +101,9 @@ def gain_activation(x: Tensor, delta: Tensor, *, activation: str, backend: str =
 
     Args:
         x: [..., n], any strides; float64, float32, bfloat16 or float16. It is saved for backward.
-        delta: [n], any floating dtype.
+        delta: [n], any floating dtype; with offsets [E, n], a row an expert.
         activation: "silu", "gelu", "gelu_tanh" (GPT-2's) or "relu2".
+        offsets: as in gain_glu.
         backend: as in gain_linear.
 
     Returns:
@@ -96,7 +115,7 @@ def gain_activation(x: Tensor, delta: Tensor, *, activation: str, backend: str =
 
     """
     _check_activation(activation)
-    return _activated(x, None, delta, activation, False, backend)
+    return _activated(x, None, delta, offsets, activation, False, backend)
 
 
 def gain_relu2(x: Tensor, delta: Tensor, *, backend: str = "auto") -> Tensor:
@@ -104,32 +123,85 @@ def gain_relu2(x: Tensor, delta: Tensor, *, backend: str = "auto") -> Tensor:
     return gain_activation(x, delta, activation="relu2", backend=backend)
 
 
-def _activated(gate: Tensor, up: Tensor | None, delta: Tensor, activation: str, packed: bool, backend: str) -> Tensor:
+def _activated(
+    gate: Tensor,
+    up: Tensor | None,
+    delta: Tensor,
+    offsets: Tensor | None,
+    activation: str,
+    packed: bool,
+    backend: str,
+) -> Tensor:
     check_floating(gate=gate, delta=delta)
     width = gate.shape[-1] if gate.dim() else 0
-    check_features(gate, width // 2 if packed else width, delta, "the hidden neurons")
-    return _glu(gate, up, delta, activation, packed, backend)
+    n = width // 2 if packed else width
+    if offsets is None:
+        check_features(gate, n, delta, "the hidden neurons")
+    else:
+        check_offsets(gate, offsets)
+        check_expert_rows(gate, offsets.shape[0], n, delta, "delta", "the hidden neurons")
+    return _glu(gate, up, delta, offsets, activation, packed, backend)
 
 
 def _sharding(
-    gate: Tensor, up: Tensor | None, delta: Tensor, activation: str, packed: bool, backend: str
+    gate: Tensor,
+    up: Tensor | None,
+    delta: Tensor,
+    offsets: Tensor | None,
+    activation: str,
+    packed: bool,
+    backend: str,
 ) -> tuple[str, int]:
-    return "glu_packed" if packed else "glu", delta.shape[0]
+    # the rules without offsets have no such operand: there this None goes with the options
+    return ("glu" if offsets is None else "grouped_glu") + "_packed" * packed, delta.shape[-1]
 
 
-def _composite(gate: Tensor, up: Tensor | None, delta: Tensor, activation: str, packed: bool, backend: str) -> Tensor:
+def _composite(
+    gate: Tensor,
+    up: Tensor | None,
+    delta: Tensor,
+    offsets: Tensor | None,
+    activation: str,
+    packed: bool,
+    backend: str,
+) -> Tensor:
     g, u = gate.chunk(2, -1) if packed else (gate, up)
-    return reference.composite_glu(g, u, delta, activation)
+    if offsets is None:
+        return reference.composite_glu(g, u, delta, activation)
+    return reference.composite_grouped_glu(g, u, delta, offsets, activation)
 
 
 @entry(_sharding, _composite)
-def _glu(gate: Tensor, up: Tensor | None, delta: Tensor, activation: str, packed: bool, backend: str) -> Tensor:
+def _glu(
+    gate: Tensor,
+    up: Tensor | None,
+    delta: Tensor,
+    offsets: Tensor | None,
+    activation: str,
+    packed: bool,
+    backend: str,
+) -> Tensor:
     up = None if up is None else flatten(up)
     wants_grad = gate.requires_grad or delta.requires_grad or (up is not None and up.requires_grad)
     if torch.is_grad_enabled() and wants_grad:
-        h: Tensor = Glu.apply(gate, up, delta, activation, packed, backend)
+        h: Tensor = Glu.apply(gate, up, delta, offsets, activation, packed, backend)
         return h
-    return call(raw.glu, *halves(gate, up, packed), delta, activation, backend)
+    return _forward(gate, up, delta, offsets, activation, packed, backend)
+
+
+def _forward(
+    gate: Tensor,
+    up: Tensor | None,
+    delta: Tensor,
+    offsets: Tensor | None,
+    activation: str,
+    packed: bool,
+    backend: str,
+) -> Tensor:
+    g, u = halves(gate, up, packed)
+    if offsets is None:
+        return call(raw.glu, g, u, delta, activation, backend)
+    return call(raw.grouped_glu, g, u, delta, offsets, activation, backend)
 
 
 def _check_activation(activation: str) -> None:
@@ -150,41 +222,54 @@ class Glu(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, gate: Tensor, up: Tensor | None, delta: Tensor, activation: str, packed: bool, backend: str
+        ctx: Any,
+        gate: Tensor,
+        up: Tensor | None,
+        delta: Tensor,
+        offsets: Tensor | None,
+        activation: str,
+        packed: bool,
+        backend: str,
     ) -> Tensor:
-        """gate [T, n] and up [T, n] or None, or packed [T, 2n] and None; delta [n] -> h [T, n]."""
+        """gate [T, n] and up [T, n] or None, or packed [T, 2n] and None; delta [n], or [E, n] with offsets -> h [T, n]."""
         ctx.set_materialize_grads(False)
         ctx.device_type, ctx.delta_dtype = gate.device.type, delta.dtype
         ctx.activation, ctx.packed, ctx.backend = activation, packed, backend
-        ctx.save_for_backward(gate, up, delta)
-        return call(raw.glu, *halves(gate, up, packed), delta, activation, backend)
+        ctx.save_for_backward(gate, up, delta, offsets)
+        return _forward(gate, up, delta, offsets, activation, packed, backend)
 
     @staticmethod
     @outside_autocast
     def backward(ctx: Any, dh: Tensor | None) -> Gradients:
         """dh [T, n] -> dgate, dup, ddelta."""
+        rest = (None,) * 4
         if dh is None:
-            return (None,) * 6
-        gate, up, delta = ctx.saved_tensors
-        g, u = halves(gate, up, ctx.packed)
-        needs_gate, needs_up, needs_delta = ctx.needs_input_grad[:3]
+            return (None,) * 3 + rest
+        gate, up, delta, offsets = ctx.saved_tensors
+        needed = needs_gate, needs_up, needs_delta = ctx.needs_input_grad[:3]
         if differentiable():
-            parts, ddelta = reference.composite_glu_backward(dh, g, u, delta, ctx.activation)
-            dgate_up = torch.cat(parts, 1) if len(parts) == 2 else parts[0]
-        elif needs_gate or needs_up:
+
+            def composite(gate: Tensor, up: Tensor | None, delta: Tensor) -> Tensor:
+                return _composite(gate, up, delta, offsets, ctx.activation, ctx.packed, ctx.backend)
+
+            return gradients_of(composite, (gate, up, delta), needed, dh) + rest
+        g, u = halves(gate, up, ctx.packed)
+        if not (needs_gate or needs_up):
+            if offsets is None:
+                ddelta = call(raw.glu_ddelta, dh, g, u, ctx.activation, ctx.backend)
+            else:
+                ddelta = call(raw.grouped_glu_ddelta, dh, g, u, offsets, ctx.activation, ctx.backend)
+            return None, None, cast_to(ddelta, ctx.delta_dtype), *rest
+        if offsets is None:
             dgate_up, ddelta = call(raw.glu_backward, dh, g, u, delta, ctx.activation, ctx.backend)
         else:
-            dgate_up, ddelta = None, call(raw.glu_ddelta, dh, g, u, ctx.activation, ctx.backend)
-        dgate, dup = (None, None) if dgate_up is None else halves(dgate_up, None, up is not None)
-        if ctx.packed:
-            dgate, dup = dgate_up, None
+            dgate_up, ddelta = call(raw.grouped_glu_backward, dh, g, u, delta, offsets, ctx.activation, ctx.backend)
+        dgate, dup = (dgate_up, None) if ctx.packed else halves(dgate_up, None, up is not None)
         return (
             dgate if needs_gate else None,
             dup if needs_up else None,
             cast_to(ddelta, ctx.delta_dtype) if needs_delta else None,
-            None,
-            None,
-            None,
+            *rest,
         )
 
 

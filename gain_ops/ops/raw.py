@@ -175,3 +175,65 @@ def rms_norm_add_backward(
     dh: Tensor, z: Tensor, delta: Tensor, weight: Tensor, r: Tensor, backend: str
 ) -> tuple[Tensor, Tensor]:
     return implementation(backend, dh).rms_norm_add_backward(dh, z, delta, weight, r)
+
+
+@_op
+def grouped_mm(x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor, backend: str) -> Tensor:
+    return implementation(backend, x).grouped_mm(x, weight, bias, offsets)
+
+
+@_op
+def grouped_scale(x: Tensor, delta: Tensor, bias: Tensor | None, offsets: Tensor, backend: str) -> Tensor:
+    return implementation(backend, x).grouped_scale(x, delta, bias, offsets)
+
+
+@_op
+def grouped_backward(dy: Tensor, z: Tensor, delta: Tensor, offsets: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    return implementation(backend, dy).grouped_backward(dy, z, delta, offsets)
+
+
+@_op
+def grouped_ddelta(dy: Tensor, z: Tensor, offsets: Tensor, backend: str) -> Tensor:
+    return implementation(backend, dy).grouped_ddelta(dy, z, offsets)
+
+
+@_op
+def grouped_glu(
+    gate: Tensor, up: Tensor | None, delta: Tensor, offsets: Tensor, activation: str, backend: str
+) -> Tensor:
+    return implementation(backend, gate).grouped_glu(gate, up, delta, offsets, activation)
+
+
+@_op
+def grouped_glu_backward(
+    dh: Tensor, gate: Tensor, up: Tensor | None, delta: Tensor, offsets: Tensor, activation: str, backend: str
+) -> tuple[Tensor, Tensor]:
+    return implementation(backend, dh).grouped_glu_backward(dh, gate, up, delta, offsets, activation)
+
+
+@_op
+def grouped_glu_ddelta(
+    dh: Tensor, gate: Tensor, up: Tensor | None, offsets: Tensor, activation: str, backend: str
+) -> Tensor:
+    return implementation(backend, dh).grouped_glu_ddelta(dh, gate, up, offsets, activation)
+
+
+@_op
+def combine(
+    z: Tensor, delta: Tensor, bias: Tensor | None, weights: Tensor, order: Tensor, offsets: Tensor, backend: str
+) -> Tensor:
+    return implementation(backend, z).combine(z, delta, bias, weights, order, offsets)
+
+
+@_op
+def combine_backward(
+    dy: Tensor,
+    z: Tensor,
+    delta: Tensor,
+    bias: Tensor | None,
+    weights: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return implementation(backend, dy).combine_backward(dy, z, delta, bias, weights, order, offsets)

@@ -33,6 +33,7 @@ Y = TypeVar("Y", bound=Tensor | tuple[Tensor, Tensor])
 # The operands and the results, then the rows. A letter is a placement on one dimension of the mesh:
 #   R  replicated        T  some of the tokens        F  some of an activation's features, its last dimension
 #   P  a term of a sum   0  some rows of a weight, or entries of delta or a bias        1  some columns of a weight
+#   an expert's weight is [E, out, in], its delta and bias [E, n]: 1 and 2 are their features
 #   -  the operand must be None; an operand that is None fits everywhere
 _RULES: dict[str, tuple[str, ...]] = {
     "scale": ("x delta -> y", "R R -> R", "T R -> T", "F 0 -> F", "P R -> P"),
@@ -92,7 +93,50 @@ _RULES: dict[str, tuple[str, ...]] = {
     ),
     "rms_norm_add": ("residual z delta weight -> h r", "R R R R -> R R", "T T R R -> T T"),
     "rms_norm_add_backward": ("dh z delta weight r -> dz ddelta", "R R R R R -> R R", "T T R R T -> T P"),
+    # rows by expert: where they end holds for all rows, so tokens are not sharded
+    "grouped_mm": ("x weight bias offsets -> z", "R R R R -> R", "R 1 1 R -> F", "F 2 P R -> P"),
+    "grouped_scale": ("x delta bias offsets -> y", "R R R R -> R", "F 1 1 R -> F", "P R P R -> P"),
+    "grouped_backward": ("dy z delta offsets -> dz ddelta", "R R R R -> R R", "F F 1 R -> F 1", "R P R R -> R P"),
+    "grouped_ddelta": ("dy z offsets -> ddelta", "R R R -> R", "F F R -> 1", "R P R -> P"),
+    "grouped_glu": ("gate up delta offsets -> h", "R R R R -> R", "F F 1 R -> F"),
+    "grouped_glu_backward": (
+        "dh gate up delta offsets -> dgate_up ddelta",
+        "R R R R R -> R R",
+        "F F - 1 R -> F 1",
+    ),
+    "grouped_glu_ddelta": ("dh gate up offsets -> ddelta", "R R R R -> R", "F F F R -> 1"),
+    "combine": (
+        "z delta bias weights order offsets -> y",
+        "R R R R R R -> R",
+        "F 1 1 R R R -> F",
+        "P R P R R R -> P",
+    ),
+    "combine_backward": (
+        "dy z delta bias weights order offsets -> dz ddelta dw",
+        "R R R R R R R -> R R R",
+        "F F 1 1 R R R -> F 1 P",
+        "R P R P R R R -> R P P",
+    ),
     # the public functions that are no raw op; in a packed gate, gate and up share one dimension, and a shard would split them
+    "grouped_linear_output": (
+        "x weight delta bias offsets -> y",
+        "R R R R R -> R",
+        "R 1 1 1 R -> F",
+        "F 2 R P R -> P",
+    ),
+    "grouped_linear_input": (
+        "x weight delta bias offsets -> y",
+        "R R R R R -> R",
+        "R 1 R 1 R -> F",
+        "F 2 1 P R -> P",
+    ),
+    "gain_combine": (
+        "weights z delta bias order offsets -> y",
+        "R R R R R R -> R",
+        "R F 1 1 R R -> F",
+        "R P R P R R -> P",
+    ),
+    "grouped_glu_packed": ("gate up delta offsets -> h", "R - R R -> R"),
     "glu_packed": ("gate up delta -> h", "R - R -> R", "T - R -> T"),
     "mlp": (
         "x gate_weight up_weight down_weight delta gate_bias up_bias down_bias -> y",
@@ -107,9 +151,17 @@ _RULES: dict[str, tuple[str, ...]] = {
     ),
 }
 
-_WORDS = {"R": "Replicate", "T": "Shard(tokens)", "F": "Shard(-1)", "P": "Partial", "0": "Shard(0)", "1": "Shard(1)"}
+_WORDS = {
+    "R": "Replicate",
+    "T": "Shard(tokens)",
+    "F": "Shard(-1)",
+    "P": "Partial",
+    "0": "Shard(0)",
+    "1": "Shard(1)",
+    "2": "Shard(2)",
+}
 _STATISTICS = {"mean", "r"}
-_ACTIVATIONS = {"x", "dy", "z", "dh", "h", "gate", "up", "residual"}
+_ACTIVATIONS = {"x", "dy", "z", "dh", "h", "gate", "up", "residual", "weights"}
 
 
 @dataclass(frozen=True)
@@ -195,7 +247,7 @@ class _Layout:
             elif letter == "P":
                 placements.append(Partial())
             else:
-                placements.append(Shard({"T": token_dim, "F": len(shape) - 1, "0": 0}[letter]))
+                placements.append(Shard({"T": token_dim, "F": len(shape) - 1, "0": 0, "1": 1}[letter]))
         if self._even(placements, shape):  # from_local finds the shape by itself, which torch.compile asks of it
             return DTensor.from_local(local, self.mesh, placements, run_check=False)
         stride = torch.empty(shape, device="meta").stride()

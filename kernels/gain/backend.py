@@ -13,6 +13,17 @@ from gain_ops.kernels.linear_forward import linear, linear_z
 from gain_ops.kernels.norm_add import rms_norm_add, rms_norm_add_backward
 from gain_ops.kernels.rms_norm import rms_norm, rms_norm_backward
 from gain_ops.kernels.rows import backward, ddelta, linear_input, scale
+from gain_ops.reference import (
+    combine,
+    combine_backward,
+    grouped_backward,
+    grouped_ddelta,
+    grouped_glu,
+    grouped_glu_backward,
+    grouped_glu_ddelta,
+    grouped_mm,
+    grouped_scale,
+)
 
 __all__ = [
     "add",
@@ -23,11 +34,20 @@ __all__ = [
     "backward",
     "backward_input",
     "backward_recompute",
+    "combine",
+    "combine_backward",
     "ddelta",
     "ddelta_recompute",
     "glu",
     "glu_backward",
     "glu_ddelta",
+    "grouped_backward",
+    "grouped_ddelta",
+    "grouped_glu",
+    "grouped_glu_backward",
+    "grouped_glu_ddelta",
+    "grouped_mm",
+    "grouped_scale",
     "linear",
     "linear_input",
     "linear_z",

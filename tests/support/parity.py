@@ -24,6 +24,12 @@ CALLS = {
     "add_rms_norm without bias": ("dy", "z", "delta_out", "no bias", "norm_weight", "eps"),
     "add_layer_norm without biases": ("dy", "z", "delta_out", "no bias", "norm_weight", "no bias", "eps"),
     "add_layer_norm_backward without dh": ("dy", "no dh", "h", "z", "delta_out", "norm_weight", "mean", "r"),
+    "grouped_mm without bias": ("x", "experts", "no bias", "offsets"),
+    "grouped_scale without bias": ("z", "expert_delta", "no bias", "offsets"),
+    "grouped_glu without up": ("dy", "no up", "expert_delta", "offsets", "relu2"),
+    "grouped_glu_backward without up": ("dh", "dy", "no up", "expert_delta", "offsets", "relu2"),
+    "combine without bias": ("z", "expert_delta", "no bias", "router", "order", "offsets"),
+    "combine_backward without bias": ("token_dy", "z", "expert_delta", "no bias", "router", "order", "offsets"),
     "add_rms_norm_backward without dh": ("dy", "no dh", "h", "z", "delta_out", "norm_weight", "r"),
 }
 
@@ -63,7 +69,7 @@ def run(backend: ModuleType, call: str, given: dict[str, Any]) -> tuple[Tensor, 
 
 def compare(backend: ModuleType, call: str, given: dict[str, Any]) -> None:
     """The backend errs at most twice what plain torch errs, and returns its dtypes and strides."""
-    exact = {name: v.double() if isinstance(v, Tensor) else v for name, v in given.items()}
+    exact = {name: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for name, v in given.items()}
     absolute = {name: v.abs() if isinstance(v, Tensor) else v for name, v in exact.items()}
     results = (
         run(backend, call, given),
