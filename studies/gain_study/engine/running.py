@@ -107,6 +107,9 @@ def study(settings: Settings, watcher: Watcher) -> Study:
     device, dtype = resolve_device(settings.device), resolve_dtype(settings.dtype)
     watcher.phase("reading the text")
     domains = find_domains([*settings.domains, *settings.held_out])
+    for domain in domains:
+        if domain.read:
+            watcher.notice(domain.read)
     learned, held_out = domains[: len(settings.domains)], domains[len(settings.domains) :]
     orders = draw_orders([domain.name for domain in learned], settings.orders)
     with ExitStack() as held:
@@ -116,7 +119,7 @@ def study(settings: Settings, watcher: Watcher) -> Study:
         _tidy(settings.out)
         source = _model_source(settings, learned, watcher)
         watcher.phase(f"loading {source.name}")
-        loaded = load_model(source, dtype=dtype, device=device)
+        loaded = load_model(source, dtype=dtype, device=device, trust_remote_code=settings.trust_remote_code)
         check_length(loaded.model, settings.sequence_length)
         texts = tokenise(learned, held_out, loaded.tokenizer, settings)
         tasks = downstream.tasks() if settings.tasks else []
