@@ -203,16 +203,17 @@ def _from_records(name: str, source: str, records: Iterator[Record], limit: int,
         raise UsageError(f"{source} has no records: give a file with data")
     layout = layout_of(first, text_field)
     found: list[Document] = []
-    size = 0
+    size, whole = 0, True
     for document in documents_of(chain([first], records), layout):
         if size >= limit:
+            whole = False
             break
         found.append(document)
         size += characters(document)
     domain = split_domain(name, found, source=source)
     if not domain.train:
         raise UsageError(f"{source} has {len(found):,} records without text in {layout}: give a file with text")
-    return replace(domain, read=_said(f"{len(found):,} records, {layout}", size, source, whole=size < limit))
+    return replace(domain, read=_said(f"{len(found):,} records, {layout}", size, source, whole=whole))
 
 
 def _from_text(path: Path, limit: int) -> Domain:
