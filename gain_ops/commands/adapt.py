@@ -109,7 +109,7 @@ class _ConsoleWatcher:
         STDOUT.print(f"[dim]{escape(text)} ...[/]")
 
     def notice(self, text: str) -> None:
-        STDOUT.print(f"[yellow]{escape(text)}[/]")
+        STDOUT.print(f"[yellow]{escape(text)}[/]", soft_wrap=True)
 
     @contextmanager
     def training(self, steps: int) -> Iterator[None]:

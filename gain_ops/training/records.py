@@ -190,7 +190,7 @@ def _parquet(file: IO[bytes], path: Path) -> Iterator[Record]:
             for fields in batch.to_pylist():
                 number += 1
                 yield Record(f"{path}, record {number}", fields)
-    except ArrowException as error:
+    except (ArrowException, OSError) as error:  # OSError for some damage too, with no name in it
         raise UsageError(f"{path} is no complete Parquet file: {error}") from error
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from gain_ops.gainfiles.fingerprints import digest, sample
 from gain_ops.measure import environment
+from gain_ops.measure.marks import unmarked
 from gain_ops.measure.perplexity import perplexity
 from gain_ops.measure.step_bytes import backward_bytes
 from gain_ops.training.domains import Domain
@@ -366,9 +367,8 @@ class _Running:
         for stage in self._study.stages:
             if stage.method == method:
                 return stage.saved_bytes
-        return backward_bytes(
-            self._model, self._texts[domain].windows(self._settings, seed)[: self._settings.batch_size]
-        )
+        windows = self._texts[domain].windows(self._settings, seed)[: self._settings.batch_size]
+        return backward_bytes(self._model, unmarked(windows))
 
     def _perplexities(self) -> dict[str, float]:
         return {name: perplexity(self._model, text.validation) for name, text in self._texts.items()}
