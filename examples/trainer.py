@@ -14,6 +14,7 @@ from transformers import Trainer, TrainingArguments
 
 import gain_ops
 from gain_ops.integrations.trainer import GainCallback, GainTrainerMixin
+from gain_ops.measure.marks import unmarked
 from gain_ops.training.domains import cut_windows, from_path, python_source, token_stream
 from gain_ops.training.loading import bundled_model, load_model
 
@@ -32,8 +33,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     domain = from_path(options.data) if options.data else python_source()
     windows = options.steps * options.batch_size
     stream = token_stream(domain.train, tokenizer, limit=4 * windows * options.length)
-    rows = [
-        {"input_ids": ids, "labels": ids} for ids in cut_windows(stream, length=options.length, count=windows, seed=0)
+    rows = [  # a prompt's tokens are marked, below 0: they are read, and have no label
+        {"input_ids": unmarked(ids), "labels": ids.where(ids >= 0, -100)}
+        for ids in cut_windows(stream, length=options.length, count=windows, seed=0)
     ]
 
     arguments = TrainingArguments(
@@ -65,7 +67,9 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="where checkpoints, gain file and plot go")
     parser.add_argument("--model", type=Path, help="a transformers folder or a GGUF file (SmolLM2-135M)")
-    parser.add_argument("--data", type=Path, help="a text file, or a folder of them (the standard library's source)")
+    parser.add_argument(
+        "--data", type=Path, help="a text or data file, or a folder of them (the standard library's source)"
+    )
     parser.add_argument("--targets", default="gain-ffn", choices=("gain", "gain-ffn"))
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--batch-size", type=int, default=4, help="windows in a step")

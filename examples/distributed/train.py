@@ -24,6 +24,7 @@ from torch.distributed.fsdp import fully_shard
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import gain_ops
+from gain_ops.measure.marks import unmarked
 from gain_ops.training.domains import cut_windows, from_path, token_stream
 
 ONLY_GAINS = StateDictOptions(ignore_frozen_params=True, strict=False)
@@ -71,7 +72,7 @@ def train(settings: Settings, mesh: DeviceMesh, device: torch.device) -> None:
     out.mkdir(parents=True, exist_ok=True)
     for step in range(first, settings.steps):
         ids = batches[step].chunk(mesh.size())[mesh.get_rank()].to(device)
-        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss = model(input_ids=unmarked(ids), labels=ids.where(ids >= 0, -100), use_cache=False).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

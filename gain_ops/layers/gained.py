@@ -10,7 +10,7 @@ It stays float32 when the model is cast to half precision, where small updates w
 """
 
 from collections.abc import Callable
-from typing import Any, Self, TypeVar, cast
+from typing import Any, NoReturn, Self, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -102,6 +102,13 @@ class Gained(nn.Module):
             linear._parameters[name] = self._parameters[name]
         linear.training = self.training
         return linear
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """Called by torch.jit.script before it compiles a model."""
+        raise UsageError(
+            f"torch.jit.script cannot compile a {type(self).__name__}: fold the gains in (gain_ops.absorb) or take them off "
+            "(gain_ops.remove) first, or use torch.jit.trace, torch.compile or torch.export, which take gains as they are"
+        )
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight" and isinstance(value, Tensor) and is_packed(value):

@@ -9,9 +9,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from gain_ops.measure.marks import predicted, unmarked
 from gain_ops.utils.errors import DivergedError
 
-__all__ = ["in_mode", "largest_difference", "logits", "next_token_loss", "perplexity"]
+__all__ = ["in_mode", "largest_difference", "logits", "next_token_loss", "perplexity", "window_loss"]
 
 _NOT_PREDICTED = -100
 
@@ -31,32 +32,49 @@ def logits(model: nn.Module, ids: Tensor) -> Tensor:
     return output
 
 
-def next_token_loss(model: nn.Module, ids: Tensor) -> Tensor:
+def next_token_loss(model: nn.Module, ids: Tensor, counted: Tensor | None = None) -> Tensor:
     """Mean over all positions but the last of ``-log p(ids[:, t + 1] | ids[:, : t + 1])``, in nats.
 
     Args:
         model: as in :func:`logits`.
         ids: int64 [windows, tokens], at least two tokens.
+        counted: bool [windows, tokens], the tokens ids[:, t + 1] that the mean is over; None for all.
 
     Returns:
         fp32 scalar.
     """
-    predicted = logits(model, ids).flatten(0, 1).float()
+    scores = logits(model, ids).flatten(0, 1).float()
     # The last position predicts nothing. Ignoring it in the targets avoids a copy of the logits without it.
     targets = ids.roll(-1, dims=1)
     targets[:, -1] = _NOT_PREDICTED
-    return nn.functional.cross_entropy(predicted, targets.flatten().to(predicted.device), ignore_index=_NOT_PREDICTED)
+    if counted is not None:
+        targets.masked_fill_(~counted.roll(-1, dims=1), _NOT_PREDICTED)
+    return nn.functional.cross_entropy(scores, targets.flatten().to(scores.device), ignore_index=_NOT_PREDICTED)
 
 
-def perplexity(model: nn.Module, windows: Tensor, *, batch_size: int = 4) -> float:
-    """``exp`` of the mean next-token loss over the windows; no gradients, evaluation mode.
-
-    Every window weighs the same, so the result depends on ``batch_size`` only by rounding. The training mode of the model
-    and of each module in it is restored.
+def window_loss(model: nn.Module, windows: Tensor) -> Tensor:
+    """:func:`next_token_loss` over the tokens of the windows that are not marked (:mod:`gain_ops.measure.marks`).
 
     Args:
         model: as in :func:`logits`.
-        windows: int64 [windows, tokens], at least one window of at least two tokens.
+        windows: int64 [windows, tokens], at least one token to predict.
+
+    Returns:
+        fp32 scalar.
+    """
+    return next_token_loss(model, unmarked(windows), predicted(windows))
+
+
+def perplexity(model: nn.Module, windows: Tensor, *, batch_size: int = 4) -> float:
+    """``exp`` of the mean next-token loss over the windows' tokens; no gradients, evaluation mode.
+
+    Every token that is predicted weighs the same, so the result depends on ``batch_size`` only by rounding. The training mode
+    of the model and of each module in it is restored.
+
+    Args:
+        model: as in :func:`logits`.
+        windows: int64 [windows, tokens], at least one window of at least two tokens, in each a token to predict; those that
+            are only read are marked (:mod:`gain_ops.measure.marks`).
         batch_size: windows in one forward pass.
 
     Raises:
@@ -71,8 +89,8 @@ def perplexity(model: nn.Module, windows: Tensor, *, batch_size: int = 4) -> flo
     total = 0.0
     with in_mode(model, training=False), torch.no_grad():
         for batch in windows.split(batch_size):
-            total += next_token_loss(model, batch).item() * len(batch)
-    mean = total / len(windows)
+            total += window_loss(model, batch).item() * predicted(batch).sum().item()
+    mean = total / predicted(windows).sum().item()
     if not math.isfinite(mean):
         raise DivergedError(f"the mean loss is {mean}: the model's logits are not finite; try it in float32")
     try:

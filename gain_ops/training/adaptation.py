@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from gain_ops.measure import environment
+from gain_ops.measure.marks import unmarked
 from gain_ops.measure.perplexity import largest_difference, logits, perplexity
 from gain_ops.measure.step_bytes import backward_bytes, lora_backward_bytes
 from gain_ops.models.absorb import absorb
@@ -25,7 +26,8 @@ from gain_ops.models.check import check
 from gain_ops.models.files import save_gains
 from gain_ops.models.record import Applied
 from gain_ops.training import domains
-from gain_ops.training.domains import Domain, Tokenizer
+from gain_ops.training.documents import Chat, Document, Tokenizer, tokens
+from gain_ops.training.domains import Domain
 from gain_ops.training.loading import bundled_model, check_length, load_model, resolve_device, resolve_dtype
 from gain_ops.training.loop import Step, draw_batches, train
 from gain_ops.training.report import (
@@ -111,10 +113,22 @@ def _adapt(settings: Settings, watcher: Watcher) -> Report:
 
     watcher.phase("reading the text")
     with file_errors():
-        target = domains.python_source() if settings.data is None else domains.from_path(settings.data)
+        target = (
+            domains.python_source()
+            if settings.data is None
+            else domains.from_path(settings.data, text_field=settings.text_field)
+        )
+    if target.read:
+        watcher.notice(target.read)
     held_out = [domains.licence_texts(), domains.readme_bodies()]
     watcher.phase(f"loading {source.name}")
-    loaded = load_model(source, dtype=dtype, device=device, trust_remote_code=settings.trust_remote_code)
+    loaded = load_model(
+        source,
+        dtype=dtype,
+        device=device,
+        trust_remote_code=settings.trust_remote_code,
+        before_weights=lambda tokenizer: _check_chats(target, tokenizer),
+    )
     model = loaded.model
     check_length(model, settings.sequence_length)
     model_parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -130,7 +144,7 @@ def _adapt(settings: Settings, watcher: Watcher) -> Report:
     clock.lap("perplexity before")
 
     applied = _apply(model, settings)
-    unused = check(model, batches[0][:1].to(device)).unused
+    unused = check(model, unmarked(batches[0][:1]).to(device)).unused
     if unused:
         watcher.notice(f"not called by this model on the first text, so not trained by it: {first_of(unused)}")
     watcher.phase(f"training gains on {len(applied.names)} layers")
@@ -165,7 +179,7 @@ def _adapt(settings: Settings, watcher: Watcher) -> Report:
             domain.after = perplexity(model, text.validation)
         clock.lap("perplexity after")
         watcher.phase("absorbing the gains, and counting what a step saves for backward")
-        _measure_the_rest(report, model, texts[0].validation[:_LOGIT_WINDOWS], batches[0])
+        _measure_the_rest(report, model, unmarked(texts[0].validation[:_LOGIT_WINDOWS]), unmarked(batches[0]))
         clock.lap("absorbing and memory")
         report.finished = True
         _write(report, settings.out)
@@ -219,6 +233,13 @@ def _apply(model: nn.Module, settings: Settings) -> Applied:
     return apply(model, targets, side=settings.side, memory=settings.memory)
 
 
+def _check_chats(target: Domain, tokenizer: Tokenizer) -> None:
+    """Refuse conversations that the tokenizer cannot render, before the model's weights are loaded."""
+    for document in target.train[:1]:
+        if isinstance(document, Chat):
+            tokens(document, tokenizer)
+
+
 def _tokenised(
     target: Domain, held_out: list[Domain], tokenizer: Tokenizer, settings: Settings, watcher: Watcher
 ) -> list[_Text]:
@@ -233,6 +254,12 @@ def _tokenised(
             f"{settings.batch_tokens} and {length} are needed: give more text, or lower --batch-tokens and "
             "--sequence-length"
         )
+    if len(train_windows) < settings.batch_size or not len(validation):
+        raise UsageError(
+            f"{target.source} has {len(train_windows)} windows of {length} tokens to train on and {len(validation)} to measure "
+            f"on with a completion in them, at least {settings.batch_size} and 1 are needed: its prompts are long; raise "
+            "--sequence-length, or give more records"
+        )
     texts = [_Text(target, train_windows, validation)]
     for domain in held_out:
         held, validation = _windows(domain.validation, tokenizer, length, _VALIDATION_WINDOWS, _VALIDATION_SEED)
@@ -243,7 +270,9 @@ def _tokenised(
     return texts
 
 
-def _windows(documents: Sequence[str], tokenizer: Tokenizer, length: int, count: int, seed: int) -> tuple[int, Tensor]:
+def _windows(
+    documents: Sequence[Document], tokenizer: Tokenizer, length: int, count: int, seed: int
+) -> tuple[int, Tensor]:
     """How many tokens the text has, and the windows drawn from them."""
     stream = domains.token_stream(documents, tokenizer, limit=_POOL * count * length)
     return stream.numel(), domains.cut_windows(stream, length=length, count=count, seed=seed)

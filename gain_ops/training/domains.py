@@ -6,16 +6,22 @@ import codecs
 import hashlib
 import re
 import sysconfig
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from importlib import metadata
+from itertools import chain
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from gain_ops.measure.marks import predicted
+from gain_ops.training.documents import Document, Tokenizer, characters, tokens
+from gain_ops.training.fields import documents as documents_of
+from gain_ops.training.fields import layout_of
+from gain_ops.training.records import HUB, Record, format_of, not_text, read_file, read_hub
 from gain_ops.utils.errors import MissingFileError, UsageError
+from gain_ops.utils.wording import count_text, first_of
 
 __all__ = [
     "Domain",
@@ -33,28 +39,22 @@ _VALIDATION_SHARE = 0.10  # of a domain's characters
 _LARGEST_VALIDATION_SHARE = 0.30
 _MAX_BYTES = 64 * 2**20  # read of a user's data by default: far more than a run of the commands can train on
 _SHORTEST_README = 200  # characters: below it a description is a sentence, not a text
+_BESIDE_DATA = re.compile(r"(readme|licen[cs]e|copying)\b", re.IGNORECASE)
 _TEST_FOLDERS = {"__pycache__", "dist-packages", "idle_test", "lib2to3", "site-packages", "test", "tests"}
-
-
-class Tokenizer(Protocol):
-    """What is needed of a tokenizer; transformers' own have it."""
-
-    @property
-    def eos_token_id(self) -> int | None:
-        """The token between two documents, if there is one."""
-
-    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """The token ids of ``text``."""
 
 
 @dataclass(frozen=True)
 class Domain:
-    """Text of one kind: documents to train on and, disjoint from them, documents to measure on."""
+    """Text of one kind: documents to train on and, disjoint from them, documents to measure on.
+
+    ``read`` says what a user's data were read as, in a sentence; it is empty for a domain of the machine itself.
+    """
 
     name: str
     source: str
-    train: tuple[str, ...]
-    validation: tuple[str, ...]
+    train: tuple[Document, ...]
+    validation: tuple[Document, ...]
+    read: str = ""
 
 
 def python_source() -> Domain:
@@ -93,73 +93,93 @@ def readme_bodies() -> Domain:
     return split_domain("readmes", texts, source="long descriptions of the installed packages")
 
 
-def from_path(path: Path, *, limit: int = _MAX_BYTES) -> Domain:
-    """The user's own text: one UTF-8 file, or every UTF-8 file below a folder (except hidden ones).
+def from_path(path: Path, *, limit: int = _MAX_BYTES, text_field: str | None = None) -> Domain:
+    """The user's own data: a data file, a text, a folder of either, or the name of a data set.
+
+    A data file (.jsonl, .json, .csv, .tsv, .parquet, each also as .gz) is read by its records' fields, see docs/howto/data.md.
+    "hf:owner/name" is read with the package datasets. Of a folder every file is read, except hidden ones: as records where
+    it holds data files, as UTF-8 text where it holds anything else.
 
     Args:
         path: of the file or the folder.
-        limit: the most bytes to read, in the order of the paths; 64 MiB by default.
+        limit: the most bytes to read of texts, in the order of the paths, and characters of records; 64 Mi by default.
+        text_field: the field that has the text, for records with fields of other names.
 
     Raises:
         FileNotFoundError: there is nothing at ``path``.
-        ValueError: the file is empty or not UTF-8 text, or the folder holds no text file.
+        ValueError: the file is empty, damaged or not UTF-8 text, its records are of no known kind or of several, or the folder
+            holds no text file, or data files among texts.
+        MissingPackageError: the package datasets is needed and not installed.
     """
-    if path.is_file():
-        text = _read_text(path, limit=limit)
-        if text is None:
-            raise UsageError(f"{path} is not UTF-8 text: convert it, or give a text file")
-        if not text.strip():
-            raise UsageError(f"{path} is empty: give a file with text")
-        return split_domain(path.stem, [text], source=str(path))
-    if not path.is_dir():
+    if str(path).startswith(HUB) and not path.exists():
+        name = str(path).removeprefix(HUB)
+        return _from_records(name.rpartition("/")[2], name, read_hub(name), limit, text_field)
+    if path.is_file() and format_of(path):
+        name = Path(re.sub(r"\.gz$", "", path.name, flags=re.IGNORECASE)).stem
+        return _from_records(name, str(path), read_file(path), limit, text_field)
+    if path.is_dir():
+        files = _visible_files(path)
+        if data := _data_files(path, files):
+            records = chain.from_iterable(map(read_file, data))
+            return _from_records(path.resolve().name, f"{path} ({len(data)} data files)", records, limit, text_field)
+    elif not path.is_file():
         raise MissingFileError(f"no such file or folder: {path}")
-    return _from_folder(path, limit)
+    if text_field is not None:
+        raise UsageError(f"{path} is read as text, which has no fields: --text-field is for data files, as .jsonl")
+    return _from_folder(path, files, limit) if path.is_dir() else _from_text(path, limit)
 
 
-def split_domain(name: str, documents: Iterable[str], *, source: str) -> Domain:
+def split_domain(name: str, documents: Iterable[Document], *, source: str) -> Domain:
     """Divide documents into a training part and a validation part, about nine to one by characters.
 
     Repeated documents count once. The split goes by document, in the order of the documents' hashes, so it does not depend on
-    file names or their order. Where no choice of complete documents is near the share (one long file), each document is cut at
-    a line end, and its tail goes to the validation part.
+    file names or their order. Where no choice of complete documents is near the share (one long file), each text is cut at
+    a line end, and its tail goes to the validation part. Prompts and conversations are not cut: the shortest is held out.
     """
-    unique = sorted({text for text in documents if text.strip()}, key=_digest)
-    total = sum(map(len, unique))
-    train: list[str] = []
-    validation: list[str] = []
+    unique = sorted({one for one in documents if not isinstance(one, str) or one.strip()}, key=_digest)
+    total = sum(map(characters, unique))
+    train: list[Document] = []
+    validation: list[Document] = []
     held = 0
-    for text in unique:
-        if held < _VALIDATION_SHARE * total and held + len(text) <= _LARGEST_VALIDATION_SHARE * total:
-            validation.append(text)
-            held += len(text)
+    for document in unique:
+        size = characters(document)
+        if held < _VALIDATION_SHARE * total and held + size <= _LARGEST_VALIDATION_SHARE * total:
+            validation.append(document)
+            held += size
         else:
-            train.append(text)
+            train.append(document)
     if held < _VALIDATION_SHARE * total / 2:
-        cuts = [(text, _line_end(text, round(len(text) * (1 - _VALIDATION_SHARE)))) for text in unique]
-        train = [text[:cut] for text, cut in cuts]
-        validation = [text[cut:] for text, cut in cuts]
+        texts = [document for document in unique if isinstance(document, str)]
+        if texts == unique:
+            cuts = [(text, _line_end(text, round(len(text) * (1 - _VALIDATION_SHARE)))) for text in texts]
+            train = [text[:cut] for text, cut in cuts]
+            validation = [text[cut:] for text, cut in cuts]
+        elif not validation and len(train) > 1:
+            validation = [train.pop(train.index(min(train, key=characters)))]
     return Domain(name, source, tuple(train), tuple(validation))
 
 
-def token_stream(documents: Sequence[str], tokenizer: Tokenizer, *, limit: int) -> Tensor:
+def token_stream(documents: Sequence[Document], tokenizer: Tokenizer, *, limit: int) -> Tensor:
     """The documents' tokens one after the other, an end-of-text token after each.
 
+    A token of a prompt, which is read and not learned, is marked: ``~id`` stands for it (:mod:`gain_ops.measure.marks`).
     Documents are read until there are ``limit`` tokens; the last one is read to its end.
 
     Returns:
         int64 [tokens].
     """
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    tokens: list[int] = []
-    for text in documents:
-        if len(tokens) >= limit:
+    found: list[int] = []
+    for document in documents:
+        if len(found) >= limit:
             break
-        tokens += tokenizer.encode(text, add_special_tokens=False) + end
-    return torch.tensor(tokens, dtype=torch.int64)
+        found += tokens(document, tokenizer)
+    return torch.tensor(found, dtype=torch.int64)
 
 
 def cut_windows(stream: Tensor, *, length: int, count: int, seed: int) -> Tensor:
     """Cut a token stream into windows that do not overlap, and draw ``count`` of them without replacement.
+
+    A window in which nothing is to be predicted (the middle of a long prompt) is left out.
 
     Args:
         stream: int64 [tokens].
@@ -168,20 +188,48 @@ def cut_windows(stream: Tensor, *, length: int, count: int, seed: int) -> Tensor
         seed: of the draw; the same seed gives the same windows in the same order.
 
     Returns:
-        int64 [min(count, tokens // length), length].
+        int64 [at most min(count, tokens // length), length].
     """
     whole = stream.numel() // length
     windows = stream[: whole * length].view(whole, length)
-    order = torch.randperm(whole, generator=torch.Generator().manual_seed(seed))
+    windows = windows[predicted(windows).any(1)]
+    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
     return windows[order[:count]]
 
 
-def _from_folder(folder: Path, budget: int) -> Domain:
-    files = [
-        path
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    ]
+def _from_records(name: str, source: str, records: Iterator[Record], limit: int, text_field: str | None) -> Domain:
+    first = next(records, None)
+    if first is None:
+        raise UsageError(f"{source} has no records: give a file with data")
+    layout = layout_of(first, text_field)
+    found: list[Document] = []
+    size, whole = 0, True
+    for document in documents_of(chain([first], records), layout):
+        if size >= limit:
+            whole = False
+            break
+        found.append(document)
+        size += characters(document)
+    domain = split_domain(name, found, source=source)
+    if not domain.train:
+        raise UsageError(f"{source} has {len(found):,} records without text in {layout}: give a file with text")
+    return replace(domain, read=_said(f"{len(found):,} records, {layout}", size, source, whole=whole))
+
+
+def _from_text(path: Path, limit: int) -> Domain:
+    text = _read_text(path, limit=limit)
+    if text is None:
+        with path.open("rb") as file:
+            why = not_text(file.read(512)) or "is not UTF-8 text: convert it, or give a text file"
+        raise UsageError(f"{path} {why}")
+    if not text.strip():
+        raise UsageError(f"{path} is empty: give a file with text")
+    read = _said("one text", len(text), str(path), whole=path.stat().st_size <= limit)
+    return replace(split_domain(path.stem, [text], source=str(path)), read=read)
+
+
+def _from_folder(folder: Path, files: Sequence[Path], limit: int) -> Domain:
+    budget = limit
     texts: list[str] = []
     skipped = 0
     for path in files:
@@ -199,7 +247,39 @@ def _from_folder(folder: Path, budget: int) -> Domain:
             "give a folder with text files"
         )
     source = f"{folder} ({len(texts)} text files" + (f", {skipped} others skipped)" if skipped else ")")
-    return split_domain(folder.resolve().name, texts, source=source)
+    read = _said(f"{len(texts):,} texts", sum(map(len, texts)), source, whole=budget > 0)
+    return replace(split_domain(folder.resolve().name, texts, source=source), read=read)
+
+
+def _said(what: str, size: int, source: str, *, whole: bool) -> str:
+    return f"read {what}, {count_text(size)} characters, from {'' if whole else 'the beginning of '}{source}"
+
+
+def _visible_files(folder: Path) -> list[Path]:
+    return [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    ]
+
+
+def _data_files(folder: Path, files: Sequence[Path]) -> list[Path]:
+    """The data files of a folder of data; none for a folder of texts, which may hold some .json or .csv, as source code does.
+
+    Raises:
+        UsageError: there are texts, and files that can be nothing but data.
+    """
+    data = [path for path in files if format_of(path)]
+    texts = [path for path in files if not format_of(path) and not _BESIDE_DATA.match(path.name)]
+    if not texts:
+        return data
+    certain = [path for path in data if format_of(path) in ("jsonl", "parquet")]
+    if certain:
+        raise UsageError(
+            f"{folder} holds data ({first_of([path.name for path in certain])}) and other files "
+            f"({first_of([path.name for path in texts])}): give the data file, or a folder of one kind"
+        )
+    return []
 
 
 def _distributions() -> list[metadata.Distribution]:
@@ -223,7 +303,8 @@ def _read_text(path: Path, *, limit: int = _MAX_BYTES) -> str | None:
     return None if "\0" in text else text
 
 
-def _digest(text: str) -> str:
+def _digest(document: Document) -> str:
+    text = document if isinstance(document, str) else repr(document)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

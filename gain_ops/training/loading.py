@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from gain_ops.checkpoints.formats.config import read_object
 from gain_ops.checkpoints.formats.gguf import read_gguf
 from gain_ops.measure.language_models import auto_class, refused, text_config
 from gain_ops.measure.perplexity import in_mode, logits
-from gain_ops.training.domains import Tokenizer
+from gain_ops.training.documents import Tokenizer
 from gain_ops.utils.errors import GainOpsError, MissingFileError, MissingPackageError, UsageError, file_errors
 from gain_ops.utils.kinds import kind_of, pickled
 
@@ -67,7 +67,12 @@ def bundled_model() -> Path:
 
 
 def load_model(
-    path: Path, *, dtype: torch.dtype | None, device: torch.device, trust_remote_code: bool = False
+    path: Path,
+    *,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    trust_remote_code: bool = False,
+    before_weights: Callable[[Tokenizer], object] | None = None,
 ) -> LoadedModel:
     """Load a transformers model folder, a GGUF file, or a folder with one GGUF file in it.
 
@@ -76,6 +81,7 @@ def load_model(
         dtype: of the weights; None means the checkpoint's own (a GGUF file is dequantised to float32).
         device: where the model goes.
         trust_remote_code: whether code in the folder may be run. Without it nobody is asked, and none is run.
+        before_weights: called with the tokenizer before the weights are read, which may take minutes.
 
     Raises:
         MissingFileError: there is no model at ``path``.
@@ -114,6 +120,8 @@ def load_model(
                     f"{path} has no tokenizer: copy tokenizer.json and tokenizer_config.json of the model there"
                 )
         tokenizer = AutoTokenizer.from_pretrained(folder, **place)
+        if before_weights is not None:
+            before_weights(tokenizer)
         model: nn.Module
         model, found = made.from_pretrained(folder, dtype=dtype or "auto", output_loading_info=True, **place, **weights)
     except GainOpsError:
@@ -121,8 +129,7 @@ def load_model(
     except Exception as error:  # a damaged folder ends in errors of every kind there
         if not trust_remote_code and "trust_remote_code" in str(error):
             raise UsageError(
-                f"{path} has code of its own, which is not run unasked: read it, and allow it with --trust-remote-code of "
-                "gain-ops adapt"
+                f"{path} has code of its own, which is not run unasked: read it, and allow it with --trust-remote-code"
             ) from error
         raise UsageError(f"transformers cannot load {path}: {str(error) or repr(error)}") from error
     if missing := sorted(found["missing_keys"]):

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from gain_ops.measure.perplexity import in_mode, next_token_loss
+from gain_ops.measure.perplexity import in_mode, window_loss
 from gain_ops.utils.errors import DivergedError, UsageError
 
 __all__ = ["History", "Step", "draw_batches", "learning_rate", "train"]
@@ -101,7 +101,8 @@ def train(
 
     Args:
         model: a causal language model of transformers, gains or another adapter on it.
-        batches: int64 [windows, tokens] each, one a step.
+        batches: int64 [windows, tokens] each, one a step; tokens that are only read are marked
+            (:mod:`gain_ops.measure.marks`).
         lr: the peak learning rate.
         warmup: steps of linear warm-up; None takes a fifth of the steps, at most 5.
         max_grad_norm: gradients are scaled down to this norm.
@@ -129,7 +130,7 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = rate
             optimizer.zero_grad()
-            loss = next_token_loss(model, ids)
+            loss = window_loss(model, ids)
             loss.backward()
             if after_backward is not None:
                 after_backward()

@@ -15,7 +15,8 @@ __all__ = ["Settings", "check_windows"]
 class Settings:
     """The settings of :func:`gain_ops.training.adaptation.adapt`; the command line's options have the same names.
 
-    ``model`` None is SmolLM2-135M-Instruct, ``data`` None is Python source. ``targets`` is a preset of ``gain_ops.apply``,
+    ``model`` None is SmolLM2-135M-Instruct, ``data`` None is Python source, and ``text_field`` the field
+    of its records that has the text, for fields of unknown names. ``targets`` is a preset of ``gain_ops.apply``,
     or patterns of module names separated by commas. ``force`` allows the run to replace a gain file of an earlier run.
     ``trust_remote_code`` allows code in the model's folder to run.
 
@@ -26,6 +27,7 @@ class Settings:
     out: Path
     model: Path | None = None
     data: Path | None = None
+    text_field: str | None = None
     targets: str = "gain-ffn"
     side: str = "output"
     memory: str = "fast"
@@ -42,6 +44,8 @@ class Settings:
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise UsageError(f"steps is {self.steps}: at least 1 is needed")
+        if self.text_field is not None and self.data is None:
+            raise UsageError(f"text field is {self.text_field!r}, and there is no data: give --data too")
         check_windows(self.batch_tokens, self.sequence_length)
         if not 0 < self.lr < math.inf:
             raise UsageError(f"lr is {self.lr}: a finite learning rate above 0 is needed")

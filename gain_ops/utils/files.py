@@ -21,6 +21,7 @@ __all__ = [
     "lock",
     "locked_folder",
     "naming",
+    "open_stream",
     "regular_file",
     "replace_file",
     "sync_folder",
@@ -30,6 +31,9 @@ PART = ".part-"
 """How the names begin of what is not in its place yet."""
 
 _UNFINISHED = re.compile(rf"{re.escape(PART)}[0-9a-f]{{16}}(\.[^.]*)?")
+
+_OPEN_FILES = re.compile(r"/proc/\d+(/task/\d+)?/fd")
+_LINKS = 40  # that the system follows
 
 _AT_ONCE = 64 << 20  # bytes that the system copies in one call, between two reports of progress
 _BUFFER = 4 << 20
@@ -85,7 +89,7 @@ def regular_file(path: Path) -> os.stat_result | None:
 
     Raises:
         IsAFolderError: a folder.
-        FileError: a device, a pipe or a socket.
+        FileError: a device, a pipe, a socket, or a name such as /dev/stdout, which stands for what is open.
         OSError: a file that is write-protected, a link that leads to itself, or a path that cannot be looked up.
 
     """
@@ -94,11 +98,29 @@ def regular_file(path: Path) -> os.stat_result | None:
         return None
     if kind == "a folder":
         raise IsAFolderError(f"{path} is a folder: name a file in it")
+    if open_stream(path) is not None:
+        kind = "an open stream"
     if kind != "a file":
         raise FileError(f"{path} is {kind}: name a regular file, or one that does not exist yet")
     if not os.access(path, os.W_OK):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
     return path.stat()
+
+
+def open_stream(path: Path) -> int | None:
+    """The number of the open file that a name such as /dev/stdout or /dev/fd/3 stands for; None for any other path.
+
+    Such a name leads on to the file itself, so replacing that file would take it from whoever opened it.
+    """
+    place = str(path)
+    for _ in range(_LINKS):
+        folder, name = os.path.split(place)
+        if name.isdecimal() and _OPEN_FILES.fullmatch(os.path.realpath(folder)):
+            return int(name)
+        if not os.path.islink(place):
+            break
+        place = os.path.join(folder, os.readlink(place))
+    return None
 
 
 def found_at(path: Path) -> str | None:

@@ -43,6 +43,13 @@ def size_text(nbytes: int) -> str:
     return f"{size:.2f} GiB"
 
 
+def count_text(count: int) -> str:
+    """A number of things as a reader takes it in: ``1,204``, ``2.1 M``, ``3.4 G``."""
+    if count < 10**6:
+        return f"{count:,}"
+    return f"{count / 10**6:.1f} M" if count < 10**9 else f"{count / 10**9:.1f} G"
+
+
 def time_text(seconds: float) -> str:
     """Seconds as ``48 s`` or ``3 min 07 s``."""
     whole = round(seconds)

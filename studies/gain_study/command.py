@@ -36,7 +36,9 @@ def study(
     model: Annotated[Path | None, typer.Option(help=_MODEL_HELP)] = None,
     domain: Annotated[
         list[str] | None,
-        typer.Option(help=f"{', '.join(BUILT_IN)}, or a text file or folder. Once for each. Default: these three."),
+        typer.Option(
+            help=f"{', '.join(BUILT_IN)}, or a file or folder of text or data. Once for each. Default: these three."
+        ),
     ] = None,
     held_out: Annotated[
         list[str] | None, typer.Option(help="As --domain, for text that is measured and never learned.")
@@ -78,6 +80,9 @@ def study(
     ] = Settings.fisher_windows,
     dtype: Annotated[str, typer.Option(help="Of the weights: float32 or bfloat16.")] = Settings.dtype,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = Settings.device,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run the code in the model's folder, where it has its own.")
+    ] = Settings.trust_remote_code,
 ) -> None:
     """Adapt a model to domains in turn with several methods, and measure what each learns and forgets.
 
@@ -108,6 +113,7 @@ def study(
             fisher_windows=fisher_windows,
             dtype=dtype,
             device=device,
+            trust_remote_code=trust_remote_code,
         )
         if importlib.util.find_spec("matplotlib") is None:  # now, not after hours
             raise MissingPackageError('the report needs matplotlib: pip install "gain-ops[cli]"')

@@ -117,6 +117,38 @@ def test_the_same_call_gives_the_same_gains_and_another_seed_others(adapted, tin
     assert reports[0]["domains"][0]["before"] == reports[2]["domains"][0]["before"]
 
 
+def test_data_files_are_read_by_their_fields(tiny_model: Path, tmp_path: Path):
+    data = tmp_path / "data.jsonl"
+    asked = (
+        {"ask": "no", "prompt": f"What is {number} + 1? ", "completion": f"{number + 1}\n"} for number in range(300)
+    )
+    data.write_text("".join(json.dumps(record) + "\n" for record in asked), encoding="utf-8")
+    result = _adapt(tiny_model, data, tmp_path / "out", "--steps", 2)
+    assert result.exit_code == 0, result.output
+    assert re.search(
+        r"read 300 records, fields 'prompt' and 'completion', [\d,]+ characters, from .*data.jsonl", result.output
+    )
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["domains"][0]["name"] == "data"
+    assert load_file(tmp_path / "out" / "gains.safetensors")
+
+
+def test_data_that_do_not_fit_are_refused_before_the_training(tiny_model: Path, tmp_path: Path):
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps({"ask": "no", "prompt": "What?", "completion": "That."}))
+    line = _one_line(_adapt(tiny_model, data, tmp_path / "other", "--text-field", "body"))
+    assert "line 1 has no field 'body' (--text-field): it has 'ask', 'prompt', 'completion'" in line
+    data.write_text(json.dumps({"messages": [{"role": "user", "content": "hello"}]}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("transformers.LlamaForCausalLM.from_pretrained", None)  # its weights are not looked at
+        assert "tokenizer has no chat template" in _one_line(_adapt(tiny_model, data, tmp_path / "other"))
+    long = ({"prompt": letter * 4001, "completion": letter} for letter in "pq")  # the completion is in no whole window
+    data.write_text("".join(json.dumps(record) + "\n" for record in long))
+    line = _one_line(_adapt(tiny_model, data, tmp_path / "other"))
+    assert "windows of 32 tokens to train on and" in line
+    assert "its prompts are long; raise --sequence-length" in line
+
+
 def test_the_seed_does_not_choose_what_is_measured(tiny_model: Path, code_folder: Path, tmp_path: Path):
     measured = []
     for seed in (0, 1):

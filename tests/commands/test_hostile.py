@@ -136,6 +136,8 @@ def test_no_command_runs_the_code_of_a_folder(with_code: Path, tmp_path: Path):
     text.write_text("text\n" * 100)
     error = refused("adapt", "--model", with_code, "--data", text, "--out", tmp_path / "run")
     assert "code of its own, which is not run unasked: read it, and allow it with --trust-remote-code" in error
+    study = ("study", "--model", with_code, "--domain", text, "--orders", 1, "--methods", "gain", "--no-tasks")
+    assert "allow it with --trust-remote-code" in refused(*study, "--out", tmp_path / "study")
     assert "of a model with code of its own (auto_map), which plan does not run" in refused(
         "plan", "--model", with_code
     )
@@ -147,6 +149,18 @@ def test_no_command_runs_the_code_of_a_folder(with_code: Path, tmp_path: Path):
 def test_code_is_run_where_it_is_asked_for(with_code: Path, tmp_path: Path):
     with pytest.raises(UsageError, match="transformers cannot load"):  # it has a config, and no model
         load_model(with_code, dtype=None, device=torch.device("cpu"), trust_remote_code=True)
+    assert (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("command", ["adapt", "study"])
+def test_both_commands_that_load_a_model_may_be_told_to(with_code: Path, tmp_path: Path, command: str):
+    text = tmp_path / "text.txt"
+    text.write_text("text\n" * 100)
+    own = {"adapt": ["--data", text], "study": ["--domain", text, "--orders", 1, "--methods", "gain", "--no-tasks"]}[
+        command
+    ]
+    error = refused(command, "--model", with_code, *own, "--out", tmp_path / "run", "--trust-remote-code")
+    assert "transformers cannot load" in error
     assert (tmp_path / "ran").exists()
 
 

@@ -106,6 +106,14 @@ def test_what_is_no_file_stays_what_it_is(
     assert {path.name for path in place.iterdir()} == {"base", "g.safetensors", name}
 
 
+def test_a_file_that_is_open_is_not_replaced_by_the_name_of_its_number(place: Path):
+    with Path("opened").open("w") as opened:
+        Path("link").symlink_to(f"/dev/fd/{opened.fileno()}")
+        for name in (f"/dev/fd/{opened.fileno()}", f"/proc/self/fd/{opened.fileno()}", "link"):
+            assert f"{name} is an open stream: name a regular file" in _refusal(_merge(Path(name)))
+        assert os.path.samestat(Path("opened").stat(), os.fstat(opened.fileno()))
+
+
 @pytest.mark.parametrize("linked", [False, True])
 @pytest.mark.parametrize(("call", "name"), [(_merge, "out.safetensors"), (_plot, "out.png"), (_plan, "out.json")])
 def test_a_folder_is_no_place_for_a_file(place: Path, call: Callable[[Path], Result], name: str, linked: bool):

@@ -43,6 +43,24 @@ def config(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def test_standard_output_gets_the_rows_in_place_of_the_table(config: Path) -> None:
+    done = call("--model", config, "--memory", 4, "--tokens", 128, "--json", "/dev/stdout")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["rows"]
+
+
+@pytest.mark.slow
+def test_a_file_that_the_shell_opened_is_written_and_not_replaced(config: Path, tmp_path: Path) -> None:
+    program = "from gain_ops.commands.cli import main; main()"
+    command = [sys.executable, "-c", program, "plan", "--model", str(config), "--tokens", "128"]
+    with (tmp_path / "plan.json").open("w") as opened:
+        before = os.fstat(opened.fileno()).st_ino
+        done = subprocess.run([*command, "--json", "/dev/stderr"], stdout=subprocess.PIPE, stderr=opened, check=True)
+    assert (tmp_path / "plan.json").stat().st_ino == before
+    assert json.loads((tmp_path / "plan.json").read_text())["rows"]
+    assert b"gain-ffn" in done.stdout
+
+
 def test_a_table_a_choice_and_a_file(config: Path, tmp_path: Path) -> None:
     out = tmp_path / "plan.json"
     done = call("--model", config / "config.json", "--gpus", 2, "--memory", 4, "--tokens", 128, "--json", out)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from gain_ops.measure.perplexity import in_mode, largest_difference, next_token_loss, perplexity
+from gain_ops.measure.perplexity import in_mode, largest_difference, next_token_loss, perplexity, window_loss
 
 
 class Bigram(nn.Module):
@@ -84,3 +84,20 @@ def test_logits_that_are_not_finite_are_refused():
 def test_the_largest_difference_is_taken_in_fp32():
     one = torch.tensor([1.0, -2.0], dtype=torch.bfloat16)
     assert largest_difference(one, torch.tensor([1.0, 1.5])) == 3.5
+
+
+def test_marked_tokens_are_read_and_not_predicted():
+    model = Bigram(11).eval()
+    marked = WINDOWS.clone()
+    marked[0, :3], marked[1:, 2] = ~marked[0, :3], ~marked[1:, 2]
+    expected = [
+        -model.table[WINDOWS[row, t]].log_softmax(0)[WINDOWS[row, t + 1]]
+        for row in range(7)
+        for t in range(4)
+        if marked[row, t + 1] >= 0
+    ]
+    assert len(expected) == 2 + 6 * 3
+    mean = torch.stack(expected).mean()
+    torch.testing.assert_close(window_loss(model, marked), mean)
+    for batch_size in (1, 7):
+        assert math.log(perplexity(model, marked, batch_size=batch_size)) == pytest.approx(mean.item(), rel=1e-6)

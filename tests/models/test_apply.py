@@ -22,6 +22,7 @@ from gain_ops.layers.make import gain_layer
 from gain_ops.layers.wrapper import GainWrapper
 from gain_ops.models.record import gained_modules
 from gain_ops.models.sites import ARCHITECTURES
+from gain_ops.utils.errors import UsageError
 
 LAYERS = 2
 
@@ -751,6 +752,36 @@ def test_a_model_with_gains_is_traced_in_plain_torch(targets, options):
     torch.testing.assert_close(traced(IDS), expected)
     assert "gain_ops" not in str(traced.graph)
     assert "PythonOp" not in str(traced.graph)
+
+
+@pytest.mark.parametrize("options", [{}, {"side": "input", "fuse_mlp": True}, {"fuse_residual": True}])
+def test_a_model_with_gains_is_not_scripted_in_words(options):
+    model = build(use_cache=False)
+    gain_ops.apply(model, "gain-ffn", **options)
+    for part in (model, model.model.layers[0], next(iter(gained_modules(model).values()))):
+        with pytest.raises(
+            UsageError, match=r"torch.jit.script cannot compile a GainLinear: fold the gains in \(gain_ops.absorb\)"
+        ):
+            torch.jit.script(part)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options", [{}, {"side": "input"}, {"side": "input", "fuse_mlp": True}, {"fuse_residual": True}, {"memory": "lean"}]
+)
+def test_a_model_with_gains_is_exported_to_onnx(options, tmp_path):
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    model = build(use_cache=False)
+    gain_ops.apply(model, "gain-ffn", **options)
+    for layer in gained_modules(model).values():
+        layer.delta.data.normal_()
+    expected = model(IDS).logits
+    path = tmp_path / "model.onnx"
+    torch.onnx.export(Logits(model), (IDS,), path, dynamo=True, verbose=False)
+    session = runtime.InferenceSession(path)
+    (found,) = session.run(None, {session.get_inputs()[0].name: IDS.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), expected)
 
 
 class ReturnsTwo(nn.Linear):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from gain_ops.measure.perplexity import in_mode, logits
-from gain_ops.training.domains import Tokenizer
+from gain_ops.training.documents import Tokenizer
 from gain_ops.utils.errors import DivergedError, UsageError
 from gain_study.engine import items
 from gain_study.engine.items import Agreement, Relation

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from gain_ops.measure.perplexity import in_mode, next_token_loss
+from gain_ops.measure.marks import predicted
+from gain_ops.measure.perplexity import in_mode, window_loss
 
 __all__ = ["Anchor", "add_fisher"]
 
@@ -34,16 +35,14 @@ def add_fisher(model: nn.Module, windows: Tensor, fisher: Mapping[str, Tensor]) 
         name: fisher[name].clone() if name in fisher else torch.zeros_like(parameter, dtype=torch.float32)
         for name, parameter in named.items()
     }
-    predicted = windows.shape[1] - 1
     with in_mode(model, training=False):
         for window in windows:
-            # The loss is a mean over T tokens: its gradient is 1 / T of the sum's.
-            gradients = torch.autograd.grad(
-                next_token_loss(model, window[None]), list(named.values()), allow_unused=True
-            )
+            # The loss is a mean over the T tokens that are predicted: its gradient is 1 / T of the sum's.
+            counted = int(predicted(window).sum())
+            gradients = torch.autograd.grad(window_loss(model, window[None]), list(named.values()), allow_unused=True)
             for name, gradient in zip(named, gradients, strict=True):
                 if gradient is not None:
-                    total[name].addcmul_(gradient.float(), gradient.float(), value=predicted / len(windows))
+                    total[name].addcmul_(gradient.float(), gradient.float(), value=counted / len(windows))
     return total
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from gain_ops.gainfiles.fingerprints import digest, sample
 from gain_ops.measure import environment
+from gain_ops.measure.marks import unmarked
 from gain_ops.measure.perplexity import perplexity
 from gain_ops.measure.step_bytes import backward_bytes
 from gain_ops.training.domains import Domain
@@ -107,6 +108,9 @@ def study(settings: Settings, watcher: Watcher) -> Study:
     device, dtype = resolve_device(settings.device), resolve_dtype(settings.dtype)
     watcher.phase("reading the text")
     domains = find_domains([*settings.domains, *settings.held_out])
+    for domain in domains:
+        if domain.read:
+            watcher.notice(domain.read)
     learned, held_out = domains[: len(settings.domains)], domains[len(settings.domains) :]
     orders = draw_orders([domain.name for domain in learned], settings.orders)
     with ExitStack() as held:
@@ -116,7 +120,7 @@ def study(settings: Settings, watcher: Watcher) -> Study:
         _tidy(settings.out)
         source = _model_source(settings, learned, watcher)
         watcher.phase(f"loading {source.name}")
-        loaded = load_model(source, dtype=dtype, device=device)
+        loaded = load_model(source, dtype=dtype, device=device, trust_remote_code=settings.trust_remote_code)
         check_length(loaded.model, settings.sequence_length)
         texts = tokenise(learned, held_out, loaded.tokenizer, settings)
         tasks = downstream.tasks() if settings.tasks else []
@@ -363,9 +367,8 @@ class _Running:
         for stage in self._study.stages:
             if stage.method == method:
                 return stage.saved_bytes
-        return backward_bytes(
-            self._model, self._texts[domain].windows(self._settings, seed)[: self._settings.batch_size]
-        )
+        windows = self._texts[domain].windows(self._settings, seed)[: self._settings.batch_size]
+        return backward_bytes(self._model, unmarked(windows))
 
     def _perplexities(self) -> dict[str, float]:
         return {name: perplexity(self._model, text.validation) for name, text in self._texts.items()}

@@ -15,7 +15,7 @@ from gain_study.engine.methods import METHODS
 __all__ = ["BUILT_IN", "TOY", "Settings"]
 
 BUILT_IN = ("python", "licences", "readmes")
-"""Domains that every machine has; any other name is a file or folder of text."""
+"""Domains that every machine has; any other name is a file or folder of text or data."""
 
 TOY = Path("toy")
 """Instead of a model: a small one is trained from scratch on the domains' training text."""
@@ -52,6 +52,7 @@ class Settings:
         fisher_windows: training windows of a domain; its Fisher information is estimated on them.
         dtype: of the weights.
         device: auto, cpu or cuda.
+        trust_remote_code: whether code in the model's folder may be run.
 
     Raises:
         ValueError: a number is out of range, or a name is unknown or repeated.
@@ -79,6 +80,7 @@ class Settings:
     fisher_windows: int = 16
     dtype: str = "float32"
     device: str = "auto"
+    trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         self._check_numbers()
@@ -120,8 +122,8 @@ class Settings:
         return tuple(sorted(self.rates.get(method, METHODS[method].rates)))
 
     def as_json(self) -> dict[str, Any]:
-        """The settings as the results file has them: all except the folder, which may be moved."""
-        values = {name: value for name, value in asdict(self).items() if name != "out"}
+        """The settings as the results file has them: all but the folder, which may be moved, and what may run."""
+        values = {name: value for name, value in asdict(self).items() if name not in ("out", "trust_remote_code")}
         return values | {
             "model": None if self.model is None else str(self.model),
             "domains": list(self.domains),

@@ -12,7 +12,8 @@ from typing import Any
 from torch import Tensor
 
 from gain_ops.training import domains
-from gain_ops.training.domains import Domain, Tokenizer
+from gain_ops.training.documents import Tokenizer
+from gain_ops.training.domains import Domain
 from gain_ops.training.loop import draw_batches
 from gain_ops.utils.errors import UsageError, file_errors
 from gain_study.engine.settings import Settings
