@@ -1,18 +1,13 @@
 """The bytes that one decoder block of true size moves, forward and backward, outside its matrix products and its attention.
 
-    python -m benchmarks.suites.moved              counted on the meta device, in seconds
-    python -m benchmarks.suites.moved --compiled   torch.compile's kernels too, counted on smaller blocks, in minutes
+    python -m benchmarks.suites.moved
 
 These passes are bound by bandwidth, so their bytes are their time. "predicted" is bytes / (the copy's bandwidth * what a pass
 reaches of it), with the constants of benchmarks/report/predict.py; what is saved for backward is counted in the same block.
 """
 
-import argparse
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
-from unittest import mock
 
 import torch
 from torch import nn
@@ -29,7 +24,6 @@ Put = Callable[[nn.Module], object]
 
 LIGER = f"{FROZEN}, with Liger's RMSNorm and SwiGLU"
 FOLDED = "gain-ffn, folded"
-SHRINK = 16  # of the widths of a block that is compiled on a CPU
 _COPY, _PASS = 3.0e12, 0.92  # predict.ASSUMED's bytes and one_pass
 
 
@@ -39,8 +33,8 @@ class Line:
 
     name: str
     passes: float
-    products: int | None
-    saved: float | None
+    products: int
+    saved: float
 
     def milliseconds(self, architecture: Architecture, tokens: int) -> float:
         """The passes' predicted time."""
@@ -80,26 +74,6 @@ def lines(architecture: Architecture, tokens: int = TOKENS) -> Iterator[Line]:
         yield Line(name, moved.passes / element, moved.n_products, saved.new / element)
 
 
-def compiled_lines(architecture: Architecture, tokens: int = 128) -> Iterator[Line]:
-    """The same of a narrower block under torch.compile, from what its scheduler says of its kernels."""
-    small = dataclasses.replace(
-        architecture,
-        hidden=architecture.hidden // SHRINK,
-        intermediate=architecture.intermediate // SHRINK,
-        heads=max(1, architecture.heads // SHRINK),
-        kv_heads=max(1, architecture.kv_heads // SHRINK),
-    )
-    for name, put in ways(architecture).items():
-        if name == LIGER:
-            continue
-        torch.compiler.reset()
-        block, given = _block(small, put, tokens, "cpu")
-        block.compile(dynamic=False)
-        with _compiled_passes() as counted:
-            _step(block, given)()
-        yield Line(f"torch.compile of {name}", sum(counted) / (tokens * small.hidden), None, None)
-
-
 def _block(architecture: Architecture, put: Put, tokens: int, device: str) -> tuple[nn.Module, Given]:
     model = models.build(architecture, device, layers=1, vocabulary=VOCABULARY)
     put(model)
@@ -111,26 +85,6 @@ def _step(block: nn.Module, given: Given) -> Callable[[], object]:
     return lambda: torch.autograd.grad(given.through(block, x), [x, *models.trained(block)], given.dy)
 
 
-@contextmanager
-def _compiled_passes() -> Iterator[list[int]]:
-    """The bytes of each kernel that torch.compile makes within it, but for matrix products and attention."""
-    from torch._inductor.graph import GraphLowering
-
-    found: list[int] = []
-    compile_to_module = GraphLowering.compile_to_module
-
-    def count(graph: Any) -> Any:
-        module = compile_to_module(graph)
-        for node in graph.scheduler.nodes:
-            kernel = str(getattr(node.node, "op_overload", None) or getattr(node.node, "python_kernel_name", None))
-            product = node.is_extern() and "gain_ops" not in kernel
-            found.append(0 if product else node.get_read_write_buffers_sizes())
-        return module
-
-    with mock.patch.object(GraphLowering, "compile_to_module", count):
-        yield found
-
-
 def table(architecture: Architecture, rows: Sequence[Line]) -> str:
     """Markdown."""
     frozen = rows[0].passes
@@ -139,23 +93,18 @@ def table(architecture: Architecture, rows: Sequence[Line]) -> str:
         "|---|---:|---:|---:|---:|---:|",
     ]
     for row in rows:
-        products, saved = ("" if value is None else f"{value:.4g}" for value in (row.products, row.saved))
         time = row.milliseconds(architecture, TOKENS)
         text.append(
-            f"| {row.name} | {row.passes:.1f} | {row.passes / frozen:.2f} | {time:.2f} | {products} | {saved} |"
+            f"| {row.name} | {row.passes:.1f} | {row.passes / frozen:.2f} | {time:.2f} | {row.products} | {row.saved:.4g} |"
         )
     return "\n".join(text)
 
 
 def main() -> None:
     """Print a table for each architecture; bytes are those an element of [tokens, hidden]."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--compiled", action="store_true", help="count torch.compile's kernels too")
-    compiled = parser.parse_args().compiled
     for name in ("Llama-3-8B", "GPT-2 Large"):
         architecture = ARCHITECTURES[name]
-        rows = [*lines(architecture), *(compiled_lines(architecture) if compiled else ())]
-        print(table(architecture, rows), end="\n\n")
+        print(table(architecture, list(lines(architecture))), end="\n\n")
 
 
 if __name__ == "__main__":
