@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from gain_ops.layers.gained import Gained, check_options
-from gain_ops.layers.linears import is_kind, own_tensors, refuse_fsdp, refuse_sharded, sizes
+from gain_ops.layers.linears import is_kind, offloads, own_tensors, refuse_fsdp, refuse_sharded, sizes
 from gain_ops.layers.make import gain_layer
 from gain_ops.models.fused_mlp import fuse_all, unfuse
 from gain_ops.models.fused_residual import fuse_residual as fold_into_adds
@@ -80,7 +80,8 @@ def apply(
     Conv1D becomes GainConv1D, on the same Parameters; another linear map, such as a quantised one, is wrapped.
 
     Raises:
-        ValueError: no match, or no match of one of the patterns; the model has gains already; it would ignore a gain at a
+        ValueError: no model; no match, or no match of one of the patterns; weights that accelerate has offloaded; the model
+            has gains already; it would ignore a gain at a
             chosen module; a chosen module is PEFT's, with an adapter in it; "gain-ffn" on a mixture with fused experts; an
             FFN that fuse_mlp or a layer that fuse_residual cannot serve; or an unknown option.
 
@@ -102,6 +103,10 @@ def apply(
         raise UsageError("fuse_residual folds the gain into the residual add, so it goes with side='output' or 'mixed'")
     refuse_gained(model)
     if not isinstance(targets, str):
+        if not isinstance(targets, Iterable):
+            raise UsageError(
+                f"targets={targets!r} is not one of {', '.join(map(repr, PRESETS))}, and no list of patterns"
+            )
         targets = tuple(targets)
         sites = pattern_sites(model, targets)
     elif targets in PRESETS:
@@ -163,6 +168,7 @@ def place(
     _check_memory(memory)
     refuse_fsdp(model, "put gains on")
     refuse_ignored(model, [site for site, _ in sites])
+    _refuse_offloaded(model, [site for site, _ in sites])
     for site, _ in sites:
         refuse_sharded(site.module)
         _refuse_adapted(site)
@@ -206,6 +212,18 @@ def _refuse_inference(sites: Iterable[Site]) -> None:
             f"{name} cannot be trained under, or after, torch.inference_mode(): what is made in it can never have a "
             "gradient. Load the model and call apply() outside of it, under torch.no_grad() if need be; load_gains() "
             "serves a model in inference mode."
+        )
+
+
+def _refuse_offloaded(model: nn.Module, sites: Iterable[Site]) -> None:
+    """Raise ValueError for weights that accelerate has offloaded: a delta beside them would be on the meta device."""
+    inside = {id(module) for holder in model.modules() if offloads(holder) for module in holder.modules()}
+    names = [s.name for s in sites if id(s.module) in inside and any(p.is_meta for p in own_tensors(s.module).values())]
+    if names:
+        raise UsageError(
+            f"cannot put gains on {first_of(names)}: accelerate has offloaded their weights (cpu_offload, disk_offload, or a "
+            "device_map with 'cpu' or 'disk'). Load the model without offloading, as by a device_map of one device or by "
+            "quantised weights."
         )
 
 

@@ -218,7 +218,7 @@ def _saveable(name: str, layer: Gained) -> Tensor:
     delta = whole(layer.delta.detach())
     if delta.is_meta or delta.numel() != layer.features:
         where = (
-            "on the meta device"
+            "on the meta device, or offloaded by accelerate"
             if delta.is_meta
             else "partitioned: call gain_ops.integrations.deepspeed.save_gains() on every process, or under FSDP1 save "
             "inside FullyShardedDataParallel.summon_full_params(model)"

@@ -1,5 +1,6 @@
 """The record of a model's gains, and the checks that refuse a model."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -160,7 +161,7 @@ def canonical_name(name: str) -> str:
 
 def refuse_gained(model: nn.Module) -> None:
     """Raise ValueError if the model has a gain somewhere."""
-    count = sum(isinstance(module, Gained) for module in model.modules())
+    count = len(all_gained(model))
     if count:
         raise UsageError(
             f"{type(model).__name__} already has gains on {count} layers: gain_ops.absorb() them into the weights or "
@@ -175,7 +176,7 @@ def _root(model: nn.Module) -> nn.Module:
 
 def all_gained(model: nn.Module) -> dict[int, Gained]:
     """Every layer with a gain, whether named from _root() or not, by id."""
-    return {id(module): module for module in model.modules() if isinstance(module, Gained)}
+    return {id(module): module for module in _modules(model) if isinstance(module, Gained)}
 
 
 def record_holders(model: nn.Module) -> list[nn.Module]:
@@ -184,5 +185,14 @@ def record_holders(model: nn.Module) -> list[nn.Module]:
 
 
 def _holder(model: nn.Module, attribute: str) -> nn.Module | None:
-    holders = [module for module in model.modules() if attribute in vars(module)]
+    holders = [module for module in _modules(model) if attribute in vars(module)]
     return holders[0] if len(holders) == 1 else None
+
+
+def _modules(model: nn.Module) -> Iterator[nn.Module]:
+    """Every module of a model; ValueError for what is no model. Each public function on a model begins with this."""
+    if not isinstance(model, nn.Module):
+        what = repr(model) if model is None or isinstance(model, str) else f"a {type(model).__name__}"
+        load = ": load it first, as by transformers.AutoModelForCausalLM.from_pretrained()" * isinstance(model, str)
+        raise UsageError(f"expected a model, a torch.nn.Module, and got {what}{load}")
+    return model.modules()

@@ -273,8 +273,8 @@ def test_plain_weights_under_the_hooks_of_a_device_map(make, side):
 def test_offloaded_weights():
     accelerate = pytest.importorskip("accelerate")
     model = llama()
-    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
     gain_ops.apply(model)
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
     with pytest.raises(ValueError, match="its weight is on the meta device"):
         gain_ops.absorb(model)
 
