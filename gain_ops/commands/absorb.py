@@ -119,6 +119,7 @@ def _print_changes(work: Plan) -> None:
         soft_wrap=True,
     )
     _print_moved(work)
+    _print_renamed(work)
     _print_left_out(work)
 
 
@@ -134,6 +135,7 @@ def _print_absorbed(work: Plan, done: Absorbed, out: Path) -> None:
             soft_wrap=True,
         )
     _print_moved(work)
+    _print_renamed(work)
     STDOUT.print(
         "verified: read again, and every byte is the base's or that of the base with its gain"
         if done.verified
@@ -151,6 +153,20 @@ def _print_moved(work: Plan) -> None:
         STDOUT.print(
             f"the input gains of {len(moved)} down projections, whose weights cannot take them exactly, go into the rows of "
             "the up projections: the same map",
+            soft_wrap=True,
+        )
+
+
+def _print_renamed(work: Plan) -> None:
+    """A line on layers that the checkpoint calls by another name than the gain file."""
+    renamed = {
+        change.layer: change.tensor
+        for change in work.changes
+        if not change.into_up and not change.tensor.startswith(f"{change.layer}.")
+    }
+    for layer, tensor in list(renamed.items())[:1]:
+        STDOUT.print(
+            f"{len(renamed)} layers have other names in the checkpoint: {escape(layer)} is stored in {escape(tensor)}",
             soft_wrap=True,
         )
 

@@ -12,7 +12,8 @@ no value to sample. ``base_model`` is null where it is not known.
 
 import json
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,15 @@ class GainFile:
     targets: str | tuple[str, ...]
     base_model: str | None
     package: str
+
+    def renamed(self, names: Mapping[str, str]) -> "GainFile":
+        """The same with other names for those layers that are in ``names``."""
+        return replace(
+            self,
+            deltas={names.get(name, name): delta for name, delta in self.deltas.items()},
+            sides={names.get(name, name): side for name, side in self.sides.items()},
+            fingerprints={names.get(name, name): base for name, base in self.fingerprints.items()},
+        )
 
 
 def write_gains(file: GainFile, path: str | os.PathLike[str]) -> None:

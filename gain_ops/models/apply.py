@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import nn
 
+from gain_ops.gainfiles.names import canonical_name
 from gain_ops.layers.gained import Gained, check_options
 from gain_ops.layers.linears import is_kind, offloads, own_tensors, refuse_fsdp, refuse_sharded, sizes
 from gain_ops.layers.make import gain_layer
@@ -18,7 +19,6 @@ from gain_ops.models.record import (
     Applied,
     Record,
     all_gained,
-    canonical_name,
     record_holders,
     refuse_gained,
     refuse_part,

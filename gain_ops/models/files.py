@@ -1,8 +1,9 @@
 """Save and load the gains of a model: the gain files of gainfiles/ for a model."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import MethodType
 from typing import TYPE_CHECKING, cast
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from gain_ops._version import __version__
 from gain_ops.gainfiles.file import GainFile, GainFileError, read_gains, write_gains
 from gain_ops.gainfiles.fingerprints import digest, sample
+from gain_ops.gainfiles.names import canonical_name, find_layers
 from gain_ops.layers.gained import Gained, check_options
 from gain_ops.layers.linears import describe, has_plain_weight, is_packed, own_tensors, sizes
 from gain_ops.layers.wrapper import GainWrapper
@@ -20,7 +22,6 @@ from gain_ops.models.apply import place
 from gain_ops.models.record import (
     Applied,
     applied_record,
-    canonical_name,
     gained_modules,
     refuse_base_active,
     refuse_lost,
@@ -105,6 +106,10 @@ def load_gains(
     frozen weight is the one that the gain was trained on. Under FSDP2 or tensor parallelism every rank must call it, and
     reads the file; only the samples of the fingerprints are gathered.
 
+    A layer may have another name here than in the file: the text model inside a multimodal one, a model in DDP, in
+    torch.compile, in another module or in a SentenceTransformer. It is taken where one name alone fits (the rule:
+    gain_ops.gainfiles.names.find_layers), and Applied.renamed says so.
+
     Args:
         model: with gains on exactly the layers and sides of the file, or with none.
         path: a file written by save_gains().
@@ -125,10 +130,10 @@ def load_gains(
     """
     check_options("output", "auto", backend)
     refuse_base_active(model, "load gains")
-    file = read_gains(path)
-    reshard(model)
     gained = gained_modules(model)
     found: dict[str, nn.Module] = dict(gained) if gained else named_linears(model)
+    file, renamed = read_gains_for(found, path)
+    reshard(model)
     refuse_misfit(file, found, exact=bool(gained), path=path)
     refuse_absent(file, found, path)
     if check_base:
@@ -141,7 +146,22 @@ def load_gains(
     with torch.no_grad():
         for name, delta in file.deltas.items():
             copy_delta(delta, gained[name].delta)
-    return applied
+    return applied and replace(applied, renamed=renamed)
+
+
+def read_gains_for(
+    names: Collection[str], path: str | os.PathLike[str]
+) -> tuple[GainFile, tuple[tuple[str, str], ...]]:
+    """A gain file with its layers named as in ``names``, and the names that differ: (in the file, in ``names``).
+
+    Raises:
+        GainFileError: as read_gains(), or names that fit more than one layer.
+        MissingFileError: no such file.
+
+    """
+    file = read_gains(path)
+    found = find_layers(file.deltas, names)
+    return file.renamed(found), tuple((layer, name) for layer, name in found.items() if layer != name)
 
 
 def fingerprint(layer: nn.Module) -> str | None:

@@ -5,12 +5,10 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from gain_ops.gainfiles.names import canonical_name
 from gain_ops.layers.gained import Gained
 from gain_ops.utils.errors import UsageError
 from gain_ops.utils.wording import first_of
-
-# Components that torch.compile, activation checkpointing and FSDP1 put into module names.
-_WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
 
 RECORD = "_gain_ops_record"
 SETS = "_gain_ops_sets"
@@ -25,6 +23,7 @@ class Applied:
         side: "output", "input", or "mixed" when a gain file holds both.
         targets: as given: "gain", "gain-ffn", or the patterns.
         trained: how many parameters are now trained, all of them gains.
+        renamed: of load_gains(), the layers that the gain file calls by another name: (name in the file, name here).
 
     """
 
@@ -32,11 +31,13 @@ class Applied:
     side: str
     targets: str | tuple[str, ...]
     trained: int
+    renamed: tuple[tuple[str, str], ...] = ()
 
     def __repr__(self) -> str:
         targets = self.targets if isinstance(self.targets, str) else ", ".join(self.targets)
         layers = f"{len(self.names)} layer" + ("s" if len(self.names) != 1 else "")
-        return f"Applied({layers}, {self.side} side, targets {targets}: {self.trained:,} trained parameters)"
+        names = "".join(f"; {len(self.renamed)} by other names, {a} as {b}" for a, b in self.renamed[:1])
+        return f"Applied({layers}, {self.side} side, targets {targets}: {self.trained:,} trained parameters{names})"
 
 
 @dataclass
@@ -152,11 +153,6 @@ def applied_record(model: nn.Module) -> Applied | None:
     holder = record_holder(model)
     record: Record | None = vars(holder)[RECORD] if holder is not None else None
     return record.applied if record is not None else None
-
-
-def canonical_name(name: str) -> str:
-    """A module's name without the components that torch.compile, activation checkpointing and FSDP1 put in."""
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def refuse_gained(model: nn.Module) -> None:

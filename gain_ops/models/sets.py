@@ -17,10 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from gain_ops.gainfiles.combining import merged_sides, merged_targets
-from gain_ops.gainfiles.file import read_gains
 from gain_ops.layers.gained import check_options
 from gain_ops.models.apply import place
-from gain_ops.models.files import named_linears, refuse_absent, refuse_misfit, refuse_other_base, reshard
+from gain_ops.models.files import (
+    named_linears,
+    read_gains_for,
+    refuse_absent,
+    refuse_misfit,
+    refuse_other_base,
+    reshard,
+)
 from gain_ops.models.record import Applied, GainSets, applied_record, gained_modules, keep_sets, kept_sets, refuse_lost
 from gain_ops.models.sites import Site, names_attention_output
 from gain_ops.utils.dtensors import copy_delta, whole
@@ -72,9 +78,9 @@ def add_gains(
             f"the set {present[0]} should be the model's gains, and the model has none: use gain_ops.apply() first"
         )
     now = _values(model) if present else {}
-    opened = {name: (path, read_gains(path)) for name, path in files.items() if path is not None}
-    reshard(model)
     found: dict[str, nn.Module] = dict(gained) if gained else named_linears(model)
+    opened = {name: (path, read_gains_for(found, path)[0]) for name, path in files.items() if path is not None}
+    reshard(model)
     for path, file in opened.values():
         refuse_misfit(file, found, exact=False, path=path)
         refuse_absent(file, found, path)

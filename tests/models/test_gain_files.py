@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 
 import numpy
 import pytest
@@ -489,3 +490,73 @@ def test_a_weight_is_not_quantised_under_its_gain(tmp_path):
     torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
     gain_ops.apply(model, ["1"])
     gain_ops.save_gains(model, tmp_path / "g")
+
+
+class Outer(nn.Module):
+    """A module that holds a model under another name, beside others."""
+
+    def __init__(self, name, model):
+        super().__init__()
+        self.add_module(name, model)
+        self.value = nn.Linear(4, 1)
+
+
+def multimodal():
+    """A model whose language model is build()'s."""
+    from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+    text = build().config.to_dict()
+    vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = LlavaForConditionalGeneration(
+        LlavaConfig(
+            text_config=text,
+            vision_config={"model_type": "clip_vision_model", "image_size": 8, "patch_size": 4, **vision},
+        )
+    )
+    model.model.language_model.load_state_dict(build().model.state_dict())
+    return model
+
+
+@pytest.mark.parametrize(
+    ("wrapped", "name"),
+    [
+        (multimodal, "model.language_model.layers.0"),
+        (lambda: Outer("module", build()), "module.model.layers.0"),
+        (lambda: Outer("policy", build()), "policy.model.layers.0"),
+        (lambda: build().model, "layers.0"),
+        (lambda: nn.Sequential(Outer("auto_model", build().model), nn.Linear(4, 4)), "0.auto_model.layers.0"),
+        (lambda: nn.Sequential(build()), "0.model.layers.0"),
+    ],
+)
+@pytest.mark.parametrize("back", [False, True])
+def test_one_model_under_other_names(wrapped, name, back, tmp_path):
+    """Both ways: a file of the bare model in the other, and the reverse."""
+    path, layer = tmp_path / "gains.safetensors", "self_attn.o_proj"
+    makes = [build, wrapped]
+    names = [f"model.layers.0.{layer}", f"{name}.{layer}"]
+    first, second = makes[back], makes[not back]
+    source = first()
+    gain_ops.apply(source, [re.escape(names[back])])
+    nn.init.normal_(source.get_submodule(names[back]).delta)
+    gain_ops.save_gains(source, path)
+    target = second()
+    applied = gain_ops.load_gains(target, path)
+    assert applied.names == (names[not back],)
+    assert applied.renamed == ((names[back], names[not back]),)
+    assert f"1 by other names, {names[back]} as {names[not back]}" in repr(applied)
+    assert torch.equal(target.get_submodule(names[not back]).delta, source.get_submodule(names[back]).delta)
+    assert gain_ops.load_gains(target, path).renamed == applied.renamed, "a second time, into the gains"
+    sets = second()
+    gain_ops.add_gains(sets, {"one": path})
+    gain_ops.set_gains(sets, "one")
+    assert torch.equal(sets.get_submodule(names[not back]).delta, source.get_submodule(names[back]).delta)
+
+
+def test_a_name_that_fits_two_parts_is_not_guessed(saved):
+    model = nn.ModuleDict({"actor": build(), "critic": build()})
+    before = contents(model)
+    with pytest.raises(
+        GainFileError, match=r"layers.0.self_attn.o_proj of the gain file could be any of actor.*, critic"
+    ):
+        gain_ops.load_gains(model, saved)
+    assert_unchanged(model, before)

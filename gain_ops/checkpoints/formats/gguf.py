@@ -34,11 +34,11 @@ from gain_ops.checkpoints.formats.gguf_blocks import (
     scale_rows,
 )
 from gain_ops.checkpoints.formats.gguf_header import Value, read_gguf_header
-from gain_ops.checkpoints.formats.names import without_shells
 from gain_ops.checkpoints.schemes import plain
 from gain_ops.checkpoints.schemes.exact import scaled
 from gain_ops.gainfiles.file import GainFile
 from gain_ops.gainfiles.fingerprints import digest, step
+from gain_ops.gainfiles.names import without_shells
 from gain_ops.gainfiles.rounding import lost_gains
 from gain_ops.models.carriers import CannotFold, fold_gain, has_own_gain
 from gain_ops.utils.errors import MissingPackageError

@@ -5,23 +5,27 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
 from gain_ops.checkpoints.container import refuse
 from gain_ops.checkpoints.edits import CheckpointError, Edit, Layer, Stored
 from gain_ops.checkpoints.formats.config import Config, read_object
+from gain_ops.checkpoints.formats.conversion import Loaded, loaded
 from gain_ops.checkpoints.formats.headers import Entry, read_header
-from gain_ops.checkpoints.formats.names import find_layers
 from gain_ops.checkpoints.formats.sampling import fingerprint
 from gain_ops.checkpoints.formats.skeleton import skeleton
 from gain_ops.checkpoints.schemes import plain
 from gain_ops.gainfiles.file import GainFile
+from gain_ops.gainfiles.names import find_layers
 from gain_ops.models.carriers import CannotFold, fold_gain, has_own_gain
 from gain_ops.models.up_rows import up_rows
 from gain_ops.utils.kinds import pickled
 from gain_ops.utils.wording import some_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _SINGLE = ("model.safetensors", "diffusion_pytorch_model.safetensors")
 _INDEX = ".safetensors.index.json"
@@ -94,17 +98,12 @@ class SafetensorsCheckpoint:
 
     def _layers(self, gains: GainFile) -> tuple[list[tuple[Layer, str]], list[str]]:
         """The layers that get a gain, each with its name in the checkpoint; and what is wrong with the others."""
-        modules = {module for name in self._entries for module in _above(name)}
-        names = find_layers(gains.deltas, modules)
+        names, problems = self._names(gains.deltas)
         tensors: dict[str, dict[str, Stored]] = {name: {} for name in names.values()}
         for name, entry in self._entries.items():
             for module in _above(name):
                 if module in tensors:
                     tensors[module][name.removeprefix(f"{module}.")] = entry.stored()
-        missing = [layer for layer in gains.deltas if layer not in names]
-        problems = [f"it has no layer {some_of(missing)}"] if missing else []
-        if any(map(self._config.may_tie, missing)):
-            problems[0] += " (an output head that shares the embedding's weight is not stored)"
         layers = []
         for layer, name in names.items():
             delta, weight = gains.deltas[layer], tensors[name].get("weight")
@@ -112,6 +111,36 @@ class SafetensorsCheckpoint:
             gain = 1 + (delta.double() if double else delta)
             layers.append((Layer(layer, gains.sides[layer], gain, tensors[name]), name))
         return layers, problems
+
+    def _names(self, layers: Collection[str]) -> tuple[dict[str, str], list[str]]:
+        """For every layer that is stored, its name in the checkpoint; and what is wrong with the others.
+
+        The name is the one that transformers would load as this layer, or else the one that find_layers() takes for it.
+        """
+        names: dict[str, str] = {}
+        problems: list[str] = []
+        inside = {} if self._loaded is None else find_layers(layers, self._loaded.modules)
+        for layer, module in inside.items():
+            if other := self._loaded.tied.get(module):
+                problems.append(
+                    f"{layer} and {other} have one weight, and a gain on one would change the other: keep the gain file, and "
+                    "load it with gain_ops.load_gains()"
+                )
+            elif tensor := self._loaded.converted.get(module):
+                problems.append(
+                    f"{layer} is made of {tensor}, and perhaps others, while transformers loads them: absorb in memory with "
+                    "gain_ops.absorb(), and save the model with save_pretrained()"
+                )
+            else:
+                names[layer] = self._loaded.stored[module]
+        modules = {module for name in self._entries for module in _above(name)}
+        names |= find_layers([layer for layer in layers if layer not in inside], modules)
+        missing = [layer for layer in layers if layer not in names and layer not in inside]
+        if missing:
+            head = " (an output head that shares the embedding's weight is not stored)"
+            said = head if any(map(self._config.may_tie, missing)) else ""
+            problems.insert(0, f"it has no layer {some_of(missing)}{said}")
+        return names, problems
 
     def _edits(self, layer: Layer, name: str, gained: Collection[str], *, requantize: bool) -> list[Edit]:
         """Into the layer exactly, or on the input side into the up projection beside it, or else as asked."""
@@ -161,6 +190,9 @@ class SafetensorsCheckpoint:
             raise CheckpointError(f"config.json describes a model without {layer.name}")
         rows = up_rows(self._skeleton, modules[found[layer.name]])
         up = f"{name.rpartition('.')[0]}.{rows.leaf}".lstrip(".")
+        if self._loaded is not None:
+            inside = f"{found[layer.name].rpartition('.')[0]}.{rows.leaf}".lstrip(".")
+            up = self._loaded.stored.get(inside, up)
         tensors = {
             key.removeprefix(f"{up}."): e.stored() for key, e in self._entries.items() if key.startswith(f"{up}.")
         }
@@ -176,8 +208,18 @@ class SafetensorsCheckpoint:
         return [replace(edit, layer=layer.name, into_up=True) for edit in edits]
 
     @functools.cached_property
-    def _skeleton(self) -> nn.Module:
-        return skeleton(self.root)
+    def _skeleton(self) -> "PreTrainedModel":
+        return skeleton(self.root, most_layers=len(self._entries))
+
+    @functools.cached_property
+    def _loaded(self) -> Loaded | None:
+        """The names that transformers gives to what is stored; None for a model that it does not have."""
+        if not self._config.names_a_class():
+            return None
+        try:
+            return loaded(self._skeleton, self._entries)
+        except CheckpointError:
+            return None
 
 
 def _above(tensor: str) -> Iterable[str]:
