@@ -94,6 +94,7 @@ def combine_gains(
         targets=merged_targets(opened),
         base_model=_only(file.base_model for file in opened.values()),
         package=__version__,
+        spots={name: text for file in opened.values() for name, text in file.spots.items() if fingerprints[name]},
     )
 
 

@@ -7,19 +7,21 @@ A gain file is a safetensors file. Its tensors are ``<module name>.delta``, floa
      "layers": {"model.layers.0.self_attn.o_proj": {"side": "output", "base": "<fingerprint>"}, ...}}
 
 ``base`` is the fingerprint of the frozen weight that the gain was trained on, see models/files.py; null where there was
-no value to sample. ``base_model`` is null where it is not known.
+no value to sample. Beside it ``spots`` has some values of a plain weight (fingerprints.py), by which its copy in another
+dtype is known; older files have none. ``base_model`` is null where it is not known.
 """
 
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from gain_ops._version import __version__
+from gain_ops.gainfiles.fingerprints import is_spots
 from gain_ops.reference import SIDES
 from gain_ops.utils import strict_json
 from gain_ops.utils.errors import GainOpsError, MissingFileError
@@ -41,7 +43,7 @@ class GainFileError(GainOpsError, ValueError):
 
 @dataclass(frozen=True)
 class GainFile:
-    """The contents of a gain file: deltas by module name, and the header's entries for them."""
+    """The contents of a gain file: deltas by module name, and the header's entries for them; spots are those that there are."""
 
     deltas: dict[str, Tensor]
     sides: dict[str, str]
@@ -49,6 +51,7 @@ class GainFile:
     targets: str | tuple[str, ...]
     base_model: str | None
     package: str
+    spots: dict[str, str] = field(default_factory=dict)
 
     def renamed(self, names: Mapping[str, str]) -> "GainFile":
         """The same with other names for those layers that are in ``names``."""
@@ -57,6 +60,7 @@ class GainFile:
             deltas={names.get(name, name): delta for name, delta in self.deltas.items()},
             sides={names.get(name, name): side for name, side in self.sides.items()},
             fingerprints={names.get(name, name): base for name, base in self.fingerprints.items()},
+            spots={names.get(name, name): spots for name, spots in self.spots.items()},
         )
 
 
@@ -84,13 +88,18 @@ def write_gains(file: GainFile, path: str | os.PathLike[str]) -> None:
         "package": file.package,
         "targets": file.targets,
         "base_model": file.base_model,
-        "layers": {name: {"side": file.sides[name], "base": file.fingerprints[name]} for name in file.deltas},
+        "layers": {name: _entry(file, name) for name in file.deltas},
     }
     tensors = {f"{name}{_SUFFIX}": delta for name, delta in file.deltas.items()}
     import safetensors.torch  # not at the top: kernels are tested and measured with torch and triton alone
 
     content = safetensors.torch.save(tensors, metadata={"gain_ops": json.dumps(header)})
     replace_file(Path(path), lambda beside: beside.write_bytes(content))
+
+
+def _entry(file: GainFile, name: str) -> dict[str, str | None]:
+    spots = {"spots": file.spots[name]} if name in file.spots else {}
+    return {"side": file.sides[name], "base": file.fingerprints[name], **spots}
 
 
 def read_gains(path: str | os.PathLike[str]) -> GainFile:
@@ -167,6 +176,7 @@ def _parse(header: dict[str, Any], tensors: Any, path: object) -> GainFile:
         targets=targets if isinstance(targets, str) else tuple(targets),
         base_model=header["base_model"],
         package=header["package"],
+        spots={name: layer["spots"] for name, layer in layers.items() if "spots" in layer},
     )
 
 
@@ -181,5 +191,6 @@ def _check_types(header: dict[str, Any]) -> None:
         raise TypeError(f"targets are {named(repr(header['targets']))}")
     for name, layer in header["layers"].items():
         check_name(name)
-        if not isinstance(layer["side"], str) or not isinstance(layer["base"], str | None):
+        known = isinstance(layer["base"], str | None) and ("spots" not in layer or is_spots(layer["spots"]))
+        if not isinstance(layer["side"], str) or not known:
             raise TypeError(f"the entry of {named(name)} is {named(repr(layer))}")

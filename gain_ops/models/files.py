@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gain_ops._version import __version__
 from gain_ops.gainfiles.file import GainFile, GainFileError, read_gains, write_gains
-from gain_ops.gainfiles.fingerprints import digest, sample
+from gain_ops.gainfiles.fingerprints import digest, is_copy, sample, spots
 from gain_ops.gainfiles.names import canonical_name, find_layers
 from gain_ops.layers.gained import Gained, check_options
 from gain_ops.layers.linears import describe, has_plain_weight, is_packed, own_tensors, sizes
@@ -77,10 +77,11 @@ def collect_gains(
     refuse_outside(model, "save")
     refuse_base_active(model, "save")
     reshard(model)
-    deltas, fingerprints = {}, {}
+    deltas, fingerprints, values = {}, {}, {}
     for name, layer in layers.items():
         with gathered(layer):
             deltas[name], fingerprints[name] = _saveable(name, layer), fingerprint(layer)
+            values[name] = weight_spots(layer)
     applied = applied_record(model)
     return GainFile(
         deltas=deltas,
@@ -89,6 +90,7 @@ def collect_gains(
         targets=tuple(layers) if applied is None else applied.targets,
         base_model=base_model_of(model),
         package=__version__,
+        spots={name: text for name, text in values.items() if text is not None},
     )
 
 
@@ -113,8 +115,8 @@ def load_gains(
     Args:
         model: with gains on exactly the layers and sides of the file, or with none.
         path: a file written by save_gains().
-        check_base: whether each layer's frozen weight must have the fingerprint in the file. With False gains can be used on
-            another rounding of the weights (quantised, or stored in float16), or on other weights.
+        check_base: whether each layer's frozen weight must be the one of the file, by its fingerprint, or a copy of it in
+            another floating dtype. With False gains can be used on quantised, or on other weights.
         memory: as in apply(), for a model without gains.
         backend: as in apply(), for a model without gains.
 
@@ -174,7 +176,8 @@ def fingerprint(layer: nn.Module) -> str | None:
         bytes = every k-th value in row-major order, k = ceil(n / 4096), as little-endian bfloat16
 
     Of a floating layer only the weight is sampled, rounded to bfloat16 (to nearest, ties to even), so that a checkpoint
-    loaded in float32 and in bfloat16 has one fingerprint. Of a quantised layer the parameters and buffers are sampled, in
+    loaded in float32 and in bfloat16 has one fingerprint; a copy in float16 is known by weight_spots(). Of a quantised layer
+    the parameters and buffers are sampled, in
     order of their names, or those that use does not change (gain_ops.models.quantized.lasting_tensors); values that are
     not floating are hashed as they are stored. Of a DTensor only the sample is gathered: every rank must call it.
 
@@ -195,6 +198,14 @@ def fingerprint(layer: nn.Module) -> str | None:
     if not tensors or any(tensor.is_meta for tensor in tensors.values()):
         return None
     return digest((name, tensor.shape, sample(tensor)) for name, tensor in tensors.items())
+
+
+def weight_spots(layer: nn.Module) -> str | None:
+    """gain_ops.gainfiles.fingerprints.spots() of a layer's plain weight; None for a quantised one, or on the meta device."""
+    base = layer.base if isinstance(layer, GainWrapper) else layer
+    if not has_plain_weight(base) or cast(Tensor, base.weight).is_meta or not cast(Tensor, base.weight).numel():
+        return None
+    return spots(sample(cast(Tensor, base.weight)))
 
 
 def reshard(model: nn.Module) -> None:
@@ -303,7 +314,9 @@ def refuse_other_base(file: GainFile, found: dict[str, nn.Module], model: nn.Mod
     differing = [
         name
         for name, expected in file.fingerprints.items()
-        if expected is not None and fingerprint(found[name]) != expected
+        if expected is not None
+        and fingerprint(found[name]) != expected
+        and not _is_copy(file.spots.get(name), found[name])
     ]
     if differing:
         raise GainFileError(
@@ -311,6 +324,12 @@ def refuse_other_base(file: GainFile, found: dict[str, nn.Module], model: nn.Mod
             f"{base_model_of(model) or 'unknown'}): the frozen weights differ in {len(differing)} of {len(file.deltas)} "
             f"layers, {some_of(differing)}. Load the base it was trained on, or pass check_base=False to use them anyway."
         )
+
+
+def _is_copy(spots: str | None, layer: nn.Module) -> bool:
+    """Whether a layer's weight may be that of these spots in another dtype."""
+    here = weight_spots(layer) if spots is not None else None
+    return here is not None and is_copy(cast(str, spots), here)
 
 
 def raw_tensors(module: nn.Module) -> dict[str, Tensor]:

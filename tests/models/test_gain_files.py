@@ -14,6 +14,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import gain_ops
+from gain_ops.checkpoints.plan import plan
 from gain_ops.gainfiles.file import GainFileError, read_gains
 from gain_ops.layers.linear import GainLinear
 from gain_ops.layers.wrapper import GainWrapper
@@ -560,3 +561,25 @@ def test_a_name_that_fits_two_parts_is_not_guessed(saved):
     ):
         gain_ops.load_gains(model, saved)
     assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("trained", [torch.bfloat16, torch.float16])
+def test_gains_fit_a_copy_of_their_base_in_the_other_half_precision(trained, path, tmp_path):
+    other = torch.float16 if trained == torch.bfloat16 else torch.bfloat16
+    model = build().to(trained)
+    gain_ops.apply(model)
+    gain_ops.save_gains(model, path)
+    gain_ops.load_gains(build().to(other), path)
+    build().to(other).save_pretrained(tmp_path / "base")
+    assert plan(tmp_path / "base", path).changes
+    with pytest.raises(GainFileError, match="trained on other weights"):
+        gain_ops.load_gains(build(seed=1).to(other), path)
+
+    def forget(header):
+        for entry in header["layers"].values():
+            del entry["spots"]
+
+    rewrite(path, forget)
+    gain_ops.load_gains(build().to(trained), path)
+    with pytest.raises(GainFileError, match="trained on other weights"):
+        gain_ops.load_gains(build().to(other), path)

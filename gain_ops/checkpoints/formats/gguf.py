@@ -37,7 +37,7 @@ from gain_ops.checkpoints.formats.gguf_header import Value, read_gguf_header
 from gain_ops.checkpoints.schemes import plain
 from gain_ops.checkpoints.schemes.exact import scaled
 from gain_ops.gainfiles.file import GainFile
-from gain_ops.gainfiles.fingerprints import digest, step
+from gain_ops.gainfiles.fingerprints import digest, is_copy, spots, step
 from gain_ops.gainfiles.names import without_shells
 from gain_ops.gainfiles.rounding import lost_gains
 from gain_ops.models.carriers import CannotFold, fold_gain, has_own_gain
@@ -123,7 +123,7 @@ class GGUFCheckpoint:
                 expected = gains.fingerprints[layer] if check_base else None
                 if expected is None:
                     self._refuse_unknown_order(gained, name)
-                elif not _has_fingerprint(gained, expected):
+                elif not _has_fingerprint(gained, expected, gains.spots.get(layer)):
                     differing.append(layer)
                 edits += self._edits(gained, name, names.values(), requantize=requantize)
             except CheckpointError as error:
@@ -306,13 +306,17 @@ def _refuse_requantizing(gained: _Gained, *, asked: bool) -> None:
     )
 
 
-def _has_fingerprint(gained: _Gained, expected: str) -> bool:
-    """Whether the weight is the one the gain was trained on: as nn.Linear's [out, in], or [in, out], which Conv1D has."""
+def _has_fingerprint(gained: _Gained, expected: str, known: str | None) -> bool:
+    """Whether the weight is the one the gain was trained on, or a copy: as nn.Linear's [out, in], or Conv1D's [in, out]."""
     shape = gained.weight.shape
-    return any(
-        digest([("weight", sizes, _sample(gained, transposed=transposed))]) == expected
-        for sizes, transposed in ((shape, False), (shape[::-1], True))
-    )
+    dtype = _PLAIN.get(gained.weight.kind)
+    for sizes, transposed in ((shape, False), (shape[::-1], True)):
+        values = _sample(gained, transposed=transposed)
+        if digest([("weight", sizes, values)]) == expected:
+            return True
+        if known is not None and dtype is not None and is_copy(known, spots(values.to(dtype))):
+            return True
+    return False
 
 
 def _sample(gained: _Gained, *, transposed: bool) -> Tensor:

@@ -14,10 +14,11 @@ from gain_ops.checkpoints.edits import CheckpointError, Edit, Layer, Stored
 from gain_ops.checkpoints.formats.config import Config, read_object
 from gain_ops.checkpoints.formats.conversion import Loaded, loaded
 from gain_ops.checkpoints.formats.headers import Entry, read_header
-from gain_ops.checkpoints.formats.sampling import fingerprint
+from gain_ops.checkpoints.formats.sampling import fingerprint, sample
 from gain_ops.checkpoints.formats.skeleton import skeleton
 from gain_ops.checkpoints.schemes import plain
 from gain_ops.gainfiles.file import GainFile
+from gain_ops.gainfiles.fingerprints import is_copy, spots
 from gain_ops.gainfiles.names import find_layers
 from gain_ops.models.carriers import CannotFold, fold_gain, has_own_gain
 from gain_ops.models.up_rows import up_rows
@@ -234,7 +235,7 @@ def _other_base(layers: Iterable[Layer], gains: GainFile) -> list[str]:
     unknown: list[str] = []
     for layer in layers:
         expected = gains.fingerprints[layer.name]
-        if expected is not None and expected not in _fingerprints(layer):
+        if expected is not None and expected not in _fingerprints(layer) and not _is_copy(layer, gains):
             (differing if plain.is_plain(layer) else unknown).append(layer.name)
     problems = []
     if differing:
@@ -249,6 +250,12 @@ def _other_base(layers: Iterable[Layer], gains: GainFile) -> list[str]:
             f"{len(gains.deltas)} layers, {some_of(unknown)}: if they are, say so with --no-check-base"
         )
     return problems
+
+
+def _is_copy(layer: Layer, gains: GainFile) -> bool:
+    """Whether the layer's weight may be that of the gain file in another dtype."""
+    known = gains.spots.get(layer.name)
+    return known is not None and plain.is_plain(layer) and is_copy(known, spots(sample(layer.tensors["weight"])))
 
 
 def _fingerprints(layer: Layer) -> set[str]:

@@ -1,5 +1,6 @@
 """The modules of a checkpoint's model, without its weights, for questions that only a module's forward answers."""
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,9 +51,11 @@ def skeleton(folder: Path, *, most_layers: int) -> "PreTrainedModel":
         ) from error
 
 
-def _layers(config: dict[str, Any]) -> int:
+def _layers(config: dict[Any, Any]) -> int:
     """The largest number of layers that a config or one inside it gives."""
-    counts = [value for key, value in config.items() if isinstance(value, int) and ("layer" in key or key == "depth")]
+    counts = [
+        value for key, value in config.items() if isinstance(value, int) and re.search(r"layer|^depth$", str(key))
+    ]
     return max([0, *counts, *(_layers(value) for value in config.values() if isinstance(value, dict))])
 
 
