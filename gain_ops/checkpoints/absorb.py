@@ -40,6 +40,7 @@ class Absorbed:
         rounding: the largest absolute and the largest relative error of a rewritten value.
         where: the layer with the largest relative error.
         lost: how many gains changed nothing, as they are nearer to 1 than the stored dtype resolves.
+        moved: how many gains differ from 1.
         verified: whether the copy was read again and compared with the base.
 
     """
@@ -49,6 +50,7 @@ class Absorbed:
     rounding: Rounding
     where: str
     lost: int
+    moved: int
     verified: bool
 
 
@@ -249,5 +251,6 @@ def _report(plan: Plan, roundings: Mapping[str, Rounding], *, verified: bool) ->
         rounding=reduce(or_, roundings.values()),
         where=max((edit.layer for edit in plan.edits), key=lambda layer: roundings[layer].relative),
         lost=sum(lost.values()),
+        moved=plan.moved,
         verified=verified,
     )

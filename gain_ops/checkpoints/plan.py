@@ -13,6 +13,7 @@ from gain_ops.checkpoints.edits import CheckpointError, Edit
 from gain_ops.checkpoints.formats.safetensors_folder import SafetensorsCheckpoint
 from gain_ops.checkpoints.states import FileState, time_of, times_of
 from gain_ops.gainfiles.file import GainFile, read_gains
+from gain_ops.gainfiles.rounding import moved_gains
 from gain_ops.utils.errors import MissingFileError
 from gain_ops.utils.kinds import kind_of, pickled
 from gain_ops.utils.wording import some_of
@@ -49,6 +50,7 @@ class Plan:
         changes: the same in readable form.
         left_out: files of the base that are not copied, and links to folders.
         linked: files that are copied from outside the base, as it holds links to them; by the folder of their targets.
+        moved: how many gains differ from 1.
         identity: a hash of everything that the result depends on.
 
     """
@@ -61,6 +63,7 @@ class Plan:
     changes: tuple[Change, ...]
     left_out: tuple[str, ...]
     linked: dict[str, tuple[str, ...]]
+    moved: int
     identity: str
 
     @property
@@ -122,6 +125,7 @@ def plan(base: Path, gain: Path, *, requantize: bool = False, check_base: bool =
         changes=tuple(_change(edit, gains, container, names) for edit in edits),
         left_out=tuple(_left_out(base, files)),
         linked=_linked(container.root, files) if base.is_dir() else {},
+        moved=moved_gains(gains.deltas.values()),
         identity=_identity(gains, states, requantize=requantize),
     )
 

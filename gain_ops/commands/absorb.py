@@ -124,16 +124,15 @@ def _print_changes(work: Plan) -> None:
 
 
 def _print_absorbed(work: Plan, done: Absorbed, out: Path) -> None:
+    from gain_ops.gainfiles.rounding import said_of_lost
+
     STDOUT.print(
         f"absorbed {done.layers} layers; largest rounding error of a rewritten value {done.rounding.absolute:.1e}, "
         f"relative {done.rounding.relative:.1e} in {escape(done.where)}",
         soft_wrap=True,
     )
     if done.lost:
-        STDOUT.print(
-            f"[yellow]{done.lost:,} gains are nearer to 1 than the stored dtype resolves, and changed nothing[/]",
-            soft_wrap=True,
-        )
+        STDOUT.print(f"[yellow]{said_of_lost(done.lost, done.moved)}[/]", soft_wrap=True)
     _print_moved(work)
     _print_renamed(work)
     STDOUT.print(

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -89,18 +90,10 @@ def apply(
         UserWarning: PEFT adapters were trained before, and are now frozen like everything else.
 
     """
+    running = Running(memory, backend, fuse_mlp, mlp_chunk, fuse_residual)
     if side != "mixed":
         check_options(side, "auto", backend)
-    check_name(backend)
-    _check_memory(memory)
-    if mlp_chunk is not None and not fuse_mlp:
-        raise UsageError(f"mlp_chunk={mlp_chunk} needs fuse_mlp=True")
-    if mlp_chunk is not None and mlp_chunk < 1:
-        raise UsageError(f"mlp_chunk={mlp_chunk} is a number of tokens, at least 1")
-    if fuse_mlp and side == "output":
-        raise UsageError("fuse_mlp folds the gain into the FFN's activation, so it goes with side='input' or 'mixed'")
-    if fuse_residual and side == "input":
-        raise UsageError("fuse_residual folds the gain into the residual add, so it goes with side='output' or 'mixed'")
+    running.check(side)
     refuse_gained(model)
     if not isinstance(targets, str):
         if not isinstance(targets, Iterable):
@@ -118,16 +111,7 @@ def apply(
     if not sites:
         raise UsageError("targets is empty: give 'gain', 'gain-ffn' or at least one pattern")
     _refuse_inference(sites)
-    applied = place(model, [(site, _side(site, side)) for site in sites], targets, memory, backend)
-    try:
-        if fuse_mlp:
-            fuse_all(model, recompute=memory == "lean", chunk=mlp_chunk)
-        if fuse_residual:
-            fold_into_adds(model)
-    except ValueError:
-        remove(model)
-        raise
-    return applied
+    return place(model, [(site, _side(site, side)) for site in sites], targets, running)
 
 
 def remove(model: nn.Module) -> None:
@@ -157,15 +141,46 @@ def remove(model: nn.Module) -> None:
         _restore_flags(holder, record.requires_grad)
 
 
+@dataclass(frozen=True)
+class Running:
+    """How gains run, whatever their values: the arguments of apply() of these names."""
+
+    memory: str = "fast"
+    backend: str = "auto"
+    fuse_mlp: bool = False
+    mlp_chunk: int | None = None
+    fuse_residual: bool = False
+
+    def check(self, side: str) -> None:
+        """Raise ValueError for an option that does not exist, or does not go with the gains' side."""
+        check_name(self.backend)
+        if self.memory not in MEMORIES:
+            raise UsageError(f"memory={self.memory!r} is not one of {', '.join(map(repr, MEMORIES))}")
+        if self.mlp_chunk is not None and not self.fuse_mlp:
+            raise UsageError(f"mlp_chunk={self.mlp_chunk} needs fuse_mlp=True")
+        if self.mlp_chunk is not None and self.mlp_chunk < 1:
+            raise UsageError(f"mlp_chunk={self.mlp_chunk} is a number of tokens, at least 1")
+        if self.fuse_mlp and side == "output":
+            raise UsageError(
+                "fuse_mlp folds the gain into the FFN's activation, so it goes with side='input' or 'mixed'"
+            )
+        if self.fuse_residual and side == "input":
+            raise UsageError(
+                "fuse_residual folds the gain into the residual add, so it goes with side='output' or 'mixed'"
+            )
+
+
 def place(
-    model: nn.Module, sites: Iterable[tuple[Site, str]], targets: str | tuple[str, ...], memory: str, backend: str
+    model: nn.Module, sites: Iterable[tuple[Site, str]], targets: str | tuple[str, ...], running: Running
 ) -> Applied:
     """Put gains on (site, side) pairs, in place, for apply() and load_gains(). The sides must exist."""
     first: dict[int, tuple[Site, str]] = {}
     for site, side in sites:
         first.setdefault(id(site.module), (site, side))  # two parts of a model may share a module
     sites = list(first.values())
-    _check_memory(memory)
+    sides = {side for _, side in sites}
+    whole_side = "mixed" if len(sides) > 1 else min(sides, default="output")
+    running.check(whole_side)
     refuse_fsdp(model, "put gains on")
     refuse_ignored(model, [site for site, _ in sites])
     _refuse_offloaded(model, [site for site, _ in sites])
@@ -177,8 +192,8 @@ def place(
     gains: dict[int, Gained] = {}
     try:
         for site, side in sites:
-            save = _save(site, side, memory)
-            gains[id(site.module)] = gain_layer(site.module, side=side, save=save, backend=backend)
+            save = _save(site, side, running.memory)
+            gains[id(site.module)] = gain_layer(site.module, side=side, save=save, backend=running.backend)
     except BaseException:
         _restore_flags(model, flags)  # each layer is frozen as it gets its gain
         raise
@@ -186,14 +201,21 @@ def place(
         gains[id(site.module)].stand_in_for(site.module)
     model.requires_grad_(False)  # before the gains are in it
     _replace(model, gains)
-    sides = {side for _, side in sites}
     applied = Applied(
         names=tuple(canonical_name(site.name) for site, _ in sites),
-        side=sides.pop() if len(sides) == 1 else "mixed",
+        side=whole_side,
         targets=targets,
         trained=sum(gain.features for gain in gains.values()),
     )
     setattr(model, RECORD, Record(applied, flags))
+    try:
+        if running.fuse_mlp:
+            fuse_all(model, recompute=running.memory == "lean", chunk=running.mlp_chunk)
+        if running.fuse_residual:
+            fold_into_adds(model)
+    except ValueError:
+        remove(model)
+        raise
     return applied
 
 
@@ -262,11 +284,6 @@ def _save(site: Site, side: str, memory: str) -> str:
         return "auto"
     n_in, n_out = sizes(site.module) or (0, 0)
     return "input" if site.attention or n_out > n_in else "output"
-
-
-def _check_memory(memory: str) -> None:
-    if memory not in MEMORIES:
-        raise UsageError(f"memory={memory!r} is not one of {', '.join(map(repr, MEMORIES))}")
 
 
 def _replace(model: nn.Module, replacements: Mapping[int, nn.Module]) -> None:

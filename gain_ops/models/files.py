@@ -15,10 +15,10 @@ from gain_ops._version import __version__
 from gain_ops.gainfiles.file import GainFile, GainFileError, read_gains, write_gains
 from gain_ops.gainfiles.fingerprints import digest, is_copy, sample, spots
 from gain_ops.gainfiles.names import canonical_name, find_layers
-from gain_ops.layers.gained import Gained, check_options
+from gain_ops.layers.gained import Gained
 from gain_ops.layers.linears import describe, has_plain_weight, is_packed, own_tensors, sizes
 from gain_ops.layers.wrapper import GainWrapper
-from gain_ops.models.apply import place
+from gain_ops.models.apply import Running, place
 from gain_ops.models.record import (
     Applied,
     applied_record,
@@ -101,6 +101,9 @@ def load_gains(
     check_base: bool = True,
     memory: str = "fast",
     backend: str = "auto",
+    fuse_mlp: bool = False,
+    mlp_chunk: int | None = None,
+    fuse_residual: bool = False,
 ) -> Applied | None:
     """Load a gain file into a model; a model without gains gets them first, as by apply().
 
@@ -117,8 +120,11 @@ def load_gains(
         path: a file written by save_gains().
         check_base: whether each layer's frozen weight must be the one of the file, by its fingerprint, or a copy of it in
             another floating dtype. With False gains can be used on quantised, or on other weights.
-        memory: as in apply(), for a model without gains.
+        memory: as in apply(), for a model without gains; a gain file has values and no options.
         backend: as in apply(), for a model without gains.
+        fuse_mlp: as in apply(), for a model without gains; with the arguments that apply() had, the model runs as it did.
+        mlp_chunk: as in apply(), for a model without gains.
+        fuse_residual: as in apply(), for a model without gains.
 
     Returns:
         Applied as from apply(), or None for gains put on by hand.
@@ -130,7 +136,8 @@ def load_gains(
         FileNotFoundError: no such file.
 
     """
-    check_options("output", "auto", backend)
+    running = Running(memory, backend, fuse_mlp, mlp_chunk, fuse_residual)
+    running.check("mixed")
     refuse_base_active(model, "load gains")
     gained = gained_modules(model)
     found: dict[str, nn.Module] = dict(gained) if gained else named_linears(model)
@@ -143,7 +150,7 @@ def load_gains(
     applied = applied_record(model)
     if not gained:
         sites = [(Site(n, found[n], names_attention_output(n)), file.sides[n]) for n in file.deltas]
-        applied = place(model, sites, file.targets, memory, backend)
+        applied = place(model, sites, file.targets, running)
         gained = gained_modules(model)
     with torch.no_grad():
         for name, delta in file.deltas.items():

@@ -583,3 +583,46 @@ def test_gains_fit_a_copy_of_their_base_in_the_other_half_precision(trained, pat
     gain_ops.load_gains(build().to(trained), path)
     with pytest.raises(GainFileError, match="trained on other weights"):
         gain_ops.load_gains(build().to(other), path)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"side": "input", "fuse_mlp": True, "memory": "lean", "mlp_chunk": 4},
+        {"side": "mixed", "fuse_mlp": True, "fuse_residual": True},
+    ],
+)
+def test_a_loaded_model_runs_the_graph_that_it_was_trained_with(options, path):
+    model = build()
+    gain_ops.apply(model, "gain-ffn", **options)
+    for layer in gained_modules(model).values():
+        nn.init.normal_(layer.delta, std=0.1)
+    gain_ops.save_gains(model, path)
+    how = {name: value for name, value in options.items() if name != "side"}
+    loaded, in_sets = build(), build()
+    gain_ops.load_gains(loaded, path, **how)
+    gain_ops.add_gains(in_sets, {"one": path}, **how)
+    gain_ops.set_gains(in_sets, "one")
+    graphs = [graph(one(IDS, labels=IDS).loss.grad_fn) for one in (model, loaded, in_sets)]
+    assert graphs[0] == graphs[1] == graphs[2]
+    assert graphs[0] != graph(gain_ops.load_gains(plain := build(), path) and plain(IDS, labels=IDS).loss.grad_fn)
+    assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+
+
+def graph(node):
+    """The names of all backward steps."""
+    pending, seen, names = [node], set(), []
+    while pending:
+        if (node := pending.pop()) is not None and node not in seen:
+            seen.add(node)
+            names.append(node.name())
+            pending += [following for following, _ in node.next_functions]
+    return sorted(names)
+
+
+def test_options_that_the_files_side_does_not_allow_change_nothing(saved):
+    model = build()
+    before = contents(model)
+    with pytest.raises(ValueError, match="fuse_mlp folds the gain"):
+        gain_ops.load_gains(model, saved, fuse_mlp=True)
+    assert_unchanged(model, before)
