@@ -108,9 +108,8 @@ def _print_changes(work: Plan) -> None:
         rows = []
         for change in work.changes:
             if change.file == file:
-                least, largest = change.gains
                 names = [change.layer, *([change.tensor] if moved else []), change.stored]
-                rows.append([*names, size_text(change.size), f"{least:.3f} to {largest:.3f}"])
+                rows.append([*names, size_text(change.size), _gains(change.gains)])
         headings = ["gain of", *(["goes into"] if moved else []), "stored as", "size", "gains"]
         print_table(headings, rows, title=file, left=len(headings) - 2)
     STDOUT.print(
@@ -154,6 +153,10 @@ def _print_moved(work: Plan) -> None:
             "the up projections: the same map",
             soft_wrap=True,
         )
+
+
+def _gains(bounds: tuple[float, float] | None) -> str:
+    return "trained whole" if bounds is None else f"{bounds[0]:.3f} to {bounds[1]:.3f}"
 
 
 def _print_renamed(work: Plan) -> None:

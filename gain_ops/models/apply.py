@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import nn
@@ -14,6 +15,7 @@ from gain_ops.layers.make import gain_layer
 from gain_ops.models.fused_mlp import fuse_all, unfuse
 from gain_ops.models.fused_residual import fuse_residual as fold_into_adds
 from gain_ops.models.fused_residual import unfuse_residual
+from gain_ops.models.kept import find_kept, warn_of_frozen_head
 from gain_ops.models.record import (
     RECORD,
     SETS,
@@ -46,6 +48,7 @@ def apply(
     fuse_mlp: bool = False,
     mlp_chunk: int | None = None,
     fuse_residual: bool = False,
+    modules_to_save: Sequence[str] | None = None,
 ) -> Applied:
     r"""Put a gain on the chosen projections of a model, in place, and freeze everything else.
 
@@ -73,6 +76,9 @@ def apply(
             it (gain_ops.gain_add_rms_norm, gain_rms_norm_add, gain_add), so that the gain needs no pass of its own. For decoder
             layers of transformers whose forward decoder_layout.py knows; over any linear map. z is saved, whatever ``memory``
             says. Attention and the FFN, called by themselves, then return their output without the gain.
+        modules_to_save: modules that are trained whole, such as a new head, by the ends of their names: save_gains() puts them
+            into the gain file, load_gains() restores them, absorb() and remove() leave them as they are. None warns of a head
+            that is frozen and that a checkpoint of the base model lacks (gain_ops.models.kept); [] says that it is meant so.
 
     Returns:
         Applied: the names, the side, the targets and the number of trained parameters.
@@ -87,7 +93,8 @@ def apply(
             FFN that fuse_mlp or a layer that fuse_residual cannot serve; or an unknown option.
 
     Warns:
-        UserWarning: PEFT adapters were trained before, and are now frozen like everything else.
+        UserWarning: PEFT adapters were trained before, and are now frozen like everything else; or a head is frozen that may
+            be new.
 
     """
     running = Running(memory, backend, fuse_mlp, mlp_chunk, fuse_residual)
@@ -111,7 +118,10 @@ def apply(
     if not sites:
         raise UsageError("targets is empty: give 'gain', 'gain-ffn' or at least one pattern")
     _refuse_inference(sites)
-    return place(model, [(site, _side(site, side)) for site in sites], targets, running)
+    kept = find_kept(model, modules_to_save or (), sites)
+    if modules_to_save is None:
+        warn_of_frozen_head(model)
+    return place(model, [(site, _side(site, side)) for site in sites], targets, running, kept)
 
 
 def remove(model: nn.Module) -> None:
@@ -171,9 +181,13 @@ class Running:
 
 
 def place(
-    model: nn.Module, sites: Iterable[tuple[Site, str]], targets: str | tuple[str, ...], running: Running
+    model: nn.Module,
+    sites: Iterable[tuple[Site, str]],
+    targets: str | tuple[str, ...],
+    running: Running,
+    kept: Mapping[str, nn.Module] = MappingProxyType({}),
 ) -> Applied:
-    """Put gains on (site, side) pairs, in place, for apply() and load_gains(). The sides must exist."""
+    """Put gains on (site, side) pairs, in place, for apply() and load_gains(); and train ``kept``. The sides must exist."""
     first: dict[int, tuple[Site, str]] = {}
     for site, side in sites:
         first.setdefault(id(site.module), (site, side))  # two parts of a model may share a module
@@ -200,12 +214,16 @@ def place(
     for site, _ in sites:
         gains[id(site.module)].stand_in_for(site.module)
     model.requires_grad_(False)  # before the gains are in it
+    trained = [p for module in kept.values() for p in module.parameters() if p.is_floating_point()]
+    for parameter in trained:
+        parameter.requires_grad_(True)
     _replace(model, gains)
     applied = Applied(
         names=tuple(canonical_name(site.name) for site, _ in sites),
         side=whole_side,
         targets=targets,
-        trained=sum(gain.features for gain in gains.values()),
+        trained=sum(gain.features for gain in gains.values()) + sum(p.numel() for p in trained),
+        kept=tuple(canonical_name(name) for name in kept),
     )
     setattr(model, RECORD, Record(applied, flags))
     try:

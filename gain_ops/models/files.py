@@ -19,6 +19,7 @@ from gain_ops.layers.gained import Gained
 from gain_ops.layers.linears import describe, has_plain_weight, is_packed, own_tensors, sizes
 from gain_ops.layers.wrapper import GainWrapper
 from gain_ops.models.apply import Running, place
+from gain_ops.models.kept import kept_tensors, load_kept, modules_of
 from gain_ops.models.record import (
     Applied,
     applied_record,
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
 def save_gains(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write the gains of a model to a gain file (a few hundred kilobytes; its format: gain_ops.gainfiles.file).
 
+    Modules that apply() got as modules_to_save are written too, whole, as large as they are.
+
     The file is written beside ``path`` and moved into place, so an interrupted save does not damage an old file. Deltas of
     other dtypes are rounded to float32.
 
@@ -53,8 +56,9 @@ def save_gains(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
     Raises:
         ValueError: the model has no gains, or a delta that is not finite, on the meta device or partitioned by ZeRO-3;
-            it has gains outside the module that apply() was called on; a gain that apply() put on is no longer there; or
-            it has named gain sets, and none of them is active.
+            a module of modules_to_save that is not finite or no longer there; it has gains outside the module that apply()
+            was called on; a gain that apply() put on is no longer there; or it has named gain sets, and none of them is
+            active.
         OSError: the file cannot be written; under FSDP2 or tensor parallelism on every rank.
 
     """
@@ -91,6 +95,7 @@ def collect_gains(
         base_model=base_model_of(model),
         package=__version__,
         spots={name: text for name, text in values.items() if text is not None},
+        modules=kept_tensors(model),
     )
 
 
@@ -145,16 +150,18 @@ def load_gains(
     reshard(model)
     refuse_misfit(file, found, exact=bool(gained), path=path)
     refuse_absent(file, found, path)
+    kept = modules_of(file, model, path)
     if check_base:
         refuse_other_base(file, found, model, path)
     applied = applied_record(model)
     if not gained:
         sites = [(Site(n, found[n], names_attention_output(n)), file.sides[n]) for n in file.deltas]
-        applied = place(model, sites, file.targets, running)
+        applied = place(model, sites, file.targets, running, kept)
         gained = gained_modules(model)
     with torch.no_grad():
         for name, delta in file.deltas.items():
             copy_delta(delta, gained[name].delta)
+    load_kept(file, kept)
     return applied and replace(applied, renamed=renamed)
 
 

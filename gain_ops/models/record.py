@@ -22,8 +22,9 @@ class Applied:
         names: the modules that got a gain, in the model's order.
         side: "output", "input", or "mixed" when a gain file holds both.
         targets: as given: "gain", "gain-ffn", or the patterns.
-        trained: how many parameters are now trained, all of them gains.
+        trained: how many parameters are now trained: gains, and those of modules_to_save.
         renamed: of load_gains(), the layers that the gain file calls by another name: (name in the file, name here).
+        kept: the modules of modules_to_save, which are trained whole and saved with the gains.
 
     """
 
@@ -32,12 +33,16 @@ class Applied:
     targets: str | tuple[str, ...]
     trained: int
     renamed: tuple[tuple[str, str], ...] = ()
+    kept: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         targets = self.targets if isinstance(self.targets, str) else ", ".join(self.targets)
         layers = f"{len(self.names)} layer" + ("s" if len(self.names) != 1 else "")
         names = "".join(f"; {len(self.renamed)} by other names, {a} as {b}" for a, b in self.renamed[:1])
-        return f"Applied({layers}, {self.side} side, targets {targets}: {self.trained:,} trained parameters{names})"
+        kept = f"; {', '.join(self.kept)} trained whole" if self.kept else ""
+        return (
+            f"Applied({layers}, {self.side} side, targets {targets}: {self.trained:,} trained parameters{kept}{names})"
+        )
 
 
 @dataclass
@@ -70,6 +75,11 @@ def gained_modules(model: nn.Module) -> dict[str, Gained]:
     without the components that torch.compile, activation checkpointing and FSDP1 add.
     """
     return {canonical_name(name): module for name, module in _root(model).named_modules() if isinstance(module, Gained)}
+
+
+def named_from(model: nn.Module) -> dict[str, nn.Module]:
+    """Every module by the name that gain files use: from where apply() was called, as in gained_modules()."""
+    return {canonical_name(name): module for name, module in _root(model).named_modules()}
 
 
 def record_holder(model: nn.Module) -> nn.Module | None:
@@ -112,7 +122,7 @@ def lost_gains(model: nn.Module) -> tuple[str, ...]:
     applied = applied_record(model)
     if applied is None:
         return ()
-    modules = {canonical_name(name): module for name, module in _root(model).named_modules()}
+    modules = named_from(model)
     present = [f"{name}." for name in gained_modules(model)]
 
     def stands_in(name: str) -> bool:
@@ -127,7 +137,7 @@ def lost_gains(model: nn.Module) -> tuple[str, ...]:
 def refuse_lost(model: nn.Module, action: str) -> None:
     """Raise ValueError if a gain that apply() put on is no longer there."""
     if lost := lost_gains(model):
-        now = {canonical_name(name): module for name, module in _root(model).named_modules()}
+        now = named_from(model)
         what = type(now[lost[0]]).__name__ if lost[0] in now else "nothing"
         raise UsageError(
             f"cannot {action}: apply() put a gain on {first_of(lost)}, and it is gone: {what} is there now, put in its place "

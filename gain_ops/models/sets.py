@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from gain_ops.gainfiles.combining import merged_sides, merged_targets
+from gain_ops.gainfiles.file import GainFileError
 from gain_ops.models.apply import Running, place
 from gain_ops.models.files import (
     named_linears,
@@ -30,6 +31,7 @@ from gain_ops.models.record import Applied, GainSets, applied_record, gained_mod
 from gain_ops.models.sites import Site, names_attention_output
 from gain_ops.utils.dtensors import copy_delta, whole
 from gain_ops.utils.errors import UsageError
+from gain_ops.utils.wording import first_of
 
 __all__ = ["active_gains", "add_gains", "list_gains", "set_gains", "using_gains"]
 
@@ -88,6 +90,11 @@ def add_gains(
     opened = {name: (path, read_gains_for(found, path)[0]) for name, path in files.items() if path is not None}
     reshard(model)
     for path, file in opened.values():
+        if file.modules:
+            raise GainFileError(
+                f"{path} holds {first_of(list(file.modules))}, trained whole, and a gain set has gains alone: load it with "
+                "gain_ops.load_gains()"
+            )
         refuse_misfit(file, found, exact=False, path=path)
         refuse_absent(file, found, path)
         if check_base:

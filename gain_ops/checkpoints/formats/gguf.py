@@ -113,6 +113,11 @@ class GGUFCheckpoint:
         """As in container.py."""
         names = {layer: name for layer in gains.deltas if (name := self._tensor_name(layer)) is not None}
         problems = self._missing(gains.deltas, names)
+        if gains.modules:
+            problems.append(
+                f"a GGUF takes no modules that were trained whole ({some_of(gains.modules)}): absorb into the model's folder "
+                "and convert that"
+            )
         edits: list[Edit] = []
         differing: list[str] = []
         for layer, name in names.items():

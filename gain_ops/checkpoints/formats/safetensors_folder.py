@@ -88,6 +88,10 @@ class SafetensorsCheckpoint:
                 edits += self._edits(layer, name, gained, requantize=requantize)
             except CheckpointError as error:
                 problems.append(str(error))
+        try:
+            edits += self._whole(gains)
+        except CheckpointError as error:
+            problems.append(str(error))
         if check_base:
             problems += _other_base([layer for layer, _ in layers], gains)
         refuse(f"{self._path} cannot take these gains", problems)
@@ -142,6 +146,30 @@ class SafetensorsCheckpoint:
             said = head if any(map(self._config.may_tie, missing)) else ""
             problems.insert(0, f"it has no layer {some_of(missing)}{said}")
         return names, problems
+
+    def _whole(self, gains: GainFile) -> list[Edit]:
+        """The edits of modules that were trained whole beside the gains.
+
+        Raises:
+            CheckpointError: a tensor that is not stored, or is stored in another form.
+
+        """
+        if not gains.modules:
+            return []
+        from gain_ops.checkpoints.schemes.whole import replaced
+
+        names, _ = self._names(gains.modules)
+        edits = []
+        for module, tensors in gains.modules.items():
+            for key, value in tensors.items():
+                entry = self._entries.get(f"{names.get(module, module)}.{key}")
+                if entry is None:
+                    raise CheckpointError(
+                        f"it has no {module}.{key}, of a module that was trained whole: write the model that it was trained in "
+                        "with save_pretrained() before the gains are put on, and absorb into that, or absorb in memory"
+                    )
+                edits.append(replaced(module, entry.stored(), value))
+        return edits
 
     def _edits(self, layer: Layer, name: str, gained: Collection[str], *, requantize: bool) -> list[Edit]:
         """Into the layer exactly, or on the input side into the up projection beside it, or else as asked."""
