@@ -15,14 +15,12 @@ class Loaded:
     """The names of a model that transformers makes of a checkpoint; made by loaded().
 
     Attributes:
-        model: the model, on the meta device.
         stored: for a module of the model, the one of the checkpoint that has its tensors, each under the same name.
         converted: for a module whose tensors are computed from others, split or stacked, a stored tensor among these.
         tied: for a linear module, another one with the same weight.
 
     """
 
-    model: "PreTrainedModel"
     stored: dict[str, str]
     converted: dict[str, str]
     tied: dict[str, str]
@@ -57,7 +55,6 @@ def loaded(model: "PreTrainedModel", tensors: Iterable[str]) -> Loaded:
         while len(here) > 1 and len(there) > 1 and here.pop() == there.pop():
             stored.setdefault(".".join(here), set()).add(".".join(there))
     return Loaded(
-        model=model,
         stored={module: names.pop() for module, names in stored.items() if len(names) == 1},
         converted=converted,
         tied=_tied(model),

@@ -124,20 +124,21 @@ class SafetensorsCheckpoint:
         """
         names: dict[str, str] = {}
         problems: list[str] = []
-        inside = {} if self._loaded is None else find_layers(layers, self._loaded.modules)
+        loads = self._loaded or Loaded({}, {}, {})
+        inside = find_layers(layers, loads.modules)
         for layer, module in inside.items():
-            if other := self._loaded.tied.get(module):
+            if other := loads.tied.get(module):
                 problems.append(
                     f"{layer} and {other} have one weight, and a gain on one would change the other: keep the gain file, and "
                     "load it with gain_ops.load_gains()"
                 )
-            elif tensor := self._loaded.converted.get(module):
+            elif tensor := loads.converted.get(module):
                 problems.append(
                     f"{layer} is made of {tensor}, and perhaps others, while transformers loads them: absorb in memory with "
                     "gain_ops.absorb(), and save the model with save_pretrained()"
                 )
             else:
-                names[layer] = self._loaded.stored[module]
+                names[layer] = loads.stored[module]
         modules = {module for name in self._entries for module in _above(name)}
         names |= find_layers([layer for layer in layers if layer not in inside], modules)
         missing = [layer for layer in layers if layer not in names and layer not in inside]
