@@ -283,7 +283,7 @@ LORA = {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.
         (lambda path: safetensors.torch.save_file({}, path), "is not a gain file: .* holds nothing"),
         (_damage(key="other"), "is not a gain file"),
         (_damage(_set("format", "other.format")), "has format 'other.format', expected 'gain_ops.gains'"),
-        (_damage(_set("version", 2)), r"format version 2, written by gain_ops .*upgrade gain_ops"),
+        (_damage(_set("version", 3)), r"format version 3, written by gain_ops .*upgrade gain_ops"),
         (_damage(lambda header: header.pop("layers")), "damaged gain_ops header: KeyError"),
         (_damage(_set("layers", ["a"])), r"damaged gain_ops header: .*layers is \['a'\]"),
         (_damage(lambda header: header["layers"].pop(FIRST)), f"disagree on {FIRST}.delta"),
