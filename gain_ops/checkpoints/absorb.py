@@ -36,10 +36,11 @@ class Absorbed:
 
     Attributes:
         layers: how many layers' gains were folded in.
-        tensors: how many tensors were rewritten for them.
+        tensors: how many tensors were rewritten for them, and for modules that were trained whole.
         rounding: the largest absolute and the largest relative error of a rewritten value.
         where: the layer with the largest relative error.
         lost: how many gains changed nothing, as they are nearer to 1 than the stored dtype resolves.
+        moved: how many gains differ from 1.
         verified: whether the copy was read again and compared with the base.
 
     """
@@ -49,6 +50,7 @@ class Absorbed:
     rounding: Rounding
     where: str
     lost: int
+    moved: int
     verified: bool
 
 
@@ -241,7 +243,7 @@ def _merge(into: dict[str, Rounding], more: Mapping[str, Rounding]) -> None:
 
 def _report(plan: Plan, roundings: Mapping[str, Rounding], *, verified: bool) -> Absorbed:
     lost: dict[str, int] = {}
-    for edit in plan.edits:
+    for edit in (edit for edit in plan.edits if not edit.whole):
         lost[edit.layer] = max(lost.get(edit.layer, 0), edit.lost)  # its gains go into each of its tensors
     return Absorbed(
         layers=len(lost),
@@ -249,5 +251,6 @@ def _report(plan: Plan, roundings: Mapping[str, Rounding], *, verified: bool) ->
         rounding=reduce(or_, roundings.values()),
         where=max((edit.layer for edit in plan.edits), key=lambda layer: roundings[layer].relative),
         lost=sum(lost.values()),
+        moved=plan.moved,
         verified=verified,
     )

@@ -100,7 +100,8 @@ class Edit:
     ``rewrite(block, start)`` takes the rows from ``start`` on, uint8 [n, row_bytes], and returns the new rows, of the same
     shape, and their rounding. It raises CheckpointError for new values that are not finite. It is called with any number of
     rows at a time, in any order, and more than once. With ``into_up`` the tensor is the up projection's, and the gain is that
-    of the down projection's input. ``lost`` gains are too near to 1 for the tensor's dtype.
+    of the down projection's input. ``lost`` gains are too near to 1 for the tensor's dtype. With ``whole`` the layer is a
+    module that was trained whole, and has no gain.
     """
 
     layer: str
@@ -109,3 +110,4 @@ class Edit:
     rewrite: Callable[[Tensor, int], tuple[Tensor, Rounding]]
     into_up: bool = False
     lost: int = 0
+    whole: bool = False

@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
+import torch
+
 from gain_ops._version import __version__
 from gain_ops.checkpoints.container import Container
 from gain_ops.checkpoints.edits import CheckpointError, Edit
 from gain_ops.checkpoints.formats.safetensors_folder import SafetensorsCheckpoint
 from gain_ops.checkpoints.states import FileState, time_of, times_of
 from gain_ops.gainfiles.file import GainFile, read_gains
+from gain_ops.gainfiles.rounding import moved_gains
 from gain_ops.utils.errors import MissingFileError
 from gain_ops.utils.kinds import kind_of, pickled
 from gain_ops.utils.wording import some_of
@@ -22,7 +25,8 @@ __all__ = ["Change", "Plan", "open_checkpoint", "plan"]
 
 @dataclass(frozen=True)
 class Change:
-    """The change of one tensor: its stored form, its size in bytes, and the smallest and the largest gain.
+    """The change of one tensor: its stored form, its size in bytes, and the smallest and the largest gain, or None if it is
+    replaced whole.
 
     With ``into_up`` the tensor is the up projection's, and the layer is the down projection with the gain.
     """
@@ -32,7 +36,7 @@ class Change:
     file: str
     stored: str
     size: int
-    gains: tuple[float, float]
+    gains: tuple[float, float] | None
     into_up: bool
 
 
@@ -49,6 +53,7 @@ class Plan:
         changes: the same in readable form.
         left_out: files of the base that are not copied, and links to folders.
         linked: files that are copied from outside the base, as it holds links to them; by the folder of their targets.
+        moved: how many gains differ from 1.
         identity: a hash of everything that the result depends on.
 
     """
@@ -61,6 +66,7 @@ class Plan:
     changes: tuple[Change, ...]
     left_out: tuple[str, ...]
     linked: dict[str, tuple[str, ...]]
+    moved: int
     identity: str
 
     @property
@@ -122,6 +128,7 @@ def plan(base: Path, gain: Path, *, requantize: bool = False, check_base: bool =
         changes=tuple(_change(edit, gains, container, names) for edit in edits),
         left_out=tuple(_left_out(base, files)),
         linked=_linked(container.root, files) if base.is_dir() else {},
+        moved=moved_gains(gains.deltas.values()),
         identity=_identity(gains, states, requantize=requantize),
     )
 
@@ -180,14 +187,14 @@ def _refuse_overlap(edits: Iterable[Edit]) -> None:
 
 
 def _change(edit: Edit, gains: GainFile, container: Container, names: Mapping[Path, str]) -> Change:
-    gain = 1 + gains.deltas[edit.layer]
+    gain = None if edit.whole else 1 + gains.deltas[edit.layer]
     return Change(
         layer=edit.layer,
         tensor=edit.tensor,
         file=names[edit.region.file],
         stored=container.describe(edit),
         size=edit.region.size,
-        gains=(gain.min().item(), gain.max().item()),
+        gains=None if gain is None else (gain.min().item(), gain.max().item()),
         into_up=edit.into_up,
     )
 
@@ -220,6 +227,10 @@ def _linked(root: Path, files: dict[str, Path]) -> dict[str, tuple[str, ...]]:
 def _identity(gains: GainFile, states: Mapping[str, FileState], *, requantize: bool) -> str:
     """A hash of the gains, the base's files (by name, size, time and first bytes), the options and the version."""
     facts = [(name, state.size, state.written, state.head) for name, state in states.items()]
-    hashed = {name: hashlib.sha256(delta.numpy().tobytes()).hexdigest() for name, delta in gains.deltas.items()}
+    values = dict(gains.deltas)
+    for name, tensors in gains.modules.items():
+        values |= {f"{name}.{key} whole": value for key, value in tensors.items()}
+    raw = {name: value.contiguous().flatten().view(torch.uint8).numpy() for name, value in values.items()}
+    hashed = {name: hashlib.sha256(value.tobytes()).hexdigest() for name, value in raw.items()}
     text = json.dumps([__version__, requantize, hashed, gains.sides, facts])
     return hashlib.sha256(text.encode()).hexdigest()

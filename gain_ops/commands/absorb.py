@@ -108,9 +108,8 @@ def _print_changes(work: Plan) -> None:
         rows = []
         for change in work.changes:
             if change.file == file:
-                least, largest = change.gains
                 names = [change.layer, *([change.tensor] if moved else []), change.stored]
-                rows.append([*names, size_text(change.size), f"{least:.3f} to {largest:.3f}"])
+                rows.append([*names, size_text(change.size), _gains(change.gains)])
         headings = ["gain of", *(["goes into"] if moved else []), "stored as", "size", "gains"]
         print_table(headings, rows, title=file, left=len(headings) - 2)
     STDOUT.print(
@@ -119,21 +118,22 @@ def _print_changes(work: Plan) -> None:
         soft_wrap=True,
     )
     _print_moved(work)
+    _print_renamed(work)
     _print_left_out(work)
 
 
 def _print_absorbed(work: Plan, done: Absorbed, out: Path) -> None:
+    from gain_ops.gainfiles.rounding import said_of_lost
+
     STDOUT.print(
         f"absorbed {done.layers} layers; largest rounding error of a rewritten value {done.rounding.absolute:.1e}, "
         f"relative {done.rounding.relative:.1e} in {escape(done.where)}",
         soft_wrap=True,
     )
     if done.lost:
-        STDOUT.print(
-            f"[yellow]{done.lost:,} gains are nearer to 1 than the stored dtype resolves, and changed nothing[/]",
-            soft_wrap=True,
-        )
+        STDOUT.print(f"[yellow]{said_of_lost(done.lost, done.moved)}[/]", soft_wrap=True)
     _print_moved(work)
+    _print_renamed(work)
     STDOUT.print(
         "verified: read again, and every byte is the base's or that of the base with its gain"
         if done.verified
@@ -151,6 +151,24 @@ def _print_moved(work: Plan) -> None:
         STDOUT.print(
             f"the input gains of {len(moved)} down projections, whose weights cannot take them exactly, go into the rows of "
             "the up projections: the same map",
+            soft_wrap=True,
+        )
+
+
+def _gains(bounds: tuple[float, float] | None) -> str:
+    return "trained whole" if bounds is None else f"{bounds[0]:.3f} to {bounds[1]:.3f}"
+
+
+def _print_renamed(work: Plan) -> None:
+    """A line on layers that the checkpoint calls by another name than the gain file."""
+    renamed = {
+        change.layer: change.tensor
+        for change in work.changes
+        if not change.into_up and not change.tensor.startswith(f"{change.layer}.")
+    }
+    for layer, tensor in list(renamed.items())[:1]:
+        STDOUT.print(
+            f"{len(renamed)} layers have other names in the checkpoint: {escape(layer)} is stored in {escape(tensor)}",
             soft_wrap=True,
         )
 

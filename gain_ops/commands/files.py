@@ -106,6 +106,7 @@ def _about(file: Path, found: GainFile) -> dict[str, str]:
         "layers": f"{len(found.deltas)}{f' in {inside}' if inside else ''}, of which "
         f"{sum(map(bool, found.fingerprints.values()))} know their frozen weight",
         "side": ", ".join(sorted(set(found.sides.values()))),
+        **({"trained whole": ", ".join(found.modules)} if found.modules else {}),
         "written by": f"gain_ops {found.package}",
     }
 

@@ -73,6 +73,8 @@ def combine_gains(
         )
         for i, file in enumerate(files, 1)
     }
+    if whole := [label for label, file in opened.items() if file.modules]:
+        raise GainFileError(f"{whole[0]} holds modules that were trained whole, and gains alone can be combined")
     sides = merged_sides(opened)
     fingerprints = _merged_fingerprints(opened, sides, check_base=check_base)
     combine = _powers if how == "powers" else _mean
@@ -94,6 +96,7 @@ def combine_gains(
         targets=merged_targets(opened),
         base_model=_only(file.base_model for file in opened.values()),
         package=__version__,
+        spots={name: text for file in opened.values() for name, text in file.spots.items() if fingerprints[name]},
     )
 
 

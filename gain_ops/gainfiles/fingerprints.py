@@ -7,9 +7,14 @@
     bytes = every k-th value in row-major order, k = ceil(n / 4096), as little-endian bfloat16
 
 Values that are not floating are hashed as they are stored.
+
+A float16 copy of a weight has another hash than the weight or its bfloat16 copy: no rounding to fewer digits is the same for
+both, since where it has a border one copy may lie on it and the other beside it. So a file also holds 32 of the sampled values
+(spots()), and is_copy() asks whether the differences are those of rounding alone.
 """
 
 import hashlib
+import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, cast
 
@@ -23,6 +28,9 @@ if TYPE_CHECKING:
 
 
 SAMPLES = 4096
+_SPOTS = 32
+_NARROW = (torch.bfloat16, torch.float16)
+_FORM = re.compile(r"(?:bfloat16|float16):(?:[0-9a-f]{4}){1,32}|float32:(?:[0-9a-f]{8}){1,32}")
 
 
 def step(count: int) -> int:
@@ -49,6 +57,42 @@ def digest(tensors: Iterable[tuple[str, Sequence[int], Tensor]]) -> str:
         values = sample.to(torch.bfloat16) if sample.is_floating_point() else sample
         found.update(values.contiguous().cpu().view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
+
+
+def spots(sample: Tensor) -> str:
+    """32 values of a floating sample as they are: ``"<dtype>:<little-endian bytes in hex>"``, the dtype that holds them all."""
+    values = sample[:: max(1, -(-sample.numel() // _SPOTS))].cpu()
+    dtypes = [values.dtype] if values.dtype in _NARROW else _NARROW
+    dtype = next((d for d in dtypes if torch.equal(values.to(d).to(values.dtype), values)), torch.float32)
+    raw = values.to(dtype).contiguous().view(torch.uint8).numpy().tobytes()
+    return f"{str(dtype).removeprefix('torch.')}:{raw.hex()}"
+
+
+def is_copy(one: str, other: str) -> bool:
+    """Whether two spots() may be of one weight, one of them in float16: each value within the two dtypes' roundings.
+
+    ``|a - b| <= ulp(a) / 2 + ulp(b) / 2``: some number exists that rounds to both. float32 has ulp 0 here.
+    """
+    (a, rounding_a), (b, rounding_b) = (_values(text) for text in (one, other))
+    halves = one.startswith("float16:") != other.startswith("float16:")
+    return halves and a.shape == b.shape and bool(((a - b).abs() <= rounding_a + rounding_b).all())
+
+
+def is_spots(text: object) -> bool:
+    """Whether something from a file is what spots() returns."""
+    return isinstance(text, str) and _FORM.fullmatch(text) is not None
+
+
+def _values(text: str) -> tuple[Tensor, Tensor]:
+    """The values of spots() in float64, and the largest error of each by rounding."""
+    name, _, digits = text.partition(":")
+    dtype: torch.dtype = getattr(torch, name)
+    values = torch.frombuffer(bytearray.fromhex(digits), dtype=dtype).double()
+    info = torch.finfo(dtype)
+    if dtype == torch.float32:
+        return values, torch.zeros_like(values)
+    power = torch.ldexp(torch.ones_like(values), torch.frexp(values).exponent - 1)  # the largest of two below the value
+    return values, torch.where(values == 0, 0, power).clamp_min(info.smallest_normal) * (info.eps / 2)
 
 
 def _gathered_sample(tensor: "DTensor") -> Tensor:

@@ -26,9 +26,9 @@ from torch import Tensor, nn
 
 from gain_ops._version import __version__
 from gain_ops.gainfiles.file import GainFile, read_gains, write_gains
+from gain_ops.gainfiles.names import canonical_name
 from gain_ops.layers.linears import sizes
 from gain_ops.models.files import fingerprint, named_linears, refuse_misfit
-from gain_ops.models.record import canonical_name
 from gain_ops.reference import SIDES
 from gain_ops.utils import strict_json
 from gain_ops.utils.errors import MissingFileError, UsageError

@@ -76,6 +76,8 @@ class GainConv1D(Gained, Conv1D):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., nx] -> y [..., nf]."""
+        if self._hooked:
+            self.refuse_offloaded()
         return gain_linear(
             x,
             frozen(self.weight).T,

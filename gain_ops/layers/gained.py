@@ -15,7 +15,7 @@ from typing import Any, NoReturn, Self, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from gain_ops.layers.linears import is_packed, refuse_sharded
+from gain_ops.layers.linears import is_packed, offloads, refuse_sharded
 from gain_ops.ops.dispatch import check_name
 from gain_ops.ops.linear import check_side_and_save
 from gain_ops.utils.errors import UsageError
@@ -47,6 +47,7 @@ class Gained(nn.Module):
     save: str
     backend: str
     _original: tuple[nn.Module, ...] = ()
+    _hooked = False  # whether accelerate has put a hook on it
 
     @property
     def gain(self) -> Tensor:
@@ -116,7 +117,23 @@ class Gained(nn.Module):
                 f"the weight of a {type(self).__name__} cannot become a {type(value).__name__}: quantise the model first, and "
                 "put the gains on after it (gain_ops.remove(), then torchao.quantize_(), then gain_ops.apply())"
             )
+        if name == "_hf_hook":
+            self._hooked = True
         super().__setattr__(name, value)
+
+    def refuse_offloaded(self) -> None:
+        """Raise ValueError if accelerate has offloaded the gain and it would be trained, or is read without its hook.
+
+        Each forward then has a new delta, which is dropped with its gradient.
+        """
+        if self.delta.is_meta or (torch.is_grad_enabled() and self.delta.requires_grad and offloads(self)):
+            what = (
+                "and fused layers read what the hooks do not bring: apply() without fuse_mlp and fuse_residual"
+                if self.delta.is_meta
+                else "and a delta that is brought for one forward gets no gradient: train before offloading, or let the model "
+                "run under torch.no_grad()"
+            )
+            raise UsageError(f"accelerate has offloaded the gains (cpu_offload, disk_offload or a device_map), {what}")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         loaded = next((tensor for tensor in self.parameters() if tensor is not self.delta and not tensor.is_meta), None)

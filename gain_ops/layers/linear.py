@@ -90,6 +90,8 @@ class GainLinear(Gained, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """x [..., in_features] -> y [..., out_features]."""
+        if self._hooked:
+            self.refuse_offloaded()
         bias = None if self.bias is None else frozen(self.bias)
         return gain_linear(
             input, frozen(self.weight), self.delta, bias, side=self.side, save=self.save, backend=self.backend

@@ -50,6 +50,12 @@ def has_own_forward(module: nn.Module) -> bool:
     return "forward" in vars(module) and "_hf_hook" not in vars(module)
 
 
+def offloads(module: nn.Module) -> bool:
+    """Whether a hook of accelerate brings the tensors for each forward, and leaves them on the meta device between."""
+    hook = vars(module).get("_hf_hook")
+    return any(getattr(one, "offload", False) for one in (hook, *getattr(hook, "hooks", ())))
+
+
 def weight_dim(module: nn.Module, side: str) -> int:
     """The dimension of the stored weight that runs over the features of a side."""
     return int((side == "output") == _is_conv1d_class(module))

@@ -73,6 +73,8 @@ class GainWrapper(Gained):
 
     def forward(self, input: Tensor) -> Tensor:
         """x [..., in_features] -> y [..., out_features]."""
+        if self._hooked:
+            self.refuse_offloaded()
         if self.side == "input":
             return self._through_base(gain_scale(input, self.delta, backend=self.backend))
         y = self._through_base(input)

@@ -1,5 +1,6 @@
 """Fold the gains of a model into its weights: the model is then plain again and computes the same."""
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
@@ -7,7 +8,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
-from gain_ops.gainfiles.rounding import lost_gains
+from gain_ops.gainfiles.rounding import lost_gains, moved_gains, said_of_lost
 from gain_ops.layers.gained import Gained
 from gain_ops.layers.linears import computes_from_weight, own_tensors, refuse_fsdp, sizes, weight_dim
 from gain_ops.layers.wrapper import GainWrapper
@@ -37,6 +38,7 @@ class Absorbed:
         max_rel_error: the largest ``|stored - exact| / |exact|``, where exact is not zero.
         where: the layer with the largest relative error.
         lost: how many gains changed nothing, as they are nearer to 1 than a weight's dtype resolves: lost_gains().
+        moved: how many gains differ from 1.
 
     """
 
@@ -45,9 +47,10 @@ class Absorbed:
     max_rel_error: float
     where: str
     lost: int
+    moved: int
 
     def __repr__(self) -> str:
-        lost = f"; {self.lost:,} gains too near to 1 for the dtype were lost" if self.lost else ""
+        lost = f"; {self.lost:,} of {self.moved:,} gains too near to 1 for the dtype were lost" if self.lost else ""
         return (
             f"Absorbed({len(self.layers)} layers; rounding at most {self.max_abs_error:.3g} absolute, "
             f"{self.max_rel_error:.3g} relative, in {self.where}{lost})"
@@ -86,6 +89,9 @@ def absorb(model: nn.Module) -> Absorbed:
             that something else in the model shares; weights on the meta device or sharded; or named gain sets of which none
             is active.
 
+    Warns:
+        UserWarning: most gains are lost, as the weights' dtype cannot hold them.
+
     """
     refuse_lost(model, "absorb")
     layers = gained_modules(model)
@@ -99,6 +105,7 @@ def absorb(model: nn.Module) -> Absorbed:
     _refuse_shared(model, folds)
     errors = {fold.into: _rounding(fold) for fold in folds}
     lost = sum(lost_gains(fold.delta, fold.carriers[0].tensor.dtype) for fold in folds)
+    moved = moved_gains(fold.layer.delta.detach() for fold in folds)
     with torch.no_grad():
         for fold in folds:
             if fold.prepare is not None:
@@ -109,6 +116,8 @@ def absorb(model: nn.Module) -> Absorbed:
             fold.layer.delta.zero_()  # with its weight, so an interruption leaves the same map
     remove(model)
     _forget_quantizers(model)
+    if 2 * lost > moved:
+        warnings.warn(said_of_lost(lost, moved), stacklevel=2)
     where = max(errors, key=lambda name: errors[name][1])
     return Absorbed(
         layers=tuple(errors),
@@ -116,6 +125,7 @@ def absorb(model: nn.Module) -> Absorbed:
         max_rel_error=errors[where][1],
         where=where,
         lost=lost,
+        moved=moved,
     )
 
 

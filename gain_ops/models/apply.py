@@ -2,23 +2,26 @@
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import nn
 
+from gain_ops.gainfiles.names import canonical_name
 from gain_ops.layers.gained import Gained, check_options
-from gain_ops.layers.linears import is_kind, own_tensors, refuse_fsdp, refuse_sharded, sizes
+from gain_ops.layers.linears import is_kind, offloads, own_tensors, refuse_fsdp, refuse_sharded, sizes
 from gain_ops.layers.make import gain_layer
 from gain_ops.models.fused_mlp import fuse_all, unfuse
 from gain_ops.models.fused_residual import fuse_residual as fold_into_adds
 from gain_ops.models.fused_residual import unfuse_residual
+from gain_ops.models.kept import find_kept, warn_of_frozen_head
 from gain_ops.models.record import (
     RECORD,
     SETS,
     Applied,
     Record,
     all_gained,
-    canonical_name,
     record_holders,
     refuse_gained,
     refuse_part,
@@ -45,6 +48,7 @@ def apply(
     fuse_mlp: bool = False,
     mlp_chunk: int | None = None,
     fuse_residual: bool = False,
+    modules_to_save: Sequence[str] | None = None,
 ) -> Applied:
     r"""Put a gain on the chosen projections of a model, in place, and freeze everything else.
 
@@ -72,6 +76,9 @@ def apply(
             it (gain_ops.gain_add_rms_norm, gain_rms_norm_add, gain_add), so that the gain needs no pass of its own. For decoder
             layers of transformers whose forward decoder_layout.py knows; over any linear map. z is saved, whatever ``memory``
             says. Attention and the FFN, called by themselves, then return their output without the gain.
+        modules_to_save: modules that are trained whole, such as a new head, by the ends of their names: save_gains() puts them
+            into the gain file, load_gains() restores them, absorb() and remove() leave them as they are. None warns of a head
+            that is frozen and that a checkpoint of the base model lacks (gain_ops.models.kept); [] says that it is meant so.
 
     Returns:
         Applied: the names, the side, the targets and the number of trained parameters.
@@ -80,28 +87,26 @@ def apply(
     Conv1D becomes GainConv1D, on the same Parameters; another linear map, such as a quantised one, is wrapped.
 
     Raises:
-        ValueError: no match, or no match of one of the patterns; the model has gains already; it would ignore a gain at a
+        ValueError: no model; no match, or no match of one of the patterns; weights that accelerate has offloaded; the model
+            has gains already; it would ignore a gain at a
             chosen module; a chosen module is PEFT's, with an adapter in it; "gain-ffn" on a mixture with fused experts; an
             FFN that fuse_mlp or a layer that fuse_residual cannot serve; or an unknown option.
 
     Warns:
-        UserWarning: PEFT adapters were trained before, and are now frozen like everything else.
+        UserWarning: PEFT adapters were trained before, and are now frozen like everything else; or a head is frozen that may
+            be new.
 
     """
+    running = Running(memory, backend, fuse_mlp, mlp_chunk, fuse_residual)
     if side != "mixed":
         check_options(side, "auto", backend)
-    check_name(backend)
-    _check_memory(memory)
-    if mlp_chunk is not None and not fuse_mlp:
-        raise UsageError(f"mlp_chunk={mlp_chunk} needs fuse_mlp=True")
-    if mlp_chunk is not None and mlp_chunk < 1:
-        raise UsageError(f"mlp_chunk={mlp_chunk} is a number of tokens, at least 1")
-    if fuse_mlp and side == "output":
-        raise UsageError("fuse_mlp folds the gain into the FFN's activation, so it goes with side='input' or 'mixed'")
-    if fuse_residual and side == "input":
-        raise UsageError("fuse_residual folds the gain into the residual add, so it goes with side='output' or 'mixed'")
+    running.check(side)
     refuse_gained(model)
     if not isinstance(targets, str):
+        if not isinstance(targets, Iterable):
+            raise UsageError(
+                f"targets={targets!r} is not one of {', '.join(map(repr, PRESETS))}, and no list of patterns"
+            )
         targets = tuple(targets)
         sites = pattern_sites(model, targets)
     elif targets in PRESETS:
@@ -113,16 +118,10 @@ def apply(
     if not sites:
         raise UsageError("targets is empty: give 'gain', 'gain-ffn' or at least one pattern")
     _refuse_inference(sites)
-    applied = place(model, [(site, _side(site, side)) for site in sites], targets, memory, backend)
-    try:
-        if fuse_mlp:
-            fuse_all(model, recompute=memory == "lean", chunk=mlp_chunk)
-        if fuse_residual:
-            fold_into_adds(model)
-    except ValueError:
-        remove(model)
-        raise
-    return applied
+    kept = find_kept(model, modules_to_save or (), sites)
+    if modules_to_save is None:
+        warn_of_frozen_head(model)
+    return place(model, [(site, _side(site, side)) for site in sites], targets, running, kept)
 
 
 def remove(model: nn.Module) -> None:
@@ -152,17 +151,53 @@ def remove(model: nn.Module) -> None:
         _restore_flags(holder, record.requires_grad)
 
 
+@dataclass(frozen=True)
+class Running:
+    """How gains run, whatever their values: the arguments of apply() of these names."""
+
+    memory: str = "fast"
+    backend: str = "auto"
+    fuse_mlp: bool = False
+    mlp_chunk: int | None = None
+    fuse_residual: bool = False
+
+    def check(self, side: str) -> None:
+        """Raise ValueError for an option that does not exist, or does not go with the gains' side."""
+        check_name(self.backend)
+        if self.memory not in MEMORIES:
+            raise UsageError(f"memory={self.memory!r} is not one of {', '.join(map(repr, MEMORIES))}")
+        if self.mlp_chunk is not None and not self.fuse_mlp:
+            raise UsageError(f"mlp_chunk={self.mlp_chunk} needs fuse_mlp=True")
+        if self.mlp_chunk is not None and self.mlp_chunk < 1:
+            raise UsageError(f"mlp_chunk={self.mlp_chunk} is a number of tokens, at least 1")
+        if self.fuse_mlp and side == "output":
+            raise UsageError(
+                "fuse_mlp folds the gain into the FFN's activation, so it goes with side='input' or 'mixed'"
+            )
+        if self.fuse_residual and side == "input":
+            raise UsageError(
+                "fuse_residual folds the gain into the residual add, so it goes with side='output' or 'mixed'"
+            )
+
+
 def place(
-    model: nn.Module, sites: Iterable[tuple[Site, str]], targets: str | tuple[str, ...], memory: str, backend: str
+    model: nn.Module,
+    sites: Iterable[tuple[Site, str]],
+    targets: str | tuple[str, ...],
+    running: Running,
+    kept: Mapping[str, nn.Module] = MappingProxyType({}),
 ) -> Applied:
-    """Put gains on (site, side) pairs, in place, for apply() and load_gains(). The sides must exist."""
+    """Put gains on (site, side) pairs, in place, for apply() and load_gains(); and train ``kept``. The sides must exist."""
     first: dict[int, tuple[Site, str]] = {}
     for site, side in sites:
         first.setdefault(id(site.module), (site, side))  # two parts of a model may share a module
     sites = list(first.values())
-    _check_memory(memory)
+    sides = {side for _, side in sites}
+    whole_side = "mixed" if len(sides) > 1 else min(sides, default="output")
+    running.check(whole_side)
     refuse_fsdp(model, "put gains on")
     refuse_ignored(model, [site for site, _ in sites])
+    _refuse_offloaded(model, [site for site, _ in sites])
     for site, _ in sites:
         refuse_sharded(site.module)
         _refuse_adapted(site)
@@ -171,23 +206,34 @@ def place(
     gains: dict[int, Gained] = {}
     try:
         for site, side in sites:
-            save = _save(site, side, memory)
-            gains[id(site.module)] = gain_layer(site.module, side=side, save=save, backend=backend)
+            save = _save(site, side, running.memory)
+            gains[id(site.module)] = gain_layer(site.module, side=side, save=save, backend=running.backend)
     except BaseException:
         _restore_flags(model, flags)  # each layer is frozen as it gets its gain
         raise
     for site, _ in sites:
         gains[id(site.module)].stand_in_for(site.module)
     model.requires_grad_(False)  # before the gains are in it
+    trained = [p for module in kept.values() for p in module.parameters() if p.is_floating_point()]
+    for parameter in trained:
+        parameter.requires_grad_(True)
     _replace(model, gains)
-    sides = {side for _, side in sites}
     applied = Applied(
         names=tuple(canonical_name(site.name) for site, _ in sites),
-        side=sides.pop() if len(sides) == 1 else "mixed",
+        side=whole_side,
         targets=targets,
-        trained=sum(gain.features for gain in gains.values()),
+        trained=sum(gain.features for gain in gains.values()) + sum(p.numel() for p in trained),
+        kept=tuple(canonical_name(name) for name in kept),
     )
     setattr(model, RECORD, Record(applied, flags))
+    try:
+        if running.fuse_mlp:
+            fuse_all(model, recompute=running.memory == "lean", chunk=running.mlp_chunk)
+        if running.fuse_residual:
+            fold_into_adds(model)
+    except ValueError:
+        remove(model)
+        raise
     return applied
 
 
@@ -206,6 +252,18 @@ def _refuse_inference(sites: Iterable[Site]) -> None:
             f"{name} cannot be trained under, or after, torch.inference_mode(): what is made in it can never have a "
             "gradient. Load the model and call apply() outside of it, under torch.no_grad() if need be; load_gains() "
             "serves a model in inference mode."
+        )
+
+
+def _refuse_offloaded(model: nn.Module, sites: Iterable[Site]) -> None:
+    """Raise ValueError for weights that accelerate has offloaded: a delta beside them would be on the meta device."""
+    inside = {id(module) for holder in model.modules() if offloads(holder) for module in holder.modules()}
+    names = [s.name for s in sites if id(s.module) in inside and any(p.is_meta for p in own_tensors(s.module).values())]
+    if names:
+        raise UsageError(
+            f"cannot put gains on {first_of(names)}: accelerate has offloaded their weights (cpu_offload, disk_offload, or a "
+            "device_map with 'cpu' or 'disk'). Load the model without offloading, as by a device_map of one device or by "
+            "quantised weights."
         )
 
 
@@ -244,11 +302,6 @@ def _save(site: Site, side: str, memory: str) -> str:
         return "auto"
     n_in, n_out = sizes(site.module) or (0, 0)
     return "input" if site.attention or n_out > n_in else "output"
-
-
-def _check_memory(memory: str) -> None:
-    if memory not in MEMORIES:
-        raise UsageError(f"memory={memory!r} is not one of {', '.join(map(repr, MEMORIES))}")
 
 
 def _replace(model: nn.Module, replacements: Mapping[int, nn.Module]) -> None:

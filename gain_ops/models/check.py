@@ -80,6 +80,8 @@ def check(model: nn.Module, *args: Any, **inputs: Any) -> Checked:
     refuse_lost(model, "check")
     if not layers:
         raise UsageError(f"{type(model).__name__} has no gains to check: put them on with gain_ops.apply()")
+    for layer in layers.values():
+        layer.refuse_offloaded()
     watcher = _Watcher(model, layers)
     with _as_before(model), in_mode(model, training=True), torch.enable_grad():
         with watcher.watching():

@@ -1,8 +1,9 @@
 """Save and load the gains of a model: the gain files of gainfiles/ for a model."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import MethodType
 from typing import TYPE_CHECKING, cast
@@ -12,15 +13,16 @@ from torch import Tensor, nn
 
 from gain_ops._version import __version__
 from gain_ops.gainfiles.file import GainFile, GainFileError, read_gains, write_gains
-from gain_ops.gainfiles.fingerprints import digest, sample
-from gain_ops.layers.gained import Gained, check_options
+from gain_ops.gainfiles.fingerprints import digest, is_copy, sample, spots
+from gain_ops.gainfiles.names import canonical_name, find_layers
+from gain_ops.layers.gained import Gained
 from gain_ops.layers.linears import describe, has_plain_weight, is_packed, own_tensors, sizes
 from gain_ops.layers.wrapper import GainWrapper
-from gain_ops.models.apply import place
+from gain_ops.models.apply import Running, place
+from gain_ops.models.kept import kept_tensors, load_kept, modules_of
 from gain_ops.models.record import (
     Applied,
     applied_record,
-    canonical_name,
     gained_modules,
     refuse_base_active,
     refuse_lost,
@@ -39,6 +41,8 @@ if TYPE_CHECKING:
 def save_gains(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write the gains of a model to a gain file (a few hundred kilobytes; its format: gain_ops.gainfiles.file).
 
+    Modules that apply() got as modules_to_save are written too, whole, as large as they are.
+
     The file is written beside ``path`` and moved into place, so an interrupted save does not damage an old file. Deltas of
     other dtypes are rounded to float32.
 
@@ -52,8 +56,9 @@ def save_gains(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
     Raises:
         ValueError: the model has no gains, or a delta that is not finite, on the meta device or partitioned by ZeRO-3;
-            it has gains outside the module that apply() was called on; a gain that apply() put on is no longer there; or
-            it has named gain sets, and none of them is active.
+            a module of modules_to_save that is not finite or no longer there; it has gains outside the module that apply()
+            was called on; a gain that apply() put on is no longer there; or it has named gain sets, and none of them is
+            active.
         OSError: the file cannot be written; under FSDP2 or tensor parallelism on every rank.
 
     """
@@ -76,10 +81,11 @@ def collect_gains(
     refuse_outside(model, "save")
     refuse_base_active(model, "save")
     reshard(model)
-    deltas, fingerprints = {}, {}
+    deltas, fingerprints, values = {}, {}, {}
     for name, layer in layers.items():
         with gathered(layer):
             deltas[name], fingerprints[name] = _saveable(name, layer), fingerprint(layer)
+            values[name] = weight_spots(layer)
     applied = applied_record(model)
     return GainFile(
         deltas=deltas,
@@ -88,6 +94,8 @@ def collect_gains(
         targets=tuple(layers) if applied is None else applied.targets,
         base_model=base_model_of(model),
         package=__version__,
+        spots={name: text for name, text in values.items() if text is not None},
+        modules=kept_tensors(model),
     )
 
 
@@ -98,6 +106,9 @@ def load_gains(
     check_base: bool = True,
     memory: str = "fast",
     backend: str = "auto",
+    fuse_mlp: bool = False,
+    mlp_chunk: int | None = None,
+    fuse_residual: bool = False,
 ) -> Applied | None:
     """Load a gain file into a model; a model without gains gets them first, as by apply().
 
@@ -105,13 +116,20 @@ def load_gains(
     frozen weight is the one that the gain was trained on. Under FSDP2 or tensor parallelism every rank must call it, and
     reads the file; only the samples of the fingerprints are gathered.
 
+    A layer may have another name here than in the file: the text model inside a multimodal one, a model in DDP, in
+    torch.compile, in another module or in a SentenceTransformer. It is taken where one name alone fits (the rule:
+    gain_ops.gainfiles.names.find_layers), and Applied.renamed says so.
+
     Args:
         model: with gains on exactly the layers and sides of the file, or with none.
         path: a file written by save_gains().
-        check_base: whether each layer's frozen weight must have the fingerprint in the file. With False gains can be used on
-            another rounding of the weights (quantised, or stored in float16), or on other weights.
-        memory: as in apply(), for a model without gains.
+        check_base: whether each layer's frozen weight must be the one of the file, by its fingerprint, or a copy of it in
+            another floating dtype. With False gains can be used on quantised, or on other weights.
+        memory: as in apply(), for a model without gains; a gain file has values and no options.
         backend: as in apply(), for a model without gains.
+        fuse_mlp: as in apply(), for a model without gains; with the arguments that apply() had, the model runs as it did.
+        mlp_chunk: as in apply(), for a model without gains.
+        fuse_residual: as in apply(), for a model without gains.
 
     Returns:
         Applied as from apply(), or None for gains put on by hand.
@@ -123,25 +141,43 @@ def load_gains(
         FileNotFoundError: no such file.
 
     """
-    check_options("output", "auto", backend)
+    running = Running(memory, backend, fuse_mlp, mlp_chunk, fuse_residual)
+    running.check("mixed")
     refuse_base_active(model, "load gains")
-    file = read_gains(path)
-    reshard(model)
     gained = gained_modules(model)
     found: dict[str, nn.Module] = dict(gained) if gained else named_linears(model)
+    file, renamed = read_gains_for(found, path)
+    reshard(model)
     refuse_misfit(file, found, exact=bool(gained), path=path)
     refuse_absent(file, found, path)
+    kept = modules_of(file, model, path)
     if check_base:
         refuse_other_base(file, found, model, path)
     applied = applied_record(model)
     if not gained:
         sites = [(Site(n, found[n], names_attention_output(n)), file.sides[n]) for n in file.deltas]
-        applied = place(model, sites, file.targets, memory, backend)
+        applied = place(model, sites, file.targets, running, kept)
         gained = gained_modules(model)
     with torch.no_grad():
         for name, delta in file.deltas.items():
             copy_delta(delta, gained[name].delta)
-    return applied
+    load_kept(file, kept)
+    return applied and replace(applied, renamed=renamed)
+
+
+def read_gains_for(
+    names: Collection[str], path: str | os.PathLike[str]
+) -> tuple[GainFile, tuple[tuple[str, str], ...]]:
+    """A gain file with its layers named as in ``names``, and the names that differ: (in the file, in ``names``).
+
+    Raises:
+        GainFileError: as read_gains(), or names that fit more than one layer.
+        MissingFileError: no such file.
+
+    """
+    file = read_gains(path)
+    found = find_layers(file.deltas, names)
+    return file.renamed(found), tuple((layer, name) for layer, name in found.items() if layer != name)
 
 
 def fingerprint(layer: nn.Module) -> str | None:
@@ -154,7 +190,8 @@ def fingerprint(layer: nn.Module) -> str | None:
         bytes = every k-th value in row-major order, k = ceil(n / 4096), as little-endian bfloat16
 
     Of a floating layer only the weight is sampled, rounded to bfloat16 (to nearest, ties to even), so that a checkpoint
-    loaded in float32 and in bfloat16 has one fingerprint. Of a quantised layer the parameters and buffers are sampled, in
+    loaded in float32 and in bfloat16 has one fingerprint; a copy in float16 is known by weight_spots(). Of a quantised layer
+    the parameters and buffers are sampled, in
     order of their names, or those that use does not change (gain_ops.models.quantized.lasting_tensors); values that are
     not floating are hashed as they are stored. Of a DTensor only the sample is gathered: every rank must call it.
 
@@ -175,6 +212,14 @@ def fingerprint(layer: nn.Module) -> str | None:
     if not tensors or any(tensor.is_meta for tensor in tensors.values()):
         return None
     return digest((name, tensor.shape, sample(tensor)) for name, tensor in tensors.items())
+
+
+def weight_spots(layer: nn.Module) -> str | None:
+    """gain_ops.gainfiles.fingerprints.spots() of a layer's plain weight; None for a quantised one, or on the meta device."""
+    base = layer.base if isinstance(layer, GainWrapper) else layer
+    if not has_plain_weight(base) or cast(Tensor, base.weight).is_meta or not cast(Tensor, base.weight).numel():
+        return None
+    return spots(sample(cast(Tensor, base.weight)))
 
 
 def reshard(model: nn.Module) -> None:
@@ -218,7 +263,7 @@ def _saveable(name: str, layer: Gained) -> Tensor:
     delta = whole(layer.delta.detach())
     if delta.is_meta or delta.numel() != layer.features:
         where = (
-            "on the meta device"
+            "on the meta device, or offloaded by accelerate"
             if delta.is_meta
             else "partitioned: call gain_ops.integrations.deepspeed.save_gains() on every process, or under FSDP1 save "
             "inside FullyShardedDataParallel.summon_full_params(model)"
@@ -283,7 +328,9 @@ def refuse_other_base(file: GainFile, found: dict[str, nn.Module], model: nn.Mod
     differing = [
         name
         for name, expected in file.fingerprints.items()
-        if expected is not None and fingerprint(found[name]) != expected
+        if expected is not None
+        and fingerprint(found[name]) != expected
+        and not _is_copy(file.spots.get(name), found[name])
     ]
     if differing:
         raise GainFileError(
@@ -291,6 +338,12 @@ def refuse_other_base(file: GainFile, found: dict[str, nn.Module], model: nn.Mod
             f"{base_model_of(model) or 'unknown'}): the frozen weights differ in {len(differing)} of {len(file.deltas)} "
             f"layers, {some_of(differing)}. Load the base it was trained on, or pass check_base=False to use them anyway."
         )
+
+
+def _is_copy(spots: str | None, layer: nn.Module) -> bool:
+    """Whether a layer's weight may be that of these spots in another dtype."""
+    here = weight_spots(layer) if spots is not None else None
+    return here is not None and is_copy(cast(str, spots), here)
 
 
 def raw_tensors(module: nn.Module) -> dict[str, Tensor]:

@@ -48,6 +48,8 @@ class FusedMlp(nn.Module):
         """x [..., in] -> y [..., out]."""
         layout = self._gain_layout
         gate, down = self.get_submodule(layout.gate), cast(Gained, self.get_submodule(layout.down))
+        if down._hooked:
+            down.refuse_offloaded()
         up = None if layout.up is None else self.get_submodule(layout.up)
         if _is_readable(self):
             y = gain_mlp(

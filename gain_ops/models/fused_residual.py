@@ -95,7 +95,10 @@ class FusedResidual(nn.Module):
         return gain_rms_norm_add(residual, z, projection.delta, weight, eps, backend=projection.backend)
 
     def _gain_projection(self, part: str) -> Gained:
-        return cast(Gained, self.get_submodule(self._gain_places[part].projection))
+        projection = cast(Gained, self.get_submodule(self._gain_places[part].projection))
+        if projection._hooked:
+            projection.refuse_offloaded()
+        return projection
 
     def _gain_norm(self, part: str) -> tuple[nn.Module, NormForm]:
         place = self._gain_places[part]

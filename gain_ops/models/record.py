@@ -1,15 +1,14 @@
 """The record of a model's gains, and the checks that refuse a model."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from gain_ops.gainfiles.names import canonical_name
 from gain_ops.layers.gained import Gained
 from gain_ops.utils.errors import UsageError
 from gain_ops.utils.wording import first_of
-
-# Components that torch.compile, activation checkpointing and FSDP1 put into module names.
-_WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
 
 RECORD = "_gain_ops_record"
 SETS = "_gain_ops_sets"
@@ -23,7 +22,9 @@ class Applied:
         names: the modules that got a gain, in the model's order.
         side: "output", "input", or "mixed" when a gain file holds both.
         targets: as given: "gain", "gain-ffn", or the patterns.
-        trained: how many parameters are now trained, all of them gains.
+        trained: how many parameters are now trained: gains, and those of modules_to_save.
+        renamed: of load_gains(), the layers that the gain file calls by another name: (name in the file, name here).
+        kept: the modules of modules_to_save, which are trained whole and saved with the gains.
 
     """
 
@@ -31,11 +32,17 @@ class Applied:
     side: str
     targets: str | tuple[str, ...]
     trained: int
+    renamed: tuple[tuple[str, str], ...] = ()
+    kept: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         targets = self.targets if isinstance(self.targets, str) else ", ".join(self.targets)
         layers = f"{len(self.names)} layer" + ("s" if len(self.names) != 1 else "")
-        return f"Applied({layers}, {self.side} side, targets {targets}: {self.trained:,} trained parameters)"
+        names = "".join(f"; {len(self.renamed)} by other names, {a} as {b}" for a, b in self.renamed[:1])
+        kept = f"; {', '.join(self.kept)} trained whole" if self.kept else ""
+        return (
+            f"Applied({layers}, {self.side} side, targets {targets}: {self.trained:,} trained parameters{kept}{names})"
+        )
 
 
 @dataclass
@@ -68,6 +75,11 @@ def gained_modules(model: nn.Module) -> dict[str, Gained]:
     without the components that torch.compile, activation checkpointing and FSDP1 add.
     """
     return {canonical_name(name): module for name, module in _root(model).named_modules() if isinstance(module, Gained)}
+
+
+def named_from(model: nn.Module) -> dict[str, nn.Module]:
+    """Every module by the name that gain files use: from where apply() was called, as in gained_modules()."""
+    return {canonical_name(name): module for name, module in _root(model).named_modules()}
 
 
 def record_holder(model: nn.Module) -> nn.Module | None:
@@ -110,7 +122,7 @@ def lost_gains(model: nn.Module) -> tuple[str, ...]:
     applied = applied_record(model)
     if applied is None:
         return ()
-    modules = {canonical_name(name): module for name, module in _root(model).named_modules()}
+    modules = named_from(model)
     present = [f"{name}." for name in gained_modules(model)]
 
     def stands_in(name: str) -> bool:
@@ -125,7 +137,7 @@ def lost_gains(model: nn.Module) -> tuple[str, ...]:
 def refuse_lost(model: nn.Module, action: str) -> None:
     """Raise ValueError if a gain that apply() put on is no longer there."""
     if lost := lost_gains(model):
-        now = {canonical_name(name): module for name, module in _root(model).named_modules()}
+        now = named_from(model)
         what = type(now[lost[0]]).__name__ if lost[0] in now else "nothing"
         raise UsageError(
             f"cannot {action}: apply() put a gain on {first_of(lost)}, and it is gone: {what} is there now, put in its place "
@@ -153,14 +165,9 @@ def applied_record(model: nn.Module) -> Applied | None:
     return record.applied if record is not None else None
 
 
-def canonical_name(name: str) -> str:
-    """A module's name without the components that torch.compile, activation checkpointing and FSDP1 put in."""
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
-
-
 def refuse_gained(model: nn.Module) -> None:
     """Raise ValueError if the model has a gain somewhere."""
-    count = sum(isinstance(module, Gained) for module in model.modules())
+    count = len(all_gained(model))
     if count:
         raise UsageError(
             f"{type(model).__name__} already has gains on {count} layers: gain_ops.absorb() them into the weights or "
@@ -175,7 +182,7 @@ def _root(model: nn.Module) -> nn.Module:
 
 def all_gained(model: nn.Module) -> dict[int, Gained]:
     """Every layer with a gain, whether named from _root() or not, by id."""
-    return {id(module): module for module in model.modules() if isinstance(module, Gained)}
+    return {id(module): module for module in _modules(model) if isinstance(module, Gained)}
 
 
 def record_holders(model: nn.Module) -> list[nn.Module]:
@@ -184,5 +191,14 @@ def record_holders(model: nn.Module) -> list[nn.Module]:
 
 
 def _holder(model: nn.Module, attribute: str) -> nn.Module | None:
-    holders = [module for module in model.modules() if attribute in vars(module)]
+    holders = [module for module in _modules(model) if attribute in vars(module)]
     return holders[0] if len(holders) == 1 else None
+
+
+def _modules(model: nn.Module) -> Iterator[nn.Module]:
+    """Every module of a model; ValueError for what is no model. Each public function on a model begins with this."""
+    if not isinstance(model, nn.Module):
+        what = repr(model) if model is None or isinstance(model, str) else f"a {type(model).__name__}"
+        load = ": load it first, as by transformers.AutoModelForCausalLM.from_pretrained()" * isinstance(model, str)
+        raise UsageError(f"expected a model, a torch.nn.Module, and got {what}{load}")
+    return model.modules()

@@ -17,14 +17,21 @@ import torch
 from torch import Tensor, nn
 
 from gain_ops.gainfiles.combining import merged_sides, merged_targets
-from gain_ops.gainfiles.file import read_gains
-from gain_ops.layers.gained import check_options
-from gain_ops.models.apply import place
-from gain_ops.models.files import named_linears, refuse_absent, refuse_misfit, refuse_other_base, reshard
+from gain_ops.gainfiles.file import GainFileError
+from gain_ops.models.apply import Running, place
+from gain_ops.models.files import (
+    named_linears,
+    read_gains_for,
+    refuse_absent,
+    refuse_misfit,
+    refuse_other_base,
+    reshard,
+)
 from gain_ops.models.record import Applied, GainSets, applied_record, gained_modules, keep_sets, kept_sets, refuse_lost
 from gain_ops.models.sites import Site, names_attention_output
 from gain_ops.utils.dtensors import copy_delta, whole
 from gain_ops.utils.errors import UsageError
+from gain_ops.utils.wording import first_of
 
 __all__ = ["active_gains", "add_gains", "list_gains", "set_gains", "using_gains"]
 
@@ -36,6 +43,9 @@ def add_gains(
     check_base: bool = True,
     memory: str = "fast",
     backend: str = "auto",
+    fuse_mlp: bool = False,
+    mlp_chunk: int | None = None,
+    fuse_residual: bool = False,
 ) -> Applied | None:
     """Add named gain sets to a model, from gain files or from the gains that it has; set_gains() switches between them.
 
@@ -47,8 +57,11 @@ def add_gains(
         files: a gain file for each new name; or None for the present values of the model's gains, and the first such set
             becomes active if no set is. A layer that a file lacks has delta 0 in its set.
         check_base: as in load_gains().
-        memory: as in apply(), for a model without gains.
+        memory: as in apply(), for a model without gains; a gain file has values and no options.
         backend: as in apply(), for a model without gains.
+        fuse_mlp: as in apply(), for a model without gains; with the arguments that apply() had, the model runs as it did.
+        mlp_chunk: as in apply(), for a model without gains.
+        fuse_residual: as in apply(), for a model without gains.
 
     Returns:
         Applied as from apply(), or None for gains put on by hand.
@@ -59,7 +72,8 @@ def add_gains(
         FileNotFoundError: no such file.
 
     """
-    check_options("output", "auto", backend)
+    running = Running(memory, backend, fuse_mlp, mlp_chunk, fuse_residual)
+    running.check("mixed")
     sets = kept_sets(model) or GainSets(deltas={}, active=None)
     if not files:
         raise UsageError("give at least one gain file, as in add_gains(model, {'code': 'code.safetensors'})")
@@ -72,10 +86,15 @@ def add_gains(
             f"the set {present[0]} should be the model's gains, and the model has none: use gain_ops.apply() first"
         )
     now = _values(model) if present else {}
-    opened = {name: (path, read_gains(path)) for name, path in files.items() if path is not None}
-    reshard(model)
     found: dict[str, nn.Module] = dict(gained) if gained else named_linears(model)
+    opened = {name: (path, read_gains_for(found, path)[0]) for name, path in files.items() if path is not None}
+    reshard(model)
     for path, file in opened.values():
+        if file.modules:
+            raise GainFileError(
+                f"{path} holds {first_of(list(file.modules))}, trained whole, and a gain set has gains alone: load it with "
+                "gain_ops.load_gains()"
+            )
         refuse_misfit(file, found, exact=False, path=path)
         refuse_absent(file, found, path)
         if check_base:
@@ -85,7 +104,7 @@ def add_gains(
         named = {f"{name} ({path})": file for name, (path, file) in opened.items()}
         sides = merged_sides(named)
         sites = [(Site(n, found[n], names_attention_output(n)), sides[n]) for n in found if n in sides]
-        applied = place(model, sites, merged_targets(named), memory, backend)
+        applied = place(model, sites, merged_targets(named), running)
     sets.deltas.update({name: now if name in present else opened[name][1].deltas for name in files})
     if sets.active is None and present:
         sets.active = present[0]

@@ -88,10 +88,7 @@ def preset_sites(model: nn.Module, *, ffn: bool) -> list[Site]:
         if (attention or ffn) and not any(site.attention == attention for site in sites):
             model_types = ", ".join(sorted({model_type for _, _, model_type in parts}))
             how = f"model_type {model_types}" if parts else "no known architecture, so searched by name and shape"
-            raise UsageError(
-                f"no {kind} projection found in {type(model).__name__} ({how}). Name them instead, as in "
-                f"targets=['o_proj', 'down_proj']. {candidates(model)}"
-            )
+            raise UsageError(f"no {kind} projection found in {type(model).__name__} ({how}). {_name_them(model)}")
     return [site for site in sites if site.attention or ffn]
 
 
@@ -105,9 +102,12 @@ def pattern_sites(model: nn.Module, patterns: Iterable[str]) -> list[Site]:
     modules = linear_modules(model)
     matched: set[str] = set()
     for pattern in patterns:
+        _refuse_no_regex(pattern)
         found = {name for name, _ in modules if _ends_in(pattern, name)}
         if not found:
-            raise UsageError(f"the target {pattern!r} matches no linear module. {candidates(model)}")
+            raise UsageError(
+                f"the target {pattern!r} matches no linear module{_matched_instead(model, pattern)}. {candidates(model)}"
+            )
         matched |= found
     return [Site(name, module, names_attention_output(name)) for name, module in modules if name in matched]
 
@@ -136,11 +136,46 @@ def linear_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 def candidates(model: nn.Module) -> str:
     """A sentence that names some of the linear modules, one of each kind, for an error message."""
-    kinds = {re.sub(r"\d+", "*", name): name for name, _ in reversed(linear_modules(model))}
-    names = ", ".join(map(repr, list(kinds.values())[::-1][:12]))
     if sizes(model) is not None:
         return "The model is itself the linear map: use gain_ops.GainLinear.from_linear()."
-    return f"Linear modules here: {names}." if names else "The model has no linear modules."
+    kinds = _kinds(model)
+    more = f" and {len(kinds) - 12} more kinds" if len(kinds) > 12 else ""
+    return (
+        f"Linear modules here: {', '.join(map(repr, kinds[:12]))}{more}."
+        if kinds
+        else "The model has no linear modules."
+    )
+
+
+def _kinds(model: nn.Module) -> list[str]:
+    """The names of the linear modules, of each kind the first: of those in a list of blocks that agree in the rest and in size.
+
+    A number that is all of a name's part counts the blocks; one at the end of a name ("w2", "fc2", "net.2") does not.
+    """
+    found: dict[object, str] = {}
+    for name, module in linear_modules(model):
+        found.setdefault((re.sub(r"(^|\.)\d+(?=\.)", r"\1*", name), sizes(module)), name)
+    return list(found.values())
+
+
+def _name_them(model: nn.Module) -> str:
+    """What to do where a preset finds nothing: name modules that the model has."""
+    kinds = [] if sizes(model) is not None else _kinds(model)
+    likely = [name for name in kinds if names_attention_output(name) or _names_ffn_down(name)] or kinds
+    ends = dict.fromkeys(".".join(name.split(".")[-2:]) for name in likely)
+    return f"Name them instead, as in targets={list(ends)[:2]}. {candidates(model)}" if ends else candidates(model)
+
+
+def _matched_instead(model: nn.Module, pattern: str) -> str:
+    """What a target matches that is no linear module: another module, or a parameter, such as experts fused into one."""
+    for name, module in model.named_modules():
+        if name and sizes(module) is None and _ends_in(pattern, name):
+            return f", but {name}, which is a {type(module).__name__}"
+    for name, parameter in model.named_parameters():
+        if _ends_in(pattern, name):
+            experts = ", the experts in one tensor" if parameter.dim() >= 3 else ""
+            return f", but {name}, which is a parameter of shape {tuple(parameter.shape)}{experts}"
+    return ""
 
 
 def _known_parts(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
@@ -210,9 +245,18 @@ def _names_ffn_down(name: str) -> bool:
 
 
 def _ends_in(pattern: str, name: str) -> bool:
+    """Whether a module's name ends in a match, from its start or from a dot on."""
+    starts = (0, *(dot.end() for dot in re.finditer(r"\.", name)))
+    return any(re.compile(pattern).fullmatch(name, start) for start in starts)
+
+
+def _refuse_no_regex(pattern: object) -> None:
+    """Raise ValueError for a target that is no regular expression, at the position in it that is wrong."""
+    if not isinstance(pattern, str):
+        raise UsageError(f"targets holds {pattern!r}, a {type(pattern).__name__}, and takes regular expressions as str")
     try:
-        return re.search(rf"(?:^|\.)(?:{pattern})$", name) is not None
-    except re.error as error:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
         raise UsageError(f"the target {pattern!r} is not a regular expression: {error}") from error
 
 

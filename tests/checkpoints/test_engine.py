@@ -556,7 +556,7 @@ def test_gains_too_near_to_one_for_the_weights_are_counted_and_change_nothing(tm
     deltas[names[1]][5] = -(2**-12)
     gain = save_gain_file(tmp_path / "g.safetensors", deltas)
     done = absorb(plan(save_folder(tmp_path / "base", [weights]), gain), tmp_path / "out")
-    assert done.lost == 3
+    assert (done.lost, done.moved) == (3, 12)
     after = load_file(tmp_path / "out" / "model.safetensors")
     changed = [(after[name] != weights[name]).any(1) for name in weights]
     assert torch.equal(torch.stack(changed), torch.stack([deltas[name] == 0.25 for name in names]))

@@ -5,7 +5,7 @@ import hashlib
 import pytest
 import torch
 
-from gain_ops.gainfiles.fingerprints import digest, step
+from gain_ops.gainfiles.fingerprints import digest, is_copy, is_spots, spots, step
 
 
 @pytest.mark.parametrize(
@@ -32,6 +32,33 @@ def test_it_is_a_hash_of_names_shapes_and_values_rounded_to_bfloat16():
 def test_one_weight_in_another_precision_has_the_same(dtype: torch.dtype):
     weight = torch.randn(40).bfloat16()
     assert digest([("weight", (40,), weight.to(dtype))]) == digest([("weight", (40,), weight.float())])
+
+
+@pytest.mark.parametrize("base", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale", [1.0, 0.02, 1e-6])
+def test_copies_of_one_weight_in_float16_and_bfloat16_are_known_and_other_weights_are_not(
+    base: torch.dtype, scale: float
+):
+    weight = (torch.randn(4096) * scale).to(base)
+    half, brain = weight.half(), weight.bfloat16()
+    for one, other in ((half, brain), (half, brain.float()), (weight, half), (half.clone(), weight.bfloat16())):
+        assert is_spots(spots(one))
+        known = digest([("weight", (4096,), one)]) == digest([("weight", (4096,), other)])
+        assert known or is_copy(spots(one), spots(other))
+    if scale < 1e-3:
+        return  # below float16's normal numbers there is little to tell weights apart by
+    near = (weight.float() * (1 + 2**-6 * torch.randn(4096))).bfloat16()
+    assert not is_copy(spots(half), spots(near)), "trained a little"
+    assert not is_copy(spots(brain), spots(near)), "of one dtype every difference counts"
+
+
+def test_spots_are_a_few_values_as_they_are():
+    values = torch.tensor([1.0, -2.5, 0.1])
+    assert spots(values) == "float32:0000803f000020c0cdcccc3d"
+    assert spots(values.half()) == "float16:003c00c1662e"
+    assert spots(values[:2]) == spots(values[:2].bfloat16()) == "bfloat16:803f20c0"
+    assert len(spots(torch.randn(4096))) == len("float32:") + 32 * 8
+    assert not any(map(is_spots, ["float32:", "int8:00", "float16:0", None, "float16:zz00", "float32:" + "0" * 8 * 33]))
 
 
 def test_a_value_a_name_and_a_shape_count():

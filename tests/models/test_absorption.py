@@ -2,6 +2,7 @@
 
 import copy
 import re
+import warnings
 
 import pytest
 import torch
@@ -132,6 +133,20 @@ def test_report():
     assert "lost" not in repr(report)
 
 
+@pytest.mark.parametrize(("size", "warns"), [(1e-3, True), (0.1, False)])
+def test_a_warning_where_most_gains_are_lost(size, warns):
+    model = llama().bfloat16()
+    gain_ops.apply(model)
+    for layer in gained_modules(model).values():
+        nn.init.normal_(layer.delta, std=size)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        gain_ops.absorb(model)
+    said = [str(one.message) for one in caught]
+    found = [text for text in said if re.search(r"\d+ of \d+ gains are nearer to 1 .*: keep the gain file", text)]
+    assert bool(found) == warns
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_gains_too_near_to_one_for_the_weights_are_counted_and_change_nothing(dtype):
     limit = torch.finfo(dtype).eps / 4
@@ -143,8 +158,8 @@ def test_gains_too_near_to_one_for_the_weights_are_counted_and_change_nothing(dt
     gain_ops.apply(model, [r"\d"])
     model[0].delta.data.copy_(deltas)
     report = gain_ops.absorb(model)
-    assert report.lost == 2
-    assert "2 gains too near to 1 for the dtype were lost" in repr(report)
+    assert (report.lost, report.moved) == (2, 5)
+    assert "2 of 5 gains too near to 1 for the dtype were lost" in repr(report)
     changed = (model[0].weight != before).any(1).tolist()
     assert changed[:3] == [False] * 3
     assert changed[4:] == [True] * 2, "down from a power of two the spacing is half"
@@ -273,8 +288,8 @@ def test_plain_weights_under_the_hooks_of_a_device_map(make, side):
 def test_offloaded_weights():
     accelerate = pytest.importorskip("accelerate")
     model = llama()
-    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
     gain_ops.apply(model)
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
     with pytest.raises(ValueError, match="its weight is on the meta device"):
         gain_ops.absorb(model)
 

@@ -284,10 +284,13 @@ def test_patterns_match_whole_components():
             ["o_proj", "no_such_layer"],
             "'no_such_layer' matches no linear module. Linear modules here: .*o_proj.*lm_head",
         ),
-        (["(" + "o_proj"], "is not a regular expression"),
+        (["(" + "o_proj"], "is not a regular expression: .* at position 0$"),
+        ([None], r"targets holds None, a NoneType, and takes regular expressions as str"),
+        (None, "targets=None is not one of 'gain', 'gain-ffn', and no list of patterns"),
+        (["o_proj.weight"], r"but model\.layers\.0\.self_attn\.o_proj\.weight, which is a parameter of shape"),
         ([], "targets is empty"),
         ("o_proj", r"targets='o_proj' is not one of 'gain', 'gain-ffn'; patterns go in a list: \['o_proj'\]"),
-        (["model.norm"], "matches no linear module"),
+        (["model.norm"], "matches no linear module, but model.norm, which is a LlamaRMSNorm. Linear modules here"),
     ],
 )
 def test_bad_targets_change_nothing(targets, message):
@@ -309,12 +312,55 @@ def test_bad_options_change_nothing(option):
 
 @pytest.mark.parametrize("targets", ["gain", "gain-ffn", ["o_proj"]])
 def test_nothing_to_find(targets):
-    with pytest.raises(ValueError, match=r"Linear modules here: '0'\."):
+    with pytest.raises(ValueError, match=r"Linear modules here: '0', '1'\."):
         gain_ops.apply(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), targets)
     with pytest.raises(ValueError, match=r"itself the linear map: use gain_ops.GainLinear.from_linear\(\)"):
         gain_ops.apply(nn.Linear(4, 4), targets)
     with pytest.raises(ValueError, match="no linear modules"):
         gain_ops.apply(nn.Sequential(nn.LayerNorm(4)), targets)
+
+
+class Fairseq(nn.Module):
+    """Blocks that no preset knows: each name differs from another's in a digit alone."""
+
+    def __init__(self):
+        super().__init__()
+        block = {"w1": nn.Linear(8, 8), "w2": nn.Linear(8, 8), "mix": nn.ModuleDict({"a": nn.Linear(8, 4)})}
+        self.blocks = nn.ModuleList(nn.ModuleDict(block) for _ in range(3))
+        self.experts = nn.Module()
+        self.experts.down = nn.Parameter(torch.zeros(4, 8, 8))
+
+
+def test_messages_name_modules_of_the_model_itself():
+    with pytest.raises(
+        ValueError, match=r"targets=\['0.w2'\]. Linear modules here: 'blocks.0.w1', 'blocks.0.w2', 'blocks.0.mix.a'\."
+    ):
+        gain_ops.apply(Fairseq())
+    with pytest.raises(
+        ValueError, match=r"but experts.down, which is a parameter of shape \(4, 8, 8\), the experts in one tensor"
+    ):
+        gain_ops.apply(Fairseq(), ["experts.down"])
+
+
+def test_flags_in_a_pattern_work():
+    assert len(gain_ops.apply(build(), ["(?i)O_PROJ"]).names) == LAYERS
+
+
+@pytest.mark.parametrize("model", [None, "meta-llama/Llama-3.1-8B", {"weight": 1}])
+def test_what_is_no_model_is_called_so(model, tmp_path):
+    calls = [
+        gain_ops.apply,
+        gain_ops.remove,
+        gain_ops.absorb,
+        gain_ops.check,
+        gain_ops.list_gains,
+    ]
+    calls += [lambda model: gain_ops.save_gains(model, tmp_path), lambda model: gain_ops.load_gains(model, tmp_path)]
+    for call in calls:
+        with pytest.raises(
+            ValueError, match=r"expected a model, a torch.nn.Module, and got (None$|'meta-llama.*: load it|a dict$)"
+        ):
+            call(model)
 
 
 def test_a_chunk_without_fused_ffns_is_told_so():

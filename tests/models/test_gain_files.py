@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 
 import numpy
 import pytest
@@ -13,6 +14,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import gain_ops
+from gain_ops.checkpoints.plan import plan
 from gain_ops.gainfiles.file import GainFileError, read_gains
 from gain_ops.layers.linear import GainLinear
 from gain_ops.layers.wrapper import GainWrapper
@@ -281,7 +283,7 @@ LORA = {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.
         (lambda path: safetensors.torch.save_file({}, path), "is not a gain file: .* holds nothing"),
         (_damage(key="other"), "is not a gain file"),
         (_damage(_set("format", "other.format")), "has format 'other.format', expected 'gain_ops.gains'"),
-        (_damage(_set("version", 2)), r"format version 2, written by gain_ops .*upgrade gain_ops"),
+        (_damage(_set("version", 3)), r"format version 3, written by gain_ops .*upgrade gain_ops"),
         (_damage(lambda header: header.pop("layers")), "damaged gain_ops header: KeyError"),
         (_damage(_set("layers", ["a"])), r"damaged gain_ops header: .*layers is \['a'\]"),
         (_damage(lambda header: header["layers"].pop(FIRST)), f"disagree on {FIRST}.delta"),
@@ -489,3 +491,138 @@ def test_a_weight_is_not_quantised_under_its_gain(tmp_path):
     torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
     gain_ops.apply(model, ["1"])
     gain_ops.save_gains(model, tmp_path / "g")
+
+
+class Outer(nn.Module):
+    """A module that holds a model under another name, beside others."""
+
+    def __init__(self, name, model):
+        super().__init__()
+        self.add_module(name, model)
+        self.value = nn.Linear(4, 1)
+
+
+def multimodal():
+    """A model whose language model is build()'s."""
+    from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+    text = build().config.to_dict()
+    vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = LlavaForConditionalGeneration(
+        LlavaConfig(
+            text_config=text,
+            vision_config={"model_type": "clip_vision_model", "image_size": 8, "patch_size": 4, **vision},
+        )
+    )
+    model.model.language_model.load_state_dict(build().model.state_dict())
+    return model
+
+
+@pytest.mark.parametrize(
+    ("wrapped", "name"),
+    [
+        (multimodal, "model.language_model.layers.0"),
+        (lambda: Outer("module", build()), "module.model.layers.0"),
+        (lambda: Outer("policy", build()), "policy.model.layers.0"),
+        (lambda: build().model, "layers.0"),
+        (lambda: nn.Sequential(Outer("auto_model", build().model), nn.Linear(4, 4)), "0.auto_model.layers.0"),
+        (lambda: nn.Sequential(build()), "0.model.layers.0"),
+    ],
+)
+@pytest.mark.parametrize("back", [False, True])
+def test_one_model_under_other_names(wrapped, name, back, tmp_path):
+    """Both ways: a file of the bare model in the other, and the reverse."""
+    path, layer = tmp_path / "gains.safetensors", "self_attn.o_proj"
+    makes = [build, wrapped]
+    names = [f"model.layers.0.{layer}", f"{name}.{layer}"]
+    first, second = makes[back], makes[not back]
+    source = first()
+    gain_ops.apply(source, [re.escape(names[back])])
+    nn.init.normal_(source.get_submodule(names[back]).delta)
+    gain_ops.save_gains(source, path)
+    target = second()
+    applied = gain_ops.load_gains(target, path)
+    assert applied.names == (names[not back],)
+    assert applied.renamed == ((names[back], names[not back]),)
+    assert f"1 by other names, {names[back]} as {names[not back]}" in repr(applied)
+    assert torch.equal(target.get_submodule(names[not back]).delta, source.get_submodule(names[back]).delta)
+    assert gain_ops.load_gains(target, path).renamed == applied.renamed, "a second time, into the gains"
+    sets = second()
+    gain_ops.add_gains(sets, {"one": path})
+    gain_ops.set_gains(sets, "one")
+    assert torch.equal(sets.get_submodule(names[not back]).delta, source.get_submodule(names[back]).delta)
+
+
+def test_a_name_that_fits_two_parts_is_not_guessed(saved):
+    model = nn.ModuleDict({"actor": build(), "critic": build()})
+    before = contents(model)
+    with pytest.raises(
+        GainFileError, match=r"layers.0.self_attn.o_proj of the gain file could be any of actor.*, critic"
+    ):
+        gain_ops.load_gains(model, saved)
+    assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("trained", [torch.bfloat16, torch.float16])
+def test_gains_fit_a_copy_of_their_base_in_the_other_half_precision(trained, path, tmp_path):
+    other = torch.float16 if trained == torch.bfloat16 else torch.bfloat16
+    model = build().to(trained)
+    gain_ops.apply(model)
+    gain_ops.save_gains(model, path)
+    gain_ops.load_gains(build().to(other), path)
+    build().to(other).save_pretrained(tmp_path / "base")
+    assert plan(tmp_path / "base", path).changes
+    with pytest.raises(GainFileError, match="trained on other weights"):
+        gain_ops.load_gains(build(seed=1).to(other), path)
+
+    def forget(header):
+        for entry in header["layers"].values():
+            del entry["spots"]
+
+    rewrite(path, forget)
+    gain_ops.load_gains(build().to(trained), path)
+    with pytest.raises(GainFileError, match="trained on other weights"):
+        gain_ops.load_gains(build().to(other), path)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"side": "input", "fuse_mlp": True, "memory": "lean", "mlp_chunk": 4},
+        {"side": "mixed", "fuse_mlp": True, "fuse_residual": True},
+    ],
+)
+def test_a_loaded_model_runs_the_graph_that_it_was_trained_with(options, path):
+    model = build()
+    gain_ops.apply(model, "gain-ffn", **options)
+    for layer in gained_modules(model).values():
+        nn.init.normal_(layer.delta, std=0.1)
+    gain_ops.save_gains(model, path)
+    how = {name: value for name, value in options.items() if name != "side"}
+    loaded, in_sets = build(), build()
+    gain_ops.load_gains(loaded, path, **how)
+    gain_ops.add_gains(in_sets, {"one": path}, **how)
+    gain_ops.set_gains(in_sets, "one")
+    graphs = [graph(one(IDS, labels=IDS).loss.grad_fn) for one in (model, loaded, in_sets)]
+    assert graphs[0] == graphs[1] == graphs[2]
+    assert graphs[0] != graph(gain_ops.load_gains(plain := build(), path) and plain(IDS, labels=IDS).loss.grad_fn)
+    assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+
+
+def graph(node):
+    """The names of all backward steps."""
+    pending, seen, names = [node], set(), []
+    while pending:
+        if (node := pending.pop()) is not None and node not in seen:
+            seen.add(node)
+            names.append(node.name())
+            pending += [following for following, _ in node.next_functions]
+    return sorted(names)
+
+
+def test_options_that_the_files_side_does_not_allow_change_nothing(saved):
+    model = build()
+    before = contents(model)
+    with pytest.raises(ValueError, match="fuse_mlp folds the gain"):
+        gain_ops.load_gains(model, saved, fuse_mlp=True)
+    assert_unchanged(model, before)

@@ -347,3 +347,37 @@ def test_a_switch_between_sets_names_a_lost_layer(tmp_path):
     model.resize_token_embeddings(48, mean_resizing=False)
     with pytest.raises(ValueError, match=r"cannot switch gains: .* lm_head"):
         gain_ops.set_gains(model, None)
+
+
+@pytest.mark.parametrize("options", [{}, {"side": "input", "fuse_mlp": True}, {"fuse_residual": True}])
+def test_gains_that_accelerate_offloads_run_and_are_not_trained(options, tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    model, ids = llama(), torch.arange(8)[None]
+    gain_ops.apply(model, "gain-ffn", **options)
+    with torch.no_grad():
+        expected = model(ids).logits
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    if options:
+        with torch.no_grad(), pytest.raises(ValueError, match="fused layers read what the hooks do not bring"):
+            model(ids)
+    else:
+        with torch.no_grad():
+            assert torch.equal(model(ids).logits, expected)
+        with pytest.raises(ValueError, match=r"accelerate has offloaded the gains .* gets no gradient: train before"):
+            model(ids)
+    with pytest.raises(ValueError, match=r"accelerate has offloaded the gains"):
+        gain_ops.check(model, input_ids=ids, labels=ids)
+    with pytest.raises(ValueError, match="offloaded by accelerate"):
+        gain_ops.save_gains(model, tmp_path / "gains.safetensors")
+
+
+def test_offloaded_weights_get_no_gains():
+    accelerate = pytest.importorskip("accelerate")
+    model = llama()
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    names = [name for name, _ in model.named_modules()]
+    with pytest.raises(
+        ValueError, match=r"cannot put gains on model.layers.0.self_attn.o_proj, .*accelerate has offloaded"
+    ):
+        gain_ops.apply(model)
+    assert [name for name, _ in model.named_modules()] == names

@@ -39,6 +39,10 @@ class Config:
         found = (part.get(key) for part in self._parts for key in ("quantization_config", "compression_config"))
         return next((value for value in found if isinstance(value, Mapping)), None)
 
+    def names_a_class(self) -> bool:
+        """Whether it says which class of transformers the model is."""
+        return any(part.get("architectures") for part in self._parts)
+
     def quantised_by_forward(self, name: str) -> str | None:
         """The method by which the forward of a layer quantises its plain weight, or None."""
         config = self.quantization() or {}

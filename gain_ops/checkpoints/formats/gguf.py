@@ -34,11 +34,11 @@ from gain_ops.checkpoints.formats.gguf_blocks import (
     scale_rows,
 )
 from gain_ops.checkpoints.formats.gguf_header import Value, read_gguf_header
-from gain_ops.checkpoints.formats.names import without_shells
 from gain_ops.checkpoints.schemes import plain
 from gain_ops.checkpoints.schemes.exact import scaled
 from gain_ops.gainfiles.file import GainFile
-from gain_ops.gainfiles.fingerprints import digest, step
+from gain_ops.gainfiles.fingerprints import digest, is_copy, spots, step
+from gain_ops.gainfiles.names import without_shells
 from gain_ops.gainfiles.rounding import lost_gains
 from gain_ops.models.carriers import CannotFold, fold_gain, has_own_gain
 from gain_ops.utils.errors import MissingPackageError
@@ -113,6 +113,11 @@ class GGUFCheckpoint:
         """As in container.py."""
         names = {layer: name for layer in gains.deltas if (name := self._tensor_name(layer)) is not None}
         problems = self._missing(gains.deltas, names)
+        if gains.modules:
+            problems.append(
+                f"a GGUF takes no modules that were trained whole ({some_of(gains.modules)}): absorb into the model's folder "
+                "and convert that"
+            )
         edits: list[Edit] = []
         differing: list[str] = []
         for layer, name in names.items():
@@ -123,7 +128,7 @@ class GGUFCheckpoint:
                 expected = gains.fingerprints[layer] if check_base else None
                 if expected is None:
                     self._refuse_unknown_order(gained, name)
-                elif not _has_fingerprint(gained, expected):
+                elif not _has_fingerprint(gained, expected, gains.spots.get(layer)):
                     differing.append(layer)
                 edits += self._edits(gained, name, names.values(), requantize=requantize)
             except CheckpointError as error:
@@ -306,13 +311,17 @@ def _refuse_requantizing(gained: _Gained, *, asked: bool) -> None:
     )
 
 
-def _has_fingerprint(gained: _Gained, expected: str) -> bool:
-    """Whether the weight is the one the gain was trained on: as nn.Linear's [out, in], or [in, out], which Conv1D has."""
+def _has_fingerprint(gained: _Gained, expected: str, known: str | None) -> bool:
+    """Whether the weight is the one the gain was trained on, or a copy: as nn.Linear's [out, in], or Conv1D's [in, out]."""
     shape = gained.weight.shape
-    return any(
-        digest([("weight", sizes, _sample(gained, transposed=transposed))]) == expected
-        for sizes, transposed in ((shape, False), (shape[::-1], True))
-    )
+    dtype = _PLAIN.get(gained.weight.kind)
+    for sizes, transposed in ((shape, False), (shape[::-1], True)):
+        values = _sample(gained, transposed=transposed)
+        if digest([("weight", sizes, values)]) == expected:
+            return True
+        if known is not None and dtype is not None and is_copy(known, spots(values.to(dtype))):
+            return True
+    return False
 
 
 def _sample(gained: _Gained, *, transposed: bool) -> Tensor:

@@ -5,23 +5,28 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
 from gain_ops.checkpoints.container import refuse
 from gain_ops.checkpoints.edits import CheckpointError, Edit, Layer, Stored
 from gain_ops.checkpoints.formats.config import Config, read_object
+from gain_ops.checkpoints.formats.conversion import Loaded, loaded
 from gain_ops.checkpoints.formats.headers import Entry, read_header
-from gain_ops.checkpoints.formats.names import find_layers
-from gain_ops.checkpoints.formats.sampling import fingerprint
+from gain_ops.checkpoints.formats.sampling import fingerprint, sample
 from gain_ops.checkpoints.formats.skeleton import skeleton
 from gain_ops.checkpoints.schemes import plain
 from gain_ops.gainfiles.file import GainFile
+from gain_ops.gainfiles.fingerprints import is_copy, spots
+from gain_ops.gainfiles.names import find_layers
 from gain_ops.models.carriers import CannotFold, fold_gain, has_own_gain
 from gain_ops.models.up_rows import up_rows
 from gain_ops.utils.kinds import pickled
 from gain_ops.utils.wording import some_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _SINGLE = ("model.safetensors", "diffusion_pytorch_model.safetensors")
 _INDEX = ".safetensors.index.json"
@@ -83,6 +88,10 @@ class SafetensorsCheckpoint:
                 edits += self._edits(layer, name, gained, requantize=requantize)
             except CheckpointError as error:
                 problems.append(str(error))
+        try:
+            edits += self._whole(gains)
+        except CheckpointError as error:
+            problems.append(str(error))
         if check_base:
             problems += _other_base([layer for layer, _ in layers], gains)
         refuse(f"{self._path} cannot take these gains", problems)
@@ -94,17 +103,12 @@ class SafetensorsCheckpoint:
 
     def _layers(self, gains: GainFile) -> tuple[list[tuple[Layer, str]], list[str]]:
         """The layers that get a gain, each with its name in the checkpoint; and what is wrong with the others."""
-        modules = {module for name in self._entries for module in _above(name)}
-        names = find_layers(gains.deltas, modules)
+        names, problems = self._names(gains.deltas)
         tensors: dict[str, dict[str, Stored]] = {name: {} for name in names.values()}
         for name, entry in self._entries.items():
             for module in _above(name):
                 if module in tensors:
                     tensors[module][name.removeprefix(f"{module}.")] = entry.stored()
-        missing = [layer for layer in gains.deltas if layer not in names]
-        problems = [f"it has no layer {some_of(missing)}"] if missing else []
-        if any(map(self._config.may_tie, missing)):
-            problems[0] += " (an output head that shares the embedding's weight is not stored)"
         layers = []
         for layer, name in names.items():
             delta, weight = gains.deltas[layer], tensors[name].get("weight")
@@ -112,6 +116,61 @@ class SafetensorsCheckpoint:
             gain = 1 + (delta.double() if double else delta)
             layers.append((Layer(layer, gains.sides[layer], gain, tensors[name]), name))
         return layers, problems
+
+    def _names(self, layers: Collection[str]) -> tuple[dict[str, str], list[str]]:
+        """For every layer that is stored, its name in the checkpoint; and what is wrong with the others.
+
+        The name is the one that transformers would load as this layer, or else the one that find_layers() takes for it.
+        """
+        names: dict[str, str] = {}
+        problems: list[str] = []
+        loads = self._loaded or Loaded({}, {}, {})
+        inside = find_layers(layers, loads.modules)
+        for layer, module in inside.items():
+            if other := loads.tied.get(module):
+                problems.append(
+                    f"{layer} and {other} have one weight, and a gain on one would change the other: keep the gain file, and "
+                    "load it with gain_ops.load_gains()"
+                )
+            elif tensor := loads.converted.get(module):
+                problems.append(
+                    f"{layer} is made of {tensor}, and perhaps others, while transformers loads them: absorb in memory with "
+                    "gain_ops.absorb(), and save the model with save_pretrained()"
+                )
+            else:
+                names[layer] = loads.stored[module]
+        modules = {module for name in self._entries for module in _above(name)}
+        names |= find_layers([layer for layer in layers if layer not in inside], modules)
+        missing = [layer for layer in layers if layer not in names and layer not in inside]
+        if missing:
+            head = " (an output head that shares the embedding's weight is not stored)"
+            said = head if any(map(self._config.may_tie, missing)) else ""
+            problems.insert(0, f"it has no layer {some_of(missing)}{said}")
+        return names, problems
+
+    def _whole(self, gains: GainFile) -> list[Edit]:
+        """The edits of modules that were trained whole beside the gains.
+
+        Raises:
+            CheckpointError: a tensor that is not stored, or is stored in another form.
+
+        """
+        if not gains.modules:
+            return []
+        from gain_ops.checkpoints.schemes.whole import replaced
+
+        names, _ = self._names(gains.modules)
+        edits = []
+        for module, tensors in gains.modules.items():
+            for key, value in tensors.items():
+                entry = self._entries.get(f"{names.get(module, module)}.{key}")
+                if entry is None:
+                    raise CheckpointError(
+                        f"it has no {module}.{key}, of a module that was trained whole: write the model that it was trained in "
+                        "with save_pretrained() before the gains are put on, and absorb into that, or absorb in memory"
+                    )
+                edits.append(replaced(module, entry.stored(), value))
+        return edits
 
     def _edits(self, layer: Layer, name: str, gained: Collection[str], *, requantize: bool) -> list[Edit]:
         """Into the layer exactly, or on the input side into the up projection beside it, or else as asked."""
@@ -161,6 +220,9 @@ class SafetensorsCheckpoint:
             raise CheckpointError(f"config.json describes a model without {layer.name}")
         rows = up_rows(self._skeleton, modules[found[layer.name]])
         up = f"{name.rpartition('.')[0]}.{rows.leaf}".lstrip(".")
+        if self._loaded is not None:
+            inside = f"{found[layer.name].rpartition('.')[0]}.{rows.leaf}".lstrip(".")
+            up = self._loaded.stored.get(inside, up)
         tensors = {
             key.removeprefix(f"{up}."): e.stored() for key, e in self._entries.items() if key.startswith(f"{up}.")
         }
@@ -176,8 +238,18 @@ class SafetensorsCheckpoint:
         return [replace(edit, layer=layer.name, into_up=True) for edit in edits]
 
     @functools.cached_property
-    def _skeleton(self) -> nn.Module:
-        return skeleton(self.root)
+    def _skeleton(self) -> "PreTrainedModel":
+        return skeleton(self.root, most_layers=len(self._entries))
+
+    @functools.cached_property
+    def _loaded(self) -> Loaded | None:
+        """The names that transformers gives to what is stored; None for a model that it does not have."""
+        if not self._config.names_a_class():
+            return None
+        try:
+            return loaded(self._skeleton, self._entries)
+        except CheckpointError:
+            return None
 
 
 def _above(tensor: str) -> Iterable[str]:
@@ -192,7 +264,7 @@ def _other_base(layers: Iterable[Layer], gains: GainFile) -> list[str]:
     unknown: list[str] = []
     for layer in layers:
         expected = gains.fingerprints[layer.name]
-        if expected is not None and expected not in _fingerprints(layer):
+        if expected is not None and expected not in _fingerprints(layer) and not _is_copy(layer, gains):
             (differing if plain.is_plain(layer) else unknown).append(layer.name)
     problems = []
     if differing:
@@ -207,6 +279,12 @@ def _other_base(layers: Iterable[Layer], gains: GainFile) -> list[str]:
             f"{len(gains.deltas)} layers, {some_of(unknown)}: if they are, say so with --no-check-base"
         )
     return problems
+
+
+def _is_copy(layer: Layer, gains: GainFile) -> bool:
+    """Whether the layer's weight may be that of the gain file in another dtype."""
+    known = gains.spots.get(layer.name)
+    return known is not None and plain.is_plain(layer) and is_copy(known, spots(sample(layer.tensors["weight"])))
 
 
 def _fingerprints(layer: Layer) -> set[str]:

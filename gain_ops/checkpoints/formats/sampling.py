@@ -13,10 +13,11 @@ _NEAR = 4096  # bytes: values closer than a page are read with everything betwee
 
 def fingerprint(tensors: Mapping[str, Stored]) -> str:
     """The result of gain_ops.models.files.fingerprint() for a module with these tensors, in this order."""
-    return digest((name, tensor.shape, _sample(tensor)) for name, tensor in tensors.items())
+    return digest((name, tensor.shape, sample(tensor)) for name, tensor in tensors.items())
 
 
-def _sample(tensor: Stored) -> Tensor:
+def sample(tensor: Stored) -> Tensor:
+    """The values of a tensor that its fingerprint is taken of."""
     count, size = torch.Size(tensor.shape).numel(), tensor.dtype.itemsize
     every = step(count)
     if every * size <= _NEAR:
