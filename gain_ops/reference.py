@@ -245,18 +245,23 @@ def rms_norm_add_backward(dh: Tensor, z: Tensor, delta: Tensor, weight: Tensor, 
 
 
 def grouped_mm(x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor:
-    """Line (21): x [S, in], weight [E, out, in] -> [S, out]. Torch's grouped_mm where it serves the operands."""
-    if _has_grouped_mm(x, weight):
-        z = F.grouped_mm(x, weight.transpose(1, 2), offs=offsets)
-        of_nobody = torch.arange(x.shape[0], device=x.device) >= offsets[-1]
-        z.masked_fill_(of_nobody[:, None], 0)  # torch leaves these rows uninitialised
-    else:
-        z = x.new_zeros(x.shape[0], weight.shape[1])
-        for e, rows in expert_rows(offsets):
-            torch.mm(x[rows], weight[e].t(), out=z[rows])
+    """Line (21): x [S, in], weight [E, out, in] -> [S, out]."""
+    z = grouped_product(x, weight, offsets)
+    of_nobody = torch.arange(x.shape[0], device=x.device) >= offsets[-1]
+    z.masked_fill_(of_nobody[:, None], 0)
     if bias is not None:
         for e, rows in expert_rows(offsets):
             z[rows] += bias[e]
+    return z
+
+
+def grouped_product(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    """Line (21) without a bias, by torch's grouped_mm where it serves the operands; rows of nobody hold anything."""
+    if _has_grouped_mm(x, weight):
+        return F.grouped_mm(x, weight.transpose(1, 2), offs=offsets)
+    z = x.new_empty(x.shape[0], weight.shape[1])
+    for e, rows in expert_rows(offsets):
+        torch.mm(x[rows], weight[e].t(), out=z[rows])
     return z
 
 
@@ -312,9 +317,7 @@ def grouped_glu_ddelta(dh: Tensor, gate: Tensor, up: Tensor | None, offsets: Ten
 def combine(z: Tensor, delta: Tensor, bias: Tensor | None, weights: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
     """Line (24): z [S, n], delta and bias [E, n], weights [T, k], order [S] -> y [T, n], rounded once."""
     gain = _gain(delta, z)
-    place = (
-        torch.zeros_like(order).scatter_(0, order, torch.arange(len(order), device=order.device)).view(weights.shape)
-    )
+    place = places(order).view(weights.shape)
     expert = torch.searchsorted(offsets, place.to(offsets.dtype), right=True)
     live, expert = expert < len(offsets), expert.clamp(max=len(offsets) - 1)
     y = z.new_zeros(weights.shape[0], z.shape[1], dtype=gain.dtype)
@@ -349,6 +352,11 @@ def combine_backward(
         sums[e] = ddelta(weighted, row)
         dw[slots] = (gradient * (row * gain[e] if bias is None else torch.addcmul(bias[e], row, gain[e]))).sum(1)
     return dz, sums, dw.view(weights.shape)
+
+
+def places(order: Tensor) -> Tensor:
+    """The row of each slot, from the slot of each row; an order that is no permutation gives rows that exist."""
+    return torch.zeros_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
 
 
 def expert_rows(offsets: Tensor) -> list[tuple[int, slice]]:

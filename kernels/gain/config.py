@@ -39,6 +39,7 @@ class RowsConfig:
 
 ROWS = RowsConfig()
 GLU = RowsConfig(block_t=4)  # three tiles at once: at 8 rows Triton 3.6 spills on gfx942
+COMBINE = RowsConfig(block_t=1, block_n=1024)  # a token's row at once: 16 bytes a thread
 
 NORM_FEATURES = 8192
 """The widest row of an RMSNorm that a program holds in registers: twice as much spills, and needs more than the 1024 threads
