@@ -259,7 +259,7 @@ def grouped_product(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     """Line (21) without a bias, by torch's grouped_mm where it serves the operands; rows of nobody hold anything."""
     if _has_grouped_mm(x, weight):
         return F.grouped_mm(x, weight.transpose(1, 2), offs=offsets)
-    z = x.new_empty(x.shape[0], weight.shape[1])
+    z = x.new_zeros(x.shape[0], weight.shape[1])
     for e, rows in expert_rows(offsets):
         torch.mm(x[rows], weight[e].t(), out=z[rows])
     return z

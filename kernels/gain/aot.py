@@ -80,7 +80,7 @@ class Call:
     @property
     def is_gemm(self) -> bool:
         """Whether it multiplies by W."""
-        return "weight" in self.arguments
+        return "weight" in self.arguments or "experts" in self.arguments
 
     def __call__(self, given: Mapping[str, Any]) -> None:
         """Make the call."""
@@ -103,6 +103,12 @@ VARIANTS = {f"glu_backward, {act}": _op("glu_backward", activation=act) for act 
     "add_layer_norm, no biases": _op("add_layer_norm", bias=None, norm_bias=None),
     "add_rms_norm_backward, no dh": _op("add_rms_norm_backward", dh=None),
     "add_layer_norm_backward, no dh": _op("add_layer_norm_backward", dh=None),
+    "grouped_mm, no bias": _op("grouped_mm", expert_bias=None),
+    "grouped_scale, no bias": _op("grouped_scale", expert_bias=None),
+    "grouped_glu, no up": _op("grouped_glu", activation="gelu", z=None),
+    "grouped_glu_backward, no up": _op("grouped_glu_backward", activation="gelu", z=None),
+    "combine, no bias": _op("combine", expert_bias=None),
+    "combine_backward, no bias": _op("combine_backward", expert_bias=None),
 }
 
 

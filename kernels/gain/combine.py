@@ -19,7 +19,7 @@ from gain_ops.kernels import launching
 from gain_ops.kernels._common import cdiv, load_tile, multiple, row_unit, rows_schedule
 from gain_ops.kernels.config import COMBINE, GLU, rows_chunk
 from gain_ops.kernels.expert_rows import block_e, contiguous, rows_of_slot, slots
-from gain_ops.kernels.partials import sum_expert_partials, sum_partials
+from gain_ops.kernels.partials import sum_expert_partials
 
 
 @triton.jit(do_not_specialize=["T", "top_k"])
@@ -102,6 +102,8 @@ def combine_backward_kernel(
     expert, first, end = rows_of_slot(offsets, slot, T, E, chunk, BLOCK_E)
     of_expert = cols < tl.where(expert < E, N, 0)
     gain = (1.0 + tl.load(delta + expert * N + cols, mask=of_expert, other=0.0).to(tl.float32))[None, :]
+    if bias is not None:
+        shift = tl.load(bias + expert * N + cols, mask=of_expert, other=0.0).to(tl.float32)[None, :]
     running = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
     for start in tl.range(first, end, BLOCK_T, num_stages=STAGES):
         rows = start + tl.arange(0, BLOCK_T)
@@ -121,7 +123,7 @@ def combine_backward_kernel(
         )
         tile *= gain
         if bias is not None:
-            tile += tl.load(bias + expert * N + cols, mask=of_expert, other=0.0).to(tl.float32)[None, :]
+            tile += shift
         tl.store(dw + block * T + number, tl.sum(d * tile, axis=1), mask=inside)
     tl.store(partials + slot.to(tl.int64) * N + cols, tl.sum(running, axis=0), mask=cols < N)
 
@@ -189,4 +191,4 @@ def combine_backward(
         (n, experts, weights.shape[1], chunk, *dy.stride(), *z.stride()),
         rows_schedule(GLU, row_unit(z, dy.stride(0), z.stride(0)), True, block_e(offsets)),
     )
-    return dz, sum_expert_partials(partials, offsets, chunk), sum_partials(dw).view(weights.shape)
+    return dz, sum_expert_partials(partials, offsets, chunk), dw.sum(0).view(weights.shape)

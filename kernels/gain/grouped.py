@@ -25,13 +25,13 @@ from gain_ops.kernels.partials import sum_expert_partials
 
 @triton.jit(do_not_specialize=["T"])
 def grouped_kernel(
-    x,  # [T, N]
+    offsets,  # [E]
+    x,  # [T, N], or None: zeros are written where a row is nobody's, and no other row
     z,  # [T, N]; None when partials is None
     delta,  # [E, N] or None
     bias,  # [E, N] or None
     y,  # [T, N] contiguous, or None
     partials,  # [slots, N] fp32, or None
-    offsets,  # [E]
     T,
     N,
     E,
@@ -46,7 +46,7 @@ def grouped_kernel(
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """A program takes a chunk of BLOCK_N columns. Without delta, bias and partials, only the rows of nobody are touched."""
+    """A program takes a chunk of BLOCK_N columns."""
     N = multiple(N, UNIT)
     stride_xt = multiple(stride_xt, UNIT)
     stride_zt = multiple(stride_zt, UNIT)
@@ -62,13 +62,15 @@ def grouped_kernel(
         gain += tl.load(delta + expert * N + cols, mask=of_expert, other=0.0).to(tl.float32)
     if bias is not None:
         shift += tl.load(bias + expert * N + cols, mask=of_expert, other=0.0).to(tl.float32)
-    if delta is None and bias is None and partials is None:
+    if x is None:
         first = tl.where(expert < E, end, first)
     running = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
     for start in tl.range(first, end, BLOCK_T, num_stages=STAGES):
         rows = start + tl.arange(0, BLOCK_T)
         inside = (rows < end)[:, None]
-        tile = load_tile(x, rows, cols, stride_xt, stride_xn, inside & of_expert[None, :])
+        tile = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
+        if x is not None:
+            tile += load_tile(x, rows, cols, stride_xt, stride_xn, inside & of_expert[None, :])
         if partials is not None:
             running += tile * load_tile(z, rows, cols, stride_zt, stride_zn, inside & of_expert[None, :])
         if y is not None:
@@ -79,17 +81,17 @@ def grouped_kernel(
 
 
 def grouped_mm(x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor:
-    """``x @ W[e].T + b[e]`` [T, out], zeros past the last end: torch's product, finished in its memory."""
+    """``x @ W[e].T + b[e]`` [T, out], zeros past the last end: torch's product, and without a bias zeros into its memory."""
     z = reference.grouped_product(x, weight, offsets)
-    _launch(z, None, None, bias, z, None, offsets)
+    if bias is not None:
+        return _scaled(z, None, bias, offsets)
+    _launch(None, None, None, None, z, None, offsets)
     return z
 
 
 def grouped_scale(x: Tensor, delta: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor:
     """``gain[e] * x + b[e]`` [T, n]."""
-    y = x.new_empty(x.shape)
-    _launch(x, None, delta, bias, y, None, offsets)
-    return y
+    return _scaled(x, delta, bias, offsets)
 
 
 def grouped_backward(dy: Tensor, z: Tensor, delta: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
@@ -103,6 +105,12 @@ def grouped_ddelta(dy: Tensor, z: Tensor, offsets: Tensor) -> Tensor:
     return _with_sums(dy, z, None, None, offsets)
 
 
+def _scaled(x: Tensor, delta: Tensor | None, bias: Tensor | None, offsets: Tensor) -> Tensor:
+    y = x.new_empty(x.shape)
+    _launch(x, None, delta, bias, y, None, offsets)
+    return y
+
+
 def _with_sums(dy: Tensor, z: Tensor, delta: Tensor | None, dz: Tensor | None, offsets: Tensor) -> Tensor:
     """Run the pass and its second stage: -> ddelta [E, n] fp32, and ``dz`` written."""
     (t, n), experts = dy.shape, offsets.shape[0]
@@ -113,7 +121,7 @@ def _with_sums(dy: Tensor, z: Tensor, delta: Tensor | None, dz: Tensor | None, o
 
 
 def _launch(
-    x: Tensor,
+    x: Tensor | None,
     z: Tensor | None,
     delta: Tensor | None,
     bias: Tensor | None,
@@ -121,15 +129,17 @@ def _launch(
     partials: Tensor | None,
     offsets: Tensor,
 ) -> None:
-    (t, n), experts = x.shape, offsets.shape[0]
+    like = y if x is None else x
+    assert like is not None
+    (t, n), experts = like.shape, offsets.shape[0]
     if t and n:
         chunk = rows_chunk(t, n)
-        strides = (0, 0) if z is None else z.stride()
+        of_x, of_z = ((0, 0) if tensor is None else tensor.stride() for tensor in (x, z))
         launching.launch(
             grouped_kernel,
             slots(t, experts, chunk) * cdiv(n, ROWS.block_n),
-            (x, z, contiguous(delta), contiguous(bias), y, partials, offsets.contiguous()),
+            (offsets.contiguous(), x, z, contiguous(delta), contiguous(bias), y, partials),
             t,
-            (n, experts, chunk, *x.stride(), *strides),
-            rows_schedule(ROWS, row_unit(x, x.stride(0), strides[0]), True, block_e(offsets)),
+            (n, experts, chunk, *of_x, *of_z),
+            rows_schedule(ROWS, row_unit(like, of_x[0], of_z[0]), True, block_e(offsets)),
         )

@@ -55,7 +55,7 @@ def test_unit_strides_are_constants_and_aligned_rows_have_hints(
 ) -> None:
     for kernel, arguments in found["arguments"][target][tokens].items():
         for name, kind in arguments.items():
-            if name in ("T", "M", "C"):
+            if name in ("T", "M", "C", "top_k"):
                 assert kind == "plain", (kernel, name)
             elif re.fullmatch(r"stride_.*n", name):
                 assert kind in (1, "absent"), (kernel, name)
@@ -66,7 +66,7 @@ def test_unit_strides_are_constants_and_aligned_rows_have_hints(
 @pytest.mark.slow
 def test_addresses_have_64_bits(found: dict[str, Any]) -> None:
     """A row's number times its length passes 2^31 at 524 288 tokens of 4096 elements."""
-    assert len(found["products"]) == 20
+    assert len(found["products"]) == 26
     for kernel, types in found["products"].items():
         assert types, kernel
         assert all(kind.endswith("i64") for kind in types), (kernel, types)
@@ -132,7 +132,8 @@ def _record() -> dict[str, Any]:
 
     before = driver._active
     norms = [call for call in ARGUMENTS if "norm" in call]
-    calls = ("linear_z", "backward_input", "scale", "backward", "glu", "glu_backward", "add", *norms)
+    experts = ("grouped_backward", "grouped_glu", "grouped_glu_backward", "combine", "combine_backward")
+    calls = ("linear_z", "backward_input", "scale", "backward", "glu", "glu_backward", "add", *experts, *norms)
     problems = [aot.Problem(call, "bfloat16", 64, 4104) for call in calls]
     problems += [aot.Problem(call, "bfloat16", 64, 16392) for call in norms]
     return {

@@ -26,6 +26,10 @@ from support import parity
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TARGETS = ("sm_80", "sm_90")
 ROW_CALLS = ("scale", "backward", "ddelta", "glu", "glu_backward", "glu_ddelta", "rms_norm", "rms_norm_backward")
+# without a bias grouped_mm writes into torch's product, which the simulator takes for an input
+EXPERT_CALLS = [
+    call for call in parity.CALLS if call.startswith(("grouped", "combine")) and call != "grouped_mm without bias"
+]
 STREAM_CALLS = [call for call in parity.CALLS if "add" in call.split()[0].split("_")]
 GEMM_CALLS = ("linear", "linear without bias", "linear_z", "backward_recompute", "ddelta_recompute", "backward_input")
 
@@ -73,6 +77,10 @@ def _cases() -> list[Case]:
     for target, layout in zip(TARGETS * 2, parity.LAYOUTS[1:], strict=True):
         layouts = dict.fromkeys(("dy", "z", "dh", "h"), layout)
         found += [Case(target, call, "bf16", odd, layouts=layouts) for call in STREAM_CALLS if " " not in call]
+    # rows by expert: rows of 16 bytes and others, an expert of several chunks, gathered rows
+    for number, call in enumerate(EXPERT_CALLS):
+        found.append(Case(TARGETS[number % 2], call, ("bf16", "fp32", "fp16")[number % 3], even))
+        found.append(Case(TARGETS[1 - number % 2], call, ("fp32", "fp16", "bf16")[number % 3], (98, 8, 17)))
     # a row in turns, and several partials
     wide = [call for call in parity.CALLS if "norm" in call]
     found += [Case("sm_90", call, "bf16", (3, 1, 8200)) for call in wide]
