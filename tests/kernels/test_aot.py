@@ -212,6 +212,8 @@ def test_a_short_ring_is_seen() -> None:
 @pytest.mark.slow
 def test_cdna_reads_aligned_rows_in_vectors(compiled: dict[str, list[Kernel]]) -> None:
     for kernel in filter(_rows_are_aligned, compiled["gfx942"]):
+        if kernel["problem"]["call"] == "grouped_mm, no bias":
+            continue  # it loads no activation
         widths = {int(access.split()[2]) for access in kernel["accesses"] if access.startswith("load")}
         # a tile of 4 x 256 elements of 16 bits is 8 bytes a thread
         assert max(widths) >= (16 if kernel["kernel"] in FUSED else 8), _name(kernel)
