@@ -1,6 +1,6 @@
 """Which backend runs an op, and why.
 
-``eager``    plain torch (reference.py): every device and dtype, and the only one on a CPU.
+``eager``    plain torch (backends/eager.py): every device and dtype, and the only one on a CPU.
 ``triton``   the fused kernels: CUDA from sm_80 on, ROCm on MI200 and later, in bf16, fp16 and fp32; on a CPU only by name and
              under Triton's interpreter (TRITON_INTERPRET=1), to test them.
 ``cuda``     the compiled kernels of csrc/ (backends/cuda.py), where they are built: CUDA from sm_80 on, GEMMs fused on sm_90.
@@ -20,8 +20,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from gain_ops import reference
-from gain_ops.backends import extension
+from gain_ops.backends import eager, extension
 from gain_ops.backends.interface import OPS, Backend
 from gain_ops.utils.errors import GainOpsError, UsageError
 
@@ -74,7 +73,7 @@ def _implementation(backend: str, device_type: str, index: int | None, dtype: to
 
 
 def _eager() -> Backend:
-    return reference
+    return eager
 
 
 def _triton() -> Backend:

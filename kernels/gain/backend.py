@@ -1,5 +1,16 @@
 """The functions of gain_ops.reference as Triton kernels, by the same names: dispatch.py loads this module."""
 
+from gain_ops.backends.eager import (
+    combine,
+    combine_backward,
+    grouped_backward,
+    grouped_ddelta,
+    grouped_glu,
+    grouped_glu_backward,
+    grouped_glu_ddelta,
+    grouped_mm,
+    grouped_scale,
+)
 from gain_ops.kernels.add import add
 from gain_ops.kernels.add_norm import (
     add_layer_norm,
@@ -13,17 +24,6 @@ from gain_ops.kernels.linear_forward import linear, linear_z
 from gain_ops.kernels.norm_add import rms_norm_add, rms_norm_add_backward
 from gain_ops.kernels.rms_norm import rms_norm, rms_norm_backward
 from gain_ops.kernels.rows import backward, ddelta, linear_input, scale
-from gain_ops.reference import (
-    combine,
-    combine_backward,
-    grouped_backward,
-    grouped_ddelta,
-    grouped_glu,
-    grouped_glu_backward,
-    grouped_glu_ddelta,
-    grouped_mm,
-    grouped_scale,
-)
 
 __all__ = [
     "add",
