@@ -67,7 +67,8 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def gain_of(delta: Tensor, dtype: torch.dtype) -> Tensor:
     """``1 + delta`` for activations of a dtype, in its accumulation dtype."""
-    return 1 + delta.to(accumulation_dtype(dtype))
+    wide = accumulation_dtype(dtype)
+    return 1 + (delta if delta.dtype == wide else delta.to(wide))
 
 
 def scale(x: Tensor, delta: Tensor) -> Tensor:

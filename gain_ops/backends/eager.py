@@ -15,31 +15,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gain_ops import reference
 from gain_ops.reference import accumulation_dtype, expert_rows, gain_of, rows_of
 
 # gathers, which no chunk of rows helps
 from gain_ops.reference import combine as combine
 from gain_ops.reference import combine_backward as combine_backward
 
-# how many elements of each tensor make a chunk: 256 KiB in fp32 on a CPU; another device launches less often
-_CACHED, _LAUNCHED = 2**16, 2**22
+# how many elements of each tensor make a chunk: on a CPU 1 MiB in fp32, a share for eight threads; elsewhere fewer launches
+_CACHED, _LAUNCHED = 2**18, 2**22
 
 
 def scale(x: Tensor, delta: Tensor) -> Tensor:
     """``x * gain``, line (2) without a bias: x [T, n], delta [n] -> [T, n], rounded once."""
-    return _scale_into(_empty(x), x, delta, None)
+    return _scaled(x, delta, None, _empty(x))
 
 
 def linear(x: Tensor, weight: Tensor, delta: Tensor, bias: Tensor | None) -> Tensor:
     """Lines (1), (2): ``gain * (x @ W.T) + b`` -> [T, out], in z's memory. z is rounded first, as plain torch does."""
     z = F.linear(x, weight)
-    return _scale_into(z, z, delta, bias)
+    return _scaled(z, delta, bias, z)
 
 
 def linear_z(x: Tensor, weight: Tensor, delta: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """Lines (1), (2), and z as well: -> y [T, out], z [T, out]."""
     z = F.linear(x, weight)
-    return _scale_into(_empty(z), z, delta, bias), z
+    return _scaled(z, delta, bias, _empty(z)), z
 
 
 def linear_input(x: Tensor, weight: Tensor, delta: Tensor, bias: Tensor | None) -> Tensor:
@@ -180,18 +181,17 @@ def add_layer_norm(
     residual: Tensor, z: Tensor, delta: Tensor, bias: Tensor | None, weight: Tensor, shift: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Lines (14), (19): -> h [T, n], y [T, n] from the rounded h, mean and r [T] in the accumulation dtype."""
+    if not z.numel():
+        return reference.add_layer_norm(
+            residual, z, delta, bias, weight, shift, eps
+        )  # to torch no features have no mean
     gain, h, y, mean, r = gain_of(delta, z.dtype), _empty(z), _empty(z), _per_row(z), _per_row(z)
-    n, weight = max(z.shape[1], 1), weight.to(r.dtype)
-    for rows, (residual_, z_, h_, y_, square) in _walk([residual, z], [h, y], 1):
+    weight, shift = weight.to(r.dtype), None if shift is None else shift.to(r.dtype)
+    for rows, (residual_, z_, h_, y_) in _walk([residual, z], [h, y]):
         _round(_add_into(h_, residual_, z_, gain, bias), h.dtype)
-        torch.sum(h_, 1, out=mean[rows]).div_(n)
-        torch.sub(h_, mean[rows, None], out=y_)
-        _inverse_rms(torch.mul(y_, y_, out=square), r[rows], eps)
-        y_.mul_(r[rows, None])
-        if shift is None:
-            y_.mul_(weight)
-        else:
-            torch.addcmul(shift, y_, weight, out=y_)
+        torch.ops.aten.native_layer_norm.out(
+            h_, h.shape[1:], weight, shift, eps, out0=y_, out1=mean[rows, None], out2=r[rows, None]
+        )
     return h, y, mean, r
 
 
@@ -258,7 +258,7 @@ def grouped_scale(x: Tensor, delta: Tensor, bias: Tensor | None, offsets: Tensor
     """Line (22): x [S, n], delta and bias [E, n] -> [S, n], rounded once."""
     y = x.new_zeros(x.shape)
     for e, rows in expert_rows(offsets):
-        _scale_into(y[rows], x[rows], delta[e], None if bias is None else bias[e])
+        _scaled(x[rows], delta[e], None if bias is None else bias[e], y[rows])
     return y
 
 
@@ -316,15 +316,18 @@ def _walk(
     wide = accumulation_dtype(like.dtype)
     narrow = like.dtype != wide
     size = _CACHED if like.device.type in ("cpu", "meta") else _LAUNCHED
-    step = max(1, min(tokens, size // max(n, 1)))
     given = (*reads, *writes)
+    if not narrow and tokens * n <= size:  # the loop below would do the same, and costs the host more
+        yield slice(None), [*given, *(_empty(like) for _ in range(spare))]
+        return
+    step = max(1, min(tokens, size // max(n, 1)))
     own = [
         None if whole is None else torch.empty((step, n), dtype=wide, device=like.device)
         for whole in (*(given if narrow else ()), *(like,) * spare)
     ]
     for start in range(0, max(tokens, 1), step):
         rows = slice(start, start + step)
-        parts = [*given] if step >= tokens else [None if whole is None else whole[rows] for whole in given]
+        parts = [None if whole is None else whole[rows] for whole in given]
         work = own if start + step <= tokens else [None if space is None else space[: tokens - start] for space in own]
         if not narrow:
             yield rows, [*parts, *work]
@@ -356,7 +359,7 @@ def _has_grouped_mm(x: Tensor, weight: Tensor) -> bool:
 
 
 def _empty(like: Tensor) -> Tensor:
-    return torch.empty(like.shape, dtype=like.dtype, device=like.device)
+    return torch.empty_like(like, memory_format=torch.contiguous_format)
 
 
 def _per_row(like: Tensor) -> Tensor:
@@ -387,14 +390,14 @@ class _Sums:
         return total
 
 
-def _scale_into(out: Tensor, z: Tensor, delta: Tensor, bias: Tensor | None) -> Tensor:
+def _scaled(z: Tensor, delta: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
     """``gain * z + b``, rounded once into out, which may be z."""
     gain = gain_of(delta, z.dtype)
-    step = z.shape[0]
-    if z.dtype != gain.dtype and z.device.type in ("cpu", "meta"):
-        # there a product of two dtypes makes wide copies of all that it is given
-        step = _CACHED // max(z.shape[1], 1)
-    for z_, out_ in zip(z.split(max(step, 1)), out.split(max(step, 1)), strict=True):
+    if z.dtype == gain.dtype or z.device.type not in ("cpu", "meta"):
+        return torch.mul(z, gain, out=out) if bias is None else torch.addcmul(bias, z, gain, out=out)
+    # on a CPU a product of two dtypes makes wide copies of all that it is given
+    rows = max(1, _CACHED // max(z.shape[1], 1))
+    for z_, out_ in zip(z.split(rows), out.split(rows), strict=True):
         if bias is None:
             torch.mul(z_, gain, out=out_)
         else:
@@ -458,8 +461,8 @@ def _activate(x: Tensor, activation: str, out: Tensor, inner: Tensor | None = No
 def _times_slope(dy: Tensor, x: Tensor, activation: str, a: Tensor, inner: Tensor) -> None:
     """``dy * act'(x)`` in place; a and inner are as _activate leaves them, and inner is overwritten."""
     if activation == "silu":
-        # sigmoid * (1 + x * (1 - sigmoid))
-        dy.mul_(torch.addcmul(inner, a, inner, value=-1, out=inner).add_(a))
+        # sigmoid * (1 + x * (1 - sigmoid)) = a + sigmoid * (1 - a)
+        dy.mul_(torch.lerp(a, torch.ones((), dtype=a.dtype, device=a.device), inner, out=inner))
     elif activation == "relu2":
         dy.mul_(inner).mul_(2)
     else:

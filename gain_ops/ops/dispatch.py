@@ -41,8 +41,7 @@ def implementation(backend: str, like: Tensor) -> Backend:
         BackendUnavailable: a backend asked for by name that cannot run on this device and dtype.
 
     """
-    device = like.device
-    return _implementation(backend, device.type, device.index, like.dtype)
+    return _implementation(backend, like.device, like.dtype)
 
 
 def explain(device_type: str, dtype: torch.dtype) -> list[tuple[str, str, str]]:
@@ -58,7 +57,8 @@ def explain(device_type: str, dtype: torch.dtype) -> list[tuple[str, str, str]]:
 
 
 @functools.cache
-def _implementation(backend: str, device_type: str, index: int | None, dtype: torch.dtype) -> Backend:
+def _implementation(backend: str, device: torch.device, dtype: torch.dtype) -> Backend:
+    device_type, index = device.type, device.index
     if backend == "auto":
         backend = os.environ.get("GAIN_OPS_BACKEND", "auto")
     check_name(backend)
