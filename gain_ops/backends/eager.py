@@ -114,8 +114,8 @@ def glu_backward(dh: Tensor, gate: Tensor, up: Tensor | None, delta: Tensor, act
 def glu_ddelta(dh: Tensor, gate: Tensor, up: Tensor | None, activation: str) -> Tensor:
     """Line (10) alone: -> [n]."""
     sums = _Sums()
-    for _, (dh_, gate_, up_, a) in _walk([dh, gate, up], [], 1):
-        _activate(gate_, activation, a)
+    for _, (dh_, gate_, up_, a, inner) in _walk([dh, gate, up], [], 2):
+        _activate(gate_, activation, a, inner)  # as glu_backward does: the same bits, whoever asks
         a.mul_(dh_)
         sums.add((a if up is None else a.mul_(up_)).sum(0))
     return sums.total()
