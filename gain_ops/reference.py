@@ -1,14 +1,12 @@
-"""The equations of a gained linear map in plain torch: the eager backend, and the reference for testing the kernels.
+"""The equations of a gained linear map in differentiable plain torch: the truth for every backend, the eager one included.
 
-Every function works on flat activations: ``x`` [T, in], ``dy`` and ``z`` [T, out], ``weight`` [out, in] of any strides,
-``delta`` [out] on the output side or [in] on the input side, ``gain = 1 + delta``; ``gate``, ``up`` and ``dh`` [T, n].
-Results are contiguous.
+Activations are flat: ``x`` [T, in], ``dy`` and ``z`` [T, out], ``weight`` [out, in] of any strides, ``delta`` [out] on the
+output side or [in] on the input side, ``gain = 1 + delta``; ``gate``, ``up`` and ``dh`` [T, n]. ``scale``, ``linear``,
+``linear_input``, ``glu``, ``rms_norm`` and the ``add`` functions take any rank, [..., n].
 
 Products with the gain and all sums run in fp32 (fp64 for fp64). An activation is rounded once to its dtype. A ``ddelta`` stays
-in the accumulation dtype, and its caller rounds it to delta's. The op that computes an activation writes it rounded, without an
-fp32 copy between, so these functions are not differentiable; ``composite*``, ``ddelta``, ``ddelta_recompute``,
-``rms_norm_backward``, ``add_rms_norm_backward``, ``add_layer_norm_backward``,
-``rms_norm_add_backward``, ``grouped_ddelta`` and ``combine`` are.
+in the accumulation dtype, and its caller rounds it to delta's. torch.func transforms, forward-mode and double backward run
+these functions: all of autograd applies to them, and nothing is fused. backends/eager.py computes the same in little memory.
 
 Rows that are sorted by expert have ``offsets`` [E], the end of each expert's rows: row s belongs to expert e if
 ``offsets[e - 1] <= s < offsets[e]``. delta and a bias have a row an expert, and the weight is [E, out, in]. Rows past the last
@@ -48,7 +46,6 @@ No line divides by a gain or by z, so a zero gain and an all-zero row of W have 
 Source: GAIN, arXiv 2604.04516 (W_new = S W); the gradients follow by the chain rule.
 """
 
-import functools
 import itertools
 from collections.abc import Callable
 
@@ -59,10 +56,6 @@ from torch import Tensor
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu2")
 """The activations of an FFN; gelu_tanh is GPT-2's and Gemma's, relu2 is the square of relu."""
 
-# how many elements a sum over tokens widens at once: 32 MiB of fp32 stay in a cache, and a GPU's launches cost little beside it
-_WIDENED = 2**22
-
-
 SIDES = ("output", "input")
 """Which features of a linear map a gain scales."""
 
@@ -72,26 +65,36 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def gain_of(delta: Tensor, dtype: torch.dtype) -> Tensor:
+    """``1 + delta`` for activations of a dtype, in its accumulation dtype."""
+    wide = accumulation_dtype(dtype)
+    return 1 + (delta if delta.dtype == wide else delta.to(wide))
+
+
 def scale(x: Tensor, delta: Tensor) -> Tensor:
-    """``x * gain``, line (2) without a bias: x [T, n], delta [n] -> [T, n], rounded once."""
-    return _scale_into(_empty(x, *x.shape), x, delta)
+    """``x * gain``, line (2) without a bias: x [..., n], delta [n] -> [..., n], rounded once."""
+    return (x * gain_of(delta, x.dtype)).to(x.dtype)
 
 
 def linear(x: Tensor, weight: Tensor, delta: Tensor, bias: Tensor | None) -> Tensor:
-    """Lines (1), (2): ``gain * (x @ W.T) + b`` -> [T, out], in z's memory. z is rounded first, as plain torch does."""
-    z = F.linear(x, weight)
-    return _scale_into(z, z, delta, bias)
+    """Lines (1), (2): ``gain * (x @ W.T) + b`` -> [..., out]. z is rounded first, as plain torch does."""
+    return linear_z(x, weight, delta, bias)[0]
 
 
 def linear_z(x: Tensor, weight: Tensor, delta: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Lines (1), (2), and z as well: -> y [T, out], z [T, out]."""
+    """Lines (1), (2), and z as well: -> y [..., out], z [..., out]."""
     z = F.linear(x, weight)
-    return _scale_into(_empty(z, *z.shape), z, delta, bias), z
+    gain = gain_of(delta, z.dtype)
+    return (z * gain if bias is None else torch.addcmul(bias, z, gain)).to(z.dtype), z
 
 
 def linear_input(x: Tensor, weight: Tensor, delta: Tensor, bias: Tensor | None) -> Tensor:
-    """Line (5): ``(x * gain) @ W.T + b`` -> [T, out]; x * gain is rounded to x's dtype for the GEMM."""
+    """Line (5): ``(x * gain) @ W.T + b`` -> [..., out]; x * gain is rounded to x's dtype for the GEMM."""
     return F.linear(scale(x, delta), weight, None if bias is None else bias.to(x.dtype))
+
+
+BY_SIDE = {"output": linear, "input": linear_input}
+"""Lines (1), (2) or line (5), by the side of the gain."""
 
 
 def backward(dy: Tensor, z: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
@@ -100,14 +103,8 @@ def backward(dy: Tensor, z: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def ddelta(dy: Tensor, z: Tensor) -> Tensor:
-    """Line (4) alone: ``sum_t dy * z`` -> [out]. Many tokens are summed block by block, differentiable."""
-    wide = accumulation_dtype(dy.dtype)
-    if dy.numel() <= _WIDENED:
-        return (dy.to(wide) * z).sum(0)
-    rows = max(1, _WIDENED // dy.shape[1])
-    blocks = zip(dy.split(rows), z.split(rows), strict=True)
-    total: Tensor = functools.reduce(torch.add, ((some_dy.to(wide) * some_z).sum(0) for some_dy, some_z in blocks))
-    return total
+    """Line (4) alone: ``sum_t dy * z`` -> [out]."""
+    return (_wide(dy) * z).sum(0)
 
 
 def backward_recompute(dy: Tensor, x: Tensor, weight: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
@@ -122,65 +119,54 @@ def ddelta_recompute(dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
 
 def backward_input(dy: Tensor, x: Tensor, weight: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
     """Lines (6), (7): -> dx [T, in], ddelta [in]."""
-    dxs = torch.mm(dy, weight)
-    return scale(dxs, delta), ddelta(dxs, x)
+    return backward(dy @ weight, x, delta)
 
 
 def glu(gate: Tensor, up: Tensor | None, delta: Tensor, activation: str) -> Tensor:
-    """Line (8): -> h [T, n], rounded once."""
-    h = activate(gate.to(accumulation_dtype(gate.dtype)), activation)
-    if up is not None:
-        h.mul_(up)
-    return torch.mul(h, _gain(delta, gate), out=_empty(gate, *gate.shape))
+    """Line (8): -> h [..., n]."""
+    h = activate(_wide(gate), activation)
+    return ((h if up is None else h * up) * gain_of(delta, gate.dtype)).to(gate.dtype)
 
 
 def glu_backward(dh: Tensor, gate: Tensor, up: Tensor | None, delta: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     """Lines (9), (10): -> dg and du side by side [T, 2n] (without up: dg [T, n]), ddelta [n]."""
-    wide = gate.to(accumulation_dtype(gate.dtype))
-    scaled = dh * _gain(delta, gate)
-    a = activate(wide, activation)
-    tokens, n = gate.shape
-    out = _empty(gate, tokens, n if up is None else 2 * n)
-    if up is not None:
-        torch.mul(scaled, a, out=out[:, n:])
-        scaled.mul_(up)
-    sums = _sum_of_product(a, dh, up)
-    del a
-    out[:, :n].copy_(activate_backward(scaled, wide, activation))
-    return out, sums
+    scaled = dh * gain_of(delta, gate.dtype)
+    wide = _wide(gate)
+    dg = activate_backward(scaled if up is None else scaled * up, wide, activation)
+    sides = [dg] if up is None else [dg, scaled * activate(wide, activation)]
+    return torch.cat(sides, 1).to(gate.dtype), glu_ddelta(dh, gate, up, activation)
 
 
 def glu_ddelta(dh: Tensor, gate: Tensor, up: Tensor | None, activation: str) -> Tensor:
     """Line (10) alone: -> [n]."""
-    return _sum_of_product(activate(gate.to(accumulation_dtype(gate.dtype)), activation), dh, up)
+    product = dh * activate(_wide(gate), activation)
+    return (product if up is None else product * up).sum(0)
 
 
 def rms_norm(x: Tensor, weight: Tensor, delta: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Line (11): -> y [T, n], rounded once, and r [T] in the accumulation dtype."""
-    wide = x.to(accumulation_dtype(x.dtype))
-    r = torch.rsqrt(wide.square().sum(1) / max(x.shape[1], 1) + eps)
-    wide = wide * r[:, None]
-    return torch.mul(wide, weight * _gain(delta, x), out=_empty(x, *x.shape)), r
+    """Line (11): -> y [..., n], and r [...] in the accumulation dtype."""
+    wide = _wide(x)
+    r = inverse_rms(wide, eps)
+    return (wide * r[..., None] * (weight * gain_of(delta, x.dtype))).to(x.dtype), r
 
 
 def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, delta: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
     """Lines (12), (13): -> dx [T, n], ddelta [n]."""
     n = x * r[:, None]
-    v = dy * (weight * _gain(delta, x))
-    dx = r[:, None] * (v - n * (v * n).mean(1, keepdim=True))
-    return dx.to(x.dtype).contiguous(), (dy * n).sum(0) * weight.to(r.dtype)
+    dx = _through_norm(dy * (weight * gain_of(delta, x.dtype)), n, r)
+    return dx.to(x.dtype), (dy * n).sum(0) * weight.to(r.dtype)
 
 
 def add(residual: Tensor, z: Tensor, delta: Tensor, bias: Tensor | None) -> Tensor:
-    """Line (14): -> h [T, n], rounded once."""
-    base = residual if bias is None else residual.to(accumulation_dtype(z.dtype)) + bias
-    return torch.addcmul(base, z, _gain(delta, z), out=_empty(z, *z.shape))
+    """Line (14): -> h [..., n] in residual's dtype; z may be narrower."""
+    gained = z * gain_of(delta, residual.dtype)
+    return (residual + gained if bias is None else residual + gained + bias).to(residual.dtype)
 
 
 def add_rms_norm(
     residual: Tensor, z: Tensor, delta: Tensor, bias: Tensor | None, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Lines (14), (15): -> h [T, n], y [T, n] from the rounded h, and r [T] in the accumulation dtype."""
+    """Lines (14), (15): -> h [..., n], y [..., n] from the rounded h, and r [...] in the accumulation dtype."""
     h = add(residual, z, delta, bias)
     return h, *rms_norm(h, weight, torch.zeros_like(weight), eps)
 
@@ -189,88 +175,70 @@ def add_rms_norm_backward(
     dy: Tensor, dh: Tensor | None, h: Tensor, z: Tensor, delta: Tensor, weight: Tensor, r: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Line (16): -> dx [T, n], dz [T, n], ddelta [n]; without dh only the norm reads h."""
-    n = h * r[:, None]
-    v = dy * weight.to(r.dtype)
-    return _through_add(r[:, None] * (v - n * (v * n).mean(1, keepdim=True)), dh, h, z, delta)
+    return _through_add(_through_norm(dy * weight.to(r.dtype), h * r[:, None], r), dh, h, z, delta)
 
 
 def add_layer_norm(
     residual: Tensor, z: Tensor, delta: Tensor, bias: Tensor | None, weight: Tensor, shift: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Lines (14), (19): -> h [T, n], y [T, n] from the rounded h, mean and r [T] in the accumulation dtype."""
+    """Lines (14), (19): -> h [..., n], y [..., n] from the rounded h, mean and r [...] in the accumulation dtype."""
     h = add(residual, z, delta, bias)
-    wide = h.to(accumulation_dtype(h.dtype))
-    n = max(h.shape[1], 1)
-    mean = wide.sum(1) / n
-    wide = wide - mean[:, None]
-    r = torch.rsqrt(wide.square().sum(1) / n + eps)
-    wide *= r[:, None]
-    y = _empty(h, *h.shape)
-    weight = weight.to(wide.dtype)
-    return h, torch.mul(wide, weight, out=y) if shift is None else torch.addcmul(shift, wide, weight, out=y), mean, r
+    wide = _wide(h)
+    mean = _mean(wide)
+    away = wide - mean[..., None]
+    r = inverse_rms(away, eps)
+    y = away * r[..., None] * weight
+    return h, (y if shift is None else y + shift).to(h.dtype), mean, r
 
 
 def add_layer_norm_backward(
     dy: Tensor, dh: Tensor | None, h: Tensor, z: Tensor, delta: Tensor, weight: Tensor, mean: Tensor, r: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Line (20): -> dx [T, n], dz [T, n], ddelta [n]; without dh only the norm reads h."""
-    n = (h - mean[:, None]) * r[:, None]
     v = dy * weight.to(r.dtype)
-    dx = r[:, None] * (v - n * (v * n).mean(1, keepdim=True) - v.mean(1, keepdim=True))
+    dx = _through_norm(v, (h - mean[:, None]) * r[:, None], r) - r[:, None] * v.mean(1, keepdim=True)
     return _through_add(dx, dh, h, z, delta)
 
 
-def _through_add(dx: Tensor, dh: Tensor | None, h: Tensor, z: Tensor, delta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The end of lines (16), (20), from the gradient of h through the norm."""
-    if dh is not None:
-        dx = dx + dh
-    return dx.to(h.dtype).contiguous(), (dx * _gain(delta, h)).to(h.dtype).contiguous(), (dx * z).sum(0)
-
-
 def rms_norm_add(residual: Tensor, z: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Line (17): -> h [T, n], rounded once, and r [T] in the accumulation dtype."""
-    s = z * _gain(delta, z)
-    r = torch.rsqrt(s.square().sum(1) / max(z.shape[1], 1) + eps)
-    s *= r[:, None]
-    return torch.addcmul(residual, s, weight.to(s.dtype), out=_empty(z, *z.shape)), r
+    """Line (17): -> h [..., n] in residual's dtype, and r [...] in the accumulation dtype; z may be narrower."""
+    s = z * gain_of(delta, residual.dtype)
+    r = inverse_rms(s, eps)
+    return (residual + s * r[..., None] * weight).to(residual.dtype), r
 
 
 def rms_norm_add_backward(dh: Tensor, z: Tensor, delta: Tensor, weight: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
     """Line (18): -> dz [T, n], ddelta [n]."""
-    gain = _gain(delta, z)
-    n = z * gain * r[:, None]
-    v = dh * weight.to(r.dtype)
-    ds = r[:, None] * (v - n * (v * n).mean(1, keepdim=True))
-    return (ds * gain).to(z.dtype).contiguous(), (ds * z).sum(0)
+    gain = gain_of(delta, z.dtype)
+    ds = _through_norm(dh * weight.to(r.dtype), z * gain * r[:, None], r)
+    return (ds * gain).to(z.dtype), (ds * z).sum(0)
 
 
 def grouped_mm(x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor:
     """Line (21): x [S, in], weight [E, out, in] -> [S, out]."""
-    z = grouped_product(x, weight, offsets)
-    of_nobody = torch.arange(x.shape[0], device=x.device) >= offsets[-1]
-    z.masked_fill_(of_nobody[:, None], 0)
-    if bias is not None:
-        for e, rows in expert_rows(offsets):
-            z[rows] += bias[e]
-    return z
 
+    def product(e: int, rows: slice) -> Tensor:
+        z = x[rows] @ weight[e].t()
+        return z if bias is None else (z + bias[e]).to(z.dtype)
 
-def grouped_product(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    """Line (21) without a bias, by torch's grouped_mm where it serves the operands; rows of nobody hold anything."""
-    if _has_grouped_mm(x, weight):
-        return F.grouped_mm(x, weight.transpose(1, 2), offs=offsets)
-    z = x.new_zeros(x.shape[0], weight.shape[1])
-    for e, rows in expert_rows(offsets):
-        torch.mm(x[rows], weight[e].t(), out=z[rows])
-    return z
+    return _by_expert(product, x, weight.shape[1], offsets)
 
 
 def grouped_scale(x: Tensor, delta: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor:
     """Line (22): x [S, n], delta and bias [E, n] -> [S, n], rounded once."""
-    y = x.new_zeros(x.shape)
-    for e, rows in expert_rows(offsets):
-        _scale_into(y[rows], x[rows], delta[e], None if bias is None else bias[e])
-    return y
+    gain = gain_of(delta, x.dtype)
+
+    def scaled(e: int, rows: slice) -> Tensor:
+        return (x[rows] * gain[e] if bias is None else torch.addcmul(bias[e], x[rows], gain[e])).to(x.dtype)
+
+    return _by_expert(scaled, x, x.shape[1], offsets)
+
+
+def grouped(x: Tensor, weight: Tensor, delta: Tensor, bias: Tensor | None, offsets: Tensor, side: str) -> Tensor:
+    """Lines (21), (22): the output or the input side of the experts' linear maps."""
+    if side == "output":
+        return grouped_scale(grouped_mm(x, weight, None, offsets), delta, bias, offsets)
+    return grouped_mm(grouped_scale(x, delta, None, offsets), weight, bias, offsets)
 
 
 def grouped_backward(dy: Tensor, z: Tensor, delta: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
@@ -279,7 +247,7 @@ def grouped_backward(dy: Tensor, z: Tensor, delta: Tensor, offsets: Tensor) -> t
 
 
 def grouped_ddelta(dy: Tensor, z: Tensor, offsets: Tensor) -> Tensor:
-    """Line (23)'s sums alone: -> [E, n], differentiable."""
+    """Line (23)'s sums alone: -> [E, n]."""
     sums = dy.new_zeros(len(offsets), dy.shape[1], dtype=accumulation_dtype(dy.dtype))
     for e, rows in expert_rows(offsets):
         sums[e] = ddelta(dy[rows], z[rows])
@@ -288,35 +256,36 @@ def grouped_ddelta(dy: Tensor, z: Tensor, offsets: Tensor) -> Tensor:
 
 def grouped_glu(gate: Tensor, up: Tensor | None, delta: Tensor, offsets: Tensor, activation: str) -> Tensor:
     """Line (8), delta [E, n]: -> h [S, n], rounded once."""
-    h = gate.new_zeros(gate.shape)
-    for e, rows in expert_rows(offsets):
-        h[rows] = glu(gate[rows], _rows_of(up, rows), delta[e], activation)
-    return h
+
+    def activated(e: int, rows: slice) -> Tensor:
+        return glu(gate[rows], rows_of(up, rows), delta[e], activation)
+
+    return _by_expert(activated, gate, gate.shape[1], offsets)
 
 
 def grouped_glu_backward(
     dh: Tensor, gate: Tensor, up: Tensor | None, delta: Tensor, offsets: Tensor, activation: str
 ) -> tuple[Tensor, Tensor]:
     """Lines (9), (10), delta [E, n]: -> dg and du side by side [S, 2n] (without up: dg [S, n]), ddelta [E, n]."""
-    n = gate.shape[1]
-    dgate_up = gate.new_zeros(gate.shape[0], n if up is None else 2 * n)
-    sums = gate.new_zeros(delta.shape, dtype=accumulation_dtype(gate.dtype))
-    for e, rows in expert_rows(offsets):
-        dgate_up[rows], sums[e] = glu_backward(dh[rows], gate[rows], _rows_of(up, rows), delta[e], activation)
-    return dgate_up, sums
+
+    def back(e: int, rows: slice) -> Tensor:
+        return glu_backward(dh[rows], gate[rows], rows_of(up, rows), delta[e], activation)[0]
+
+    dgate_up = _by_expert(back, gate, gate.shape[1] * (1 if up is None else 2), offsets)
+    return dgate_up, grouped_glu_ddelta(dh, gate, up, offsets, activation)
 
 
 def grouped_glu_ddelta(dh: Tensor, gate: Tensor, up: Tensor | None, offsets: Tensor, activation: str) -> Tensor:
     """Line (10) alone: -> [E, n]."""
     sums = gate.new_zeros(len(offsets), gate.shape[1], dtype=accumulation_dtype(gate.dtype))
     for e, rows in expert_rows(offsets):
-        sums[e] = glu_ddelta(dh[rows], gate[rows], _rows_of(up, rows), activation)
+        sums[e] = glu_ddelta(dh[rows], gate[rows], rows_of(up, rows), activation)
     return sums
 
 
 def combine(z: Tensor, delta: Tensor, bias: Tensor | None, weights: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
     """Line (24): z [S, n], delta and bias [E, n], weights [T, k], order [S] -> y [T, n], rounded once."""
-    gain = _gain(delta, z)
+    gain = gain_of(delta, z.dtype)
     place = places(order).view(weights.shape)
     expert = torch.searchsorted(offsets, place.to(offsets.dtype), right=True)
     live, expert = expert < len(offsets), expert.clamp(max=len(offsets) - 1)
@@ -341,14 +310,14 @@ def combine_backward(
     offsets: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Line (25): dy [T, n] -> dz [S, n], ddelta [E, n], dw [T, k]."""
-    gain = _gain(delta, z)
+    gain = gain_of(delta, z.dtype)
     dz, sums = z.new_zeros(z.shape), gain.new_zeros(gain.shape)
     dw = gain.new_zeros(len(order))
     for e, rows in expert_rows(offsets):
         slots, row = order[rows], z[rows]
         gradient = dy[slots // weights.shape[1]].to(gain.dtype)
         weighted = gradient * weights.flatten()[slots, None]
-        torch.mul(weighted, gain[e], out=dz[rows])
+        dz[rows] = (weighted * gain[e]).to(dz.dtype)
         sums[e] = ddelta(weighted, row)
         dw[slots] = (gradient * (row * gain[e] if bias is None else torch.addcmul(bias[e], row, gain[e]))).sum(1)
     return dz, sums, dw.view(weights.shape)
@@ -365,136 +334,9 @@ def expert_rows(offsets: Tensor) -> list[tuple[int, slice]]:
     return [(e, slice(start, end)) for e, (start, end) in enumerate(itertools.pairwise([0, *ends])) if start < end]
 
 
-def activate(x: Tensor, activation: str) -> Tensor:
-    """``act(x)``: one of ACTIVATIONS, differentiable."""
-    if activation == "silu":
-        return F.silu(x)
-    if activation == "relu2":
-        return F.relu(x).square()
-    return F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
-
-
-def activate_backward(dy: Tensor, x: Tensor, activation: str) -> Tensor:
-    """``dy * act'(x)``, differentiable."""
-    if activation == "silu":
-        sigmoid = torch.sigmoid(x)
-        return dy * sigmoid * (1 + x * (1 - sigmoid))
-    if activation == "relu2":
-        return 2 * dy * F.relu(x)
-    dx: Tensor = torch.ops.aten.gelu_backward(dy, x, approximate="tanh" if activation == "gelu_tanh" else "none")
-    return dx
-
-
-def composite_glu(gate: Tensor, up: Tensor | None, delta: Tensor, activation: str) -> Tensor:
-    """``glu`` for gate and up of any rank, differentiable."""
-    h = activate(gate.to(accumulation_dtype(gate.dtype)), activation)
-    return ((h if up is None else h * up) * _gain(delta, gate)).to(gate.dtype)
-
-
-def composite_glu_backward(
-    dh: Tensor, gate: Tensor, up: Tensor | None, delta: Tensor, activation: str
-) -> tuple[tuple[Tensor, ...], Tensor]:
-    """``glu_backward``, differentiable: -> (dg, du) or (dg,), ddelta."""
-    wide = gate.to(accumulation_dtype(gate.dtype))
-    scaled = dh * _gain(delta, gate)
-    a = activate(wide, activation)
-    if up is None:
-        return (activate_backward(scaled, wide, activation).to(gate.dtype),), (dh * a).sum(0)
-    dg = activate_backward(scaled * up, wide, activation).to(gate.dtype)
-    return (dg, (scaled * a).to(gate.dtype)), (dh * a * up).sum(0)
-
-
-def composite_rms_norm(x: Tensor, weight: Tensor, delta: Tensor, eps: float) -> Tensor:
-    """``rms_norm`` for x of any rank, differentiable."""
-    wide = x.to(accumulation_dtype(x.dtype))
-    r = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return (wide * r * (weight * _gain(delta, x))).to(x.dtype)
-
-
-def composite_add(residual: Tensor, z: Tensor, delta: Tensor, bias: Tensor | None) -> Tensor:
-    """``add`` for activations of any rank, differentiable; z may be narrower than the residual."""
-    gained = z * _gain(delta, residual)
-    return (residual + gained if bias is None else residual + gained + bias).to(residual.dtype)
-
-
-def composite_add_rms_norm(
-    residual: Tensor, z: Tensor, delta: Tensor, bias: Tensor | None, weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    """``add_rms_norm`` for activations of any rank, differentiable: -> h, y."""
-    h = composite_add(residual, z, delta, bias)
-    return h, composite_rms_norm(h, weight, torch.zeros_like(weight), eps)
-
-
-def composite_add_layer_norm(
-    residual: Tensor, z: Tensor, delta: Tensor, bias: Tensor | None, weight: Tensor, shift: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor]:
-    """``add_layer_norm`` for activations of any rank, differentiable: -> h, y."""
-    h = composite_add(residual, z, delta, bias)
-    wide = h.to(accumulation_dtype(h.dtype))
-    away = wide - wide.mean(-1, keepdim=True)
-    y = away * torch.rsqrt(away.square().mean(-1, keepdim=True) + eps) * weight
-    return h, (y if shift is None else y + shift).to(h.dtype)
-
-
-def composite_rms_norm_add(residual: Tensor, z: Tensor, delta: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """``rms_norm_add`` for activations of any rank, differentiable; z may be narrower than the residual."""
-    s = z * _gain(delta, residual)
-    return (residual + s * torch.rsqrt(s.square().mean(-1, keepdim=True) + eps) * weight).to(residual.dtype)
-
-
-def composite(x: Tensor, weight: Tensor, delta: Tensor, bias: Tensor | None, side: str) -> Tensor:
-    """Lines (1), (2) or (5) for x of any rank, by differentiable torch calls alone.
-
-    torch.func transforms, forward-mode and double backward run this: all of autograd applies to it, and nothing is fused.
-    """
-    if side == "output":
-        z = F.linear(x, weight)
-        gain = _gain(delta, z)
-        return (z * gain if bias is None else torch.addcmul(bias, z, gain)).to(z.dtype)
-    return F.linear(composite_scale(x, delta), weight, None if bias is None else bias.to(x.dtype))
-
-
-def composite_scale(x: Tensor, delta: Tensor) -> Tensor:
-    """``scale`` for x of any rank, differentiable."""
-    return (x * _gain(delta, x)).to(x.dtype)
-
-
-def composite_grouped_scale(x: Tensor, delta: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor:
-    """``grouped_scale``, differentiable."""
-    gain = _gain(delta, x)
-
-    def scaled(e: int, rows: slice) -> Tensor:
-        return (x[rows] * gain[e] if bias is None else torch.addcmul(bias[e], x[rows], gain[e])).to(x.dtype)
-
-    return _by_expert(scaled, x, x.shape[1], offsets)
-
-
-def composite_grouped_glu(gate: Tensor, up: Tensor | None, delta: Tensor, offsets: Tensor, activation: str) -> Tensor:
-    """``grouped_glu``, differentiable."""
-
-    def activated(e: int, rows: slice) -> Tensor:
-        return composite_glu(gate[rows], _rows_of(up, rows), delta[e], activation)
-
-    return _by_expert(activated, gate, gate.shape[1], offsets)
-
-
-def composite_grouped(
-    x: Tensor, weight: Tensor, delta: Tensor, bias: Tensor | None, offsets: Tensor, side: str
-) -> Tensor:
-    """Lines (21), (22) by differentiable torch calls alone: the output or the input side of the experts' linear maps."""
-    if side == "output":
-        return composite_grouped_scale(_grouped_product(x, weight, None, offsets), delta, bias, offsets)
-    return _grouped_product(composite_grouped_scale(x, delta, None, offsets), weight, bias, offsets)
-
-
-def _grouped_product(x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor:
-    """``grouped_mm``, differentiable."""
-
-    def product(e: int, rows: slice) -> Tensor:
-        z = x[rows] @ weight[e].t()
-        return z if bias is None else (z + bias[e]).to(z.dtype)
-
-    return _by_expert(product, x, weight.shape[1], offsets)
+def rows_of(t: Tensor | None, rows: slice) -> Tensor | None:
+    """The rows of a tensor, if there is one."""
+    return None if t is None else t[rows]
 
 
 def _by_expert(part: Callable[[int, slice], Tensor], like: Tensor, n: int, offsets: Tensor) -> Tensor:
@@ -504,42 +346,47 @@ def _by_expert(part: Callable[[int, slice], Tensor], like: Tensor, n: int, offse
     return torch.cat([*(part(e, rows) for e, rows in found), like.new_zeros(like.shape[0] - end, n)])
 
 
-def _rows_of(t: Tensor | None, rows: slice) -> Tensor | None:
-    return None if t is None else t[rows]
+def inverse_rms(x: Tensor, eps: float) -> Tensor:
+    """``r = 1 / sqrt(mean(x^2) + eps)``: x [..., n] in the accumulation dtype -> [...]."""
+    return torch.rsqrt(_mean(x.square()) + eps)
 
 
-def _has_grouped_mm(x: Tensor, weight: Tensor) -> bool:
-    """Whether torch's grouped_mm serves the operands: its devices, its dtypes, rows of 16 bytes."""
-
-    def by_rows(t: Tensor) -> bool:
-        step = t.stride(-2) * t.itemsize
-        return t.stride(-1) == 1 and t.stride(-2) >= t.shape[-1] and (step | t.data_ptr()) % 16 == 0
-
-    return (
-        x.device.type in ("cpu", "cuda")
-        and x.dtype != torch.float64
-        and x.numel() * weight.numel() > 0
-        and weight.shape[1] * x.itemsize % 16 == 0
-        and by_rows(x)
-        and (by_rows(weight) or by_rows(weight.transpose(1, 2)))
-    )
+def activate(x: Tensor, activation: str) -> Tensor:
+    """``act(x)``: one of ACTIVATIONS."""
+    if activation == "silu":
+        return F.silu(x)
+    if activation == "relu2":
+        return F.relu(x).square()
+    return F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
-def _gain(delta: Tensor, like: Tensor) -> Tensor:
-    return 1 + delta.to(accumulation_dtype(like.dtype))
+def activate_backward(dy: Tensor, x: Tensor, activation: str) -> Tensor:
+    """``dy * act'(x)``."""
+    if activation == "silu":
+        sigmoid = torch.sigmoid(x)
+        return dy * sigmoid * (1 + x * (1 - sigmoid))
+    if activation == "relu2":
+        return 2 * dy * F.relu(x)
+    dx: Tensor = torch.ops.aten.gelu_backward(dy, x, approximate="tanh" if activation == "gelu_tanh" else "none")
+    return dx
 
 
-def _empty(like: Tensor, *shape: int) -> Tensor:
-    return torch.empty(shape, dtype=like.dtype, device=like.device)
+def _wide(x: Tensor) -> Tensor:
+    return x.to(accumulation_dtype(x.dtype))
 
 
-def _scale_into(out: Tensor, z: Tensor, delta: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``gain * z + b``, rounded once into out, which may be z."""
-    gain = _gain(delta, z)
-    return torch.mul(z, gain, out=out) if bias is None else torch.addcmul(bias, z, gain, out=out)
+def _mean(x: Tensor) -> Tensor:
+    """Over the features; 0 where there are none."""
+    return x.sum(-1) / max(x.shape[-1], 1)
 
 
-def _sum_of_product(a: Tensor, dh: Tensor, up: Tensor | None) -> Tensor:
-    """``sum_t dh * a * u``; a, in the accumulation dtype, is overwritten."""
-    a.mul_(dh)
-    return (a if up is None else a.mul_(up)).sum(0)
+def _through_norm(v: Tensor, n: Tensor, r: Tensor) -> Tensor:
+    """``r * (v - n * mean(v * n))`` of rows, in the accumulation dtype."""
+    return r[:, None] * (v - n * (v * n).mean(1, keepdim=True))
+
+
+def _through_add(dx: Tensor, dh: Tensor | None, h: Tensor, z: Tensor, delta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The end of lines (16), (20), from the gradient of h through the norm."""
+    if dh is not None:
+        dx = dx + dh
+    return dx.to(h.dtype), (dx * gain_of(delta, h.dtype)).to(h.dtype), (dx * z).sum(0)

@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.harness import stand_in
-from gain_ops import GainLinear, reference
+from gain_ops import GainLinear
+from gain_ops.backends import eager
 from gain_ops.ops import raw
 
 ROUNDS, CALLS = 25, 100
@@ -32,7 +33,7 @@ Cases = dict[str, Callable[[], object]]
 
 @torch.library.custom_op("host_cost::linear_z", mutates_args=())
 def _custom(x: Tensor, weight: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
-    return reference.linear_z(x, weight, delta, None)
+    return eager.linear_z(x, weight, delta, None)
 
 
 def _setup(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -41,7 +42,7 @@ def _setup(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) 
 
 def _backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor, None, Tensor]:
     z, weight, delta = ctx.saved_tensors
-    dz, ddelta = reference.backward(dy, z, delta)
+    dz, ddelta = eager.backward(dy, z, delta)
     return dz @ weight, None, ddelta
 
 

@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gain_ops import reference
-from gain_ops.backends import operands
+from gain_ops.backends import eager, operands
+from gain_ops.reference import ACTIVATIONS
 
 _ops: Any = torch.ops.gain_ops_cuda
 
-_ACTIVATIONS = {name: number for number, name in enumerate(reference.ACTIVATIONS)}
+_ACTIVATIONS = {name: number for number, name in enumerate(ACTIVATIONS)}
 _NORM_COLUMNS = 24_000  # kNormColumns of csrc/rms_norm.h: wider rows are left to plain torch
 
 
@@ -111,7 +111,7 @@ def glu_ddelta(dh: Tensor, gate: Tensor, up: Tensor | None, activation: str) -> 
 def rms_norm(x: Tensor, weight: Tensor, delta: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Line (11): -> y [T, n], r [T]."""
     if not 0 < x.shape[1] <= _NORM_COLUMNS:
-        return reference.rms_norm(x, weight, delta, eps)
+        return eager.rms_norm(x, weight, delta, eps)
     y, r = _ops.rms_norm(x, _fp32(weight), _fp32(delta), eps)
     return y, r
 
@@ -119,14 +119,14 @@ def rms_norm(x: Tensor, weight: Tensor, delta: Tensor, eps: float) -> tuple[Tens
 def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, delta: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
     """Lines (12), (13): -> dx [T, n], ddelta [n]."""
     if not 0 < x.shape[1] <= _NORM_COLUMNS:
-        return reference.rms_norm_backward(dy, x, weight, delta, r)
+        return eager.rms_norm_backward(dy, x, weight, delta, r)
     dx, sums = _ops.rms_norm_backward(dy, x, _fp32(weight), _fp32(delta), r)
     return dx, sums
 
 
 def add(residual: Tensor, z: Tensor, delta: Tensor, bias: Tensor | None) -> Tensor:
     """Line (14): -> h [T, n], by one kernel of torch (with a bias by two)."""
-    return reference.add(residual, z, delta, bias)
+    return eager.add(residual, z, delta, bias)
 
 
 def add_rms_norm(
@@ -141,73 +141,73 @@ def add_rms_norm_backward(
     dy: Tensor, dh: Tensor | None, h: Tensor, z: Tensor, delta: Tensor, weight: Tensor, r: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Line (16) by plain torch: the passes that exist would round dx before ddelta is summed from it."""
-    return reference.add_rms_norm_backward(dy, dh, h, z, delta, weight, r)
+    return eager.add_rms_norm_backward(dy, dh, h, z, delta, weight, r)
 
 
 def add_layer_norm(
     residual: Tensor, z: Tensor, delta: Tensor, bias: Tensor | None, weight: Tensor, shift: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Lines (14), (19) by plain torch: -> h [T, n], y [T, n], mean [T], r [T]."""
-    return reference.add_layer_norm(residual, z, delta, bias, weight, shift, eps)
+    return eager.add_layer_norm(residual, z, delta, bias, weight, shift, eps)
 
 
 def add_layer_norm_backward(
     dy: Tensor, dh: Tensor | None, h: Tensor, z: Tensor, delta: Tensor, weight: Tensor, mean: Tensor, r: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Line (20) by plain torch: -> dx [T, n], dz [T, n], ddelta [n]."""
-    return reference.add_layer_norm_backward(dy, dh, h, z, delta, weight, mean, r)
+    return eager.add_layer_norm_backward(dy, dh, h, z, delta, weight, mean, r)
 
 
 def rms_norm_add(residual: Tensor, z: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Line (17) by plain torch: -> h [T, n], r [T]."""
-    return reference.rms_norm_add(residual, z, delta, weight, eps)
+    return eager.rms_norm_add(residual, z, delta, weight, eps)
 
 
 def rms_norm_add_backward(dh: Tensor, z: Tensor, delta: Tensor, weight: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
     """Line (18) by plain torch: -> dz [T, n], ddelta [n]."""
-    return reference.rms_norm_add_backward(dh, z, delta, weight, r)
+    return eager.rms_norm_add_backward(dh, z, delta, weight, r)
 
 
 def grouped_mm(x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor:
     """Line (21) by plain torch: -> z [S, out]."""
-    return reference.grouped_mm(x, weight, bias, offsets)
+    return eager.grouped_mm(x, weight, bias, offsets)
 
 
 def grouped_scale(x: Tensor, delta: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor:
     """Line (22) by plain torch: -> y [S, n]."""
-    return reference.grouped_scale(x, delta, bias, offsets)
+    return eager.grouped_scale(x, delta, bias, offsets)
 
 
 def grouped_backward(dy: Tensor, z: Tensor, delta: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
     """Line (23) by plain torch: -> dz [S, n], ddelta [E, n]."""
-    return reference.grouped_backward(dy, z, delta, offsets)
+    return eager.grouped_backward(dy, z, delta, offsets)
 
 
 def grouped_ddelta(dy: Tensor, z: Tensor, offsets: Tensor) -> Tensor:
     """Line (23)'s sums alone by plain torch: -> ddelta [E, n]."""
-    return reference.grouped_ddelta(dy, z, offsets)
+    return eager.grouped_ddelta(dy, z, offsets)
 
 
 def grouped_glu(gate: Tensor, up: Tensor | None, delta: Tensor, offsets: Tensor, activation: str) -> Tensor:
     """Line (8), a delta an expert, by plain torch: -> h [S, n]."""
-    return reference.grouped_glu(gate, up, delta, offsets, activation)
+    return eager.grouped_glu(gate, up, delta, offsets, activation)
 
 
 def grouped_glu_backward(
     dh: Tensor, gate: Tensor, up: Tensor | None, delta: Tensor, offsets: Tensor, activation: str
 ) -> tuple[Tensor, Tensor]:
     """Lines (9), (10), a delta an expert, by plain torch: -> [S, 2n] (without up [S, n]), ddelta [E, n]."""
-    return reference.grouped_glu_backward(dh, gate, up, delta, offsets, activation)
+    return eager.grouped_glu_backward(dh, gate, up, delta, offsets, activation)
 
 
 def grouped_glu_ddelta(dh: Tensor, gate: Tensor, up: Tensor | None, offsets: Tensor, activation: str) -> Tensor:
     """Line (10) alone, a delta an expert, by plain torch: -> ddelta [E, n]."""
-    return reference.grouped_glu_ddelta(dh, gate, up, offsets, activation)
+    return eager.grouped_glu_ddelta(dh, gate, up, offsets, activation)
 
 
 def combine(z: Tensor, delta: Tensor, bias: Tensor | None, weights: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
     """Line (24) by plain torch: -> y [T, n]."""
-    return reference.combine(z, delta, bias, weights, order, offsets)
+    return eager.combine(z, delta, bias, weights, order, offsets)
 
 
 def combine_backward(
@@ -220,7 +220,7 @@ def combine_backward(
     offsets: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Line (25) by plain torch: -> dz [S, n], ddelta [E, n], dw [T, k]."""
-    return reference.combine_backward(dy, z, delta, bias, weights, order, offsets)
+    return eager.combine_backward(dy, z, delta, bias, weights, order, offsets)
 
 
 def _scale_and_shift(z: Tensor, delta: Tensor, bias: Tensor | None) -> Tensor:

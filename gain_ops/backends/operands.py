@@ -1,10 +1,12 @@
-"""Two decisions on a GEMM's operands, for the fused backends: whether wide accesses can read them, and which one to scale."""
+"""What backends share of products: whether wide accesses can read the operands, which one to scale, and the experts' product."""
 
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from gain_ops.reference import expert_rows
 
 
 def fuses(a: Tensor, weight: Tensor, *tiles: Tensor) -> bool:
@@ -53,3 +55,30 @@ def linear_input(
         # a transposed view stays transposed: in its memory the gain goes along the rows
         return F.linear(x, scale_rows(weight.t(), delta).t(), bias)
     return F.linear(x, scale(weight, delta), bias)
+
+
+def grouped_product(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    """Line (21) without a bias, by torch's grouped_mm where it serves the operands; rows of nobody hold anything."""
+    if _has_grouped_mm(x, weight):
+        return F.grouped_mm(x, weight.transpose(1, 2), offs=offsets)
+    z = x.new_zeros(x.shape[0], weight.shape[1])
+    for e, rows in expert_rows(offsets):
+        torch.mm(x[rows], weight[e].t(), out=z[rows])
+    return z
+
+
+def _has_grouped_mm(x: Tensor, weight: Tensor) -> bool:
+    """Whether torch's grouped_mm serves the operands: its devices, its dtypes, rows of 16 bytes."""
+
+    def by_rows(t: Tensor) -> bool:
+        step = t.stride(-2) * t.itemsize
+        return t.stride(-1) == 1 and t.stride(-2) >= t.shape[-1] and (step | t.data_ptr()) % 16 == 0
+
+    return (
+        x.device.type in ("cpu", "cuda")
+        and x.dtype != torch.float64
+        and x.numel() * weight.numel() > 0
+        and weight.shape[1] * x.itemsize % 16 == 0
+        and by_rows(x)
+        and (by_rows(weight) or by_rows(weight.transpose(1, 2)))
+    )

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from gain_ops import reference
+from gain_ops.backends import eager as eager_backend
 
 __all__ = ["peak_bytes"]
 
@@ -70,7 +70,7 @@ class _Storages(TorchDispatchMode):
         if self._eager and func.namespace == "gain_ops":
             *given, _ = args  # the last is the backend's name
             with self:
-                result = getattr(reference, func.overloadpacket.__name__)(*given)
+                result = getattr(eager_backend, func.overloadpacket.__name__)(*given)
         else:
             result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):

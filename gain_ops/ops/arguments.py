@@ -26,13 +26,9 @@ def transformed() -> bool:
 
     Plain torch supports them all; a Function needs rules, and other runtimes do not have the ops.
     """
-    if torch.onnx.is_in_onnx_export():
-        return True
     if torch.compiler.is_compiling():
-        return False
-    if torch._C._is_tracing():
-        return True
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+        return torch.onnx.is_in_onnx_export()
+    return torch._C._is_tracing() or torch._C._are_functorch_transforms_active() or bool(forward_ad._current_level >= 0)
 
 
 def check_features(x: Tensor, features: int, delta: Tensor, meaning: str) -> None:

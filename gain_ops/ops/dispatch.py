@@ -1,6 +1,6 @@
 """Which backend runs an op, and why.
 
-``eager``    plain torch (reference.py): every device and dtype, and the only one on a CPU.
+``eager``    plain torch (backends/eager.py): every device and dtype, and the only one on a CPU.
 ``triton``   the fused kernels: CUDA from sm_80 on, ROCm on MI200 and later, in bf16, fp16 and fp32; on a CPU only by name and
              under Triton's interpreter (TRITON_INTERPRET=1), to test them.
 ``cuda``     the compiled kernels of csrc/ (backends/cuda.py), where they are built: CUDA from sm_80 on, GEMMs fused on sm_90.
@@ -20,8 +20,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from gain_ops import reference
-from gain_ops.backends import extension
+from gain_ops.backends import eager, extension
 from gain_ops.backends.interface import OPS, Backend
 from gain_ops.utils.errors import GainOpsError, UsageError
 
@@ -42,8 +41,7 @@ def implementation(backend: str, like: Tensor) -> Backend:
         BackendUnavailable: a backend asked for by name that cannot run on this device and dtype.
 
     """
-    device = like.device
-    return _implementation(backend, device.type, device.index, like.dtype)
+    return _implementation(backend, like.device, like.dtype)
 
 
 def explain(device_type: str, dtype: torch.dtype) -> list[tuple[str, str, str]]:
@@ -59,7 +57,8 @@ def explain(device_type: str, dtype: torch.dtype) -> list[tuple[str, str, str]]:
 
 
 @functools.cache
-def _implementation(backend: str, device_type: str, index: int | None, dtype: torch.dtype) -> Backend:
+def _implementation(backend: str, device: torch.device, dtype: torch.dtype) -> Backend:
+    device_type, index = device.type, device.index
     if backend == "auto":
         backend = os.environ.get("GAIN_OPS_BACKEND", "auto")
     check_name(backend)
@@ -74,7 +73,7 @@ def _implementation(backend: str, device_type: str, index: int | None, dtype: to
 
 
 def _eager() -> Backend:
-    return reference
+    return eager
 
 
 def _triton() -> Backend:

@@ -167,8 +167,8 @@ def _composite(
 ) -> Tensor:
     g, u = gate.chunk(2, -1) if packed else (gate, up)
     if offsets is None:
-        return reference.composite_glu(g, u, delta, activation)
-    return reference.composite_grouped_glu(g, u, delta, offsets, activation)
+        return reference.glu(g, u, delta, activation)
+    return reference.grouped_glu(g, u, delta, offsets, activation)
 
 
 @entry(_sharding, _composite)

@@ -190,7 +190,7 @@ def _linear_sharding(
 def _linear_composite(
     x: Tensor, weight: Tensor, delta: Tensor, bias: Tensor | None, offsets: Tensor, side: str, backend: str
 ) -> Tensor:
-    return reference.composite_grouped(x, weight, delta, bias, offsets, side)
+    return reference.grouped(x, weight, delta, bias, offsets, side)
 
 
 @entry(_linear_sharding, _linear_composite)
@@ -276,7 +276,7 @@ class RowScale(Function):
         x, delta, offsets = ctx.saved_tensors
         dx = ddelta = None
         if differentiable():
-            dx = None if delta is None else reference.composite_grouped_scale(dy, delta, None, offsets)
+            dx = None if delta is None else reference.grouped_scale(dy, delta, None, offsets)
             ddelta = None if x is None else reference.grouped_ddelta(dy, x, offsets)
         elif delta is None:
             ddelta = None if x is None else call(raw.grouped_ddelta, dy, x, offsets, ctx.backend)

@@ -137,7 +137,7 @@ def _linear_sharding(
 def _linear_composite(
     x: Tensor, weight: Tensor, delta: Tensor, bias: Tensor | None, side: str, save: str, backend: str
 ) -> Tensor:
-    return reference.composite(x, weight, delta, bias, side)
+    return reference.BY_SIDE[side](x, weight, delta, bias)
 
 
 @entry(_linear_sharding, _linear_composite)
@@ -162,7 +162,7 @@ def _scale_sharding(x: Tensor, delta: Tensor, backend: str) -> tuple[str, int]:
 
 
 def _scale_composite(x: Tensor, delta: Tensor, backend: str) -> Tensor:
-    return reference.composite_scale(x, delta)
+    return reference.scale(x, delta)
 
 
 @entry(_scale_sharding, _scale_composite)
@@ -248,7 +248,7 @@ def _keep_output_composite(
         ddelta = reference.ddelta(dy, z).to(ctx.delta_dtype)
         dbias = bias_gradient(ctx, dy)
         if delta is not None:
-            scaled = reference.composite_scale(dy, delta)
+            scaled = reference.scale(dy, delta)
             dz = scaled if dz is None else dz + scaled
     if weight is not None and dz is not None:
         dx = dz @ weight
@@ -306,7 +306,7 @@ def _output_side_gradients(
     """(dx, ddelta) of the output side; x is None when ddelta is not needed, delta is None when dx is not."""
     if differentiable():
         return (
-            None if delta is None else reference.composite_scale(dy, delta) @ weight,
+            None if delta is None else reference.scale(dy, delta) @ weight,
             None if x is None else reference.ddelta_recompute(dy, x, weight),
         )
     if delta is None:
@@ -325,7 +325,7 @@ def _input_side_gradients(
     if differentiable():
         dxs = dy @ weight
         return (
-            None if delta is None else reference.composite_scale(dxs, delta),
+            None if delta is None else reference.scale(dxs, delta),
             None if x is None else reference.ddelta(dxs, x),
         )
     if delta is None:
@@ -364,7 +364,7 @@ def scale_gradients(
     """(dx, ddelta) of ``y = x * gain``; x is None when ddelta is not needed, delta is None when dx is not."""
     if differentiable():
         return (
-            None if delta is None else reference.composite_scale(dy, delta),
+            None if delta is None else reference.scale(dy, delta),
             None if x is None else reference.ddelta(dy, x),
         )
     if delta is None:

@@ -109,7 +109,7 @@ def _composite(x: Tensor, gate: Tensor, up: Tensor | None, down: Tensor, *rest: 
     u = None if up is None else _linear(x, up, up_bias)
     if options.packed:
         g, u = g.chunk(2, -1)
-    return _linear(reference.composite_glu(g, u, delta, options.activation), down, down_bias)
+    return _linear(reference.glu(g, u, delta, options.activation), down, down_bias)
 
 
 @entry(_sharding, _composite)
@@ -226,8 +226,8 @@ def _composite_gradients(
     ddelta = None
     if dy is not None:
         gate, up = ffn.halves(ffn.project(kept[0]) if ffn.options.recompute else kept)
-        parts, ddelta = reference.composite_glu_backward(dy @ ffn.down, gate, up, delta, ffn.options.activation)
-        through = [torch.cat(parts, 1)] if ffn.options.packed else list(parts)
+        dgate_up, ddelta = reference.glu_backward(dy @ ffn.down, gate, up, delta, ffn.options.activation)
+        through = dgate_up.split([w.shape[0] for w in ffn.projections], 1)
         dprojected = [t if d is None else d + t for d, t in zip(dprojected, through, strict=True)]
     dx = None
     for part, w in zip(dprojected, ffn.projections, strict=True):

@@ -218,7 +218,7 @@ def _add_sharding(residual: Tensor, z: Tensor, delta: Tensor, bias: Tensor | Non
 
 
 def _add_composite(residual: Tensor, z: Tensor, delta: Tensor, bias: Tensor | None, backend: str) -> Tensor:
-    return reference.composite_add(residual, z, delta, bias)
+    return reference.add(residual, z, delta, bias)
 
 
 @entry(_add_sharding, _add_composite)
@@ -257,8 +257,8 @@ def _norm_composite(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     if centred:
-        return reference.composite_add_layer_norm(residual, z, delta, bias, weight, shift, eps)
-    return reference.composite_add_rms_norm(residual, z, delta, bias, weight, eps)
+        return reference.add_layer_norm(residual, z, delta, bias, weight, shift, eps)[:2]
+    return reference.add_rms_norm(residual, z, delta, bias, weight, eps)[:2]
 
 
 @entry(_norm_sharding, _norm_composite)
@@ -288,7 +288,7 @@ def _norm_add_sharding(
 
 
 def _norm_add_composite(residual: Tensor, z: Tensor, delta: Tensor, weight: Tensor, eps: float, backend: str) -> Tensor:
-    return reference.composite_rms_norm_add(residual, z, delta, weight, eps)
+    return reference.rms_norm_add(residual, z, delta, weight, eps)[0]
 
 
 @entry(_norm_add_sharding, _norm_add_composite)
@@ -400,7 +400,7 @@ def _statistics(h: Tensor, eps: float, centred: bool) -> list[Tensor]:
     """What ``_add_norm_op`` returns after y, differentiable."""
     mean = [h.mean(1)] if centred else []
     away = h - mean[0][:, None] if centred else h
-    return [*mean, torch.rsqrt(away.square().mean(1) + eps)]
+    return [*mean, reference.inverse_rms(away, eps)]
 
 
 class RmsNormAdd(Function):
@@ -429,8 +429,7 @@ class RmsNormAdd(Function):
             z = cast_to(z, dh.dtype)
             if differentiable():
                 # r depends on z and delta: r is computed again, so that the graph reaches them through it
-                s = reference.composite_scale(z.to(r.dtype), delta)
-                r = torch.rsqrt(s.square().mean(1) + ctx.eps)
+                r = reference.inverse_rms(reference.scale(z.to(r.dtype), delta), ctx.eps)
                 dz, ddelta = reference.rms_norm_add_backward(dh, z, delta, weight, r)
             else:
                 dz, ddelta = call(raw.rms_norm_add_backward, dh, z, delta, weight, r, ctx.backend)

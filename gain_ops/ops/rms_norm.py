@@ -71,7 +71,7 @@ def _sharding(x: Tensor, weight: Tensor, delta: Tensor, eps: float, backend: str
 
 
 def _composite(x: Tensor, weight: Tensor, delta: Tensor, eps: float, backend: str) -> Tensor:
-    return reference.composite_rms_norm(x, weight, delta, eps)
+    return reference.rms_norm(x, weight, delta, eps)[0]
 
 
 @entry(_sharding, _composite)
@@ -103,7 +103,7 @@ class RmsNorm(Function):
         x, weight, delta, r = ctx.saved_tensors
         if differentiable():
             # r depends on x: r is computed again, so that the graph reaches x through it
-            r = torch.rsqrt(x.to(r.dtype).square().mean(1) + ctx.eps)
+            r = reference.inverse_rms(x.to(r.dtype), ctx.eps)
             dx, ddelta = reference.rms_norm_backward(dy, x, weight, delta, r)
         else:
             dx, ddelta = call(raw.rms_norm_backward, dy, x, weight, delta, r, ctx.backend)

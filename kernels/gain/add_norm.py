@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gain_ops import reference
+from gain_ops.backends import eager
 from gain_ops.kernels import add_norm_wide, launching
 from gain_ops.kernels._common import cdiv, load_gain, multiple, norm_schedule, row_unit
 from gain_ops.kernels.config import rms_norm_chunk, rms_norm_config
@@ -139,7 +139,7 @@ def add_rms_norm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """h and y [T, n] contiguous, and r [T] fp32."""
     if z.shape[1] == 0:
-        return reference.add_rms_norm(residual, z, delta, bias, weight, eps)
+        return eager.add_rms_norm(residual, z, delta, bias, weight, eps)
     r = z.new_empty(z.shape[0], dtype=torch.float32)
     return *_forward(residual, z, delta, bias, weight, None, eps, None, r), r
 
@@ -149,7 +149,7 @@ def add_layer_norm(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """h and y [T, n] contiguous, and mean and r [T] fp32."""
     if z.shape[1] == 0:
-        return reference.add_layer_norm(residual, z, delta, bias, weight, shift, eps)
+        return eager.add_layer_norm(residual, z, delta, bias, weight, shift, eps)
     mean, r = (z.new_empty(z.shape[0], dtype=torch.float32) for _ in range(2))
     return *_forward(residual, z, delta, bias, weight, shift, eps, mean, r), mean, r
 
@@ -159,7 +159,7 @@ def add_rms_norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx and dz [T, n] contiguous, and ddelta [n]."""
     if h.shape[1] == 0:
-        return reference.add_rms_norm_backward(dy, dh, h, z, delta, weight, r)
+        return eager.add_rms_norm_backward(dy, dh, h, z, delta, weight, r)
     return _backward(dy, dh, h, z, delta, weight, None, r)
 
 
@@ -168,7 +168,7 @@ def add_layer_norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx and dz [T, n] contiguous, and ddelta [n]."""
     if h.shape[1] == 0:
-        return reference.add_layer_norm_backward(dy, dh, h, z, delta, weight, mean, r)
+        return eager.add_layer_norm_backward(dy, dh, h, z, delta, weight, mean, r)
     return _backward(dy, dh, h, z, delta, weight, mean, r)
 
 

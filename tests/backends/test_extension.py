@@ -158,7 +158,7 @@ def test_auto_takes_cuda_where_triton_cannot_run(monkeypatch: pytest.MonkeyPatch
     monkeypatch.delenv("GAIN_OPS_BACKEND", raising=False)
     obstacles = {"triton": lambda *_: "triton is not installed", "cuda": lambda *_: None}
     monkeypatch.setattr(dispatch, "_OBSTACLES", obstacles)
-    assert dispatch._implementation.__wrapped__("auto", "cuda", 0, torch.bfloat16) is cuda
+    assert dispatch._implementation.__wrapped__("auto", torch.device("cuda", 0), torch.bfloat16) is cuda
     monkeypatch.setattr(dispatch, "_OBSTACLES", obstacles | {"cuda": lambda *_: "not built"})
     assert dispatch._first_that_runs("cuda", 0, torch.bfloat16) == ("eager", "triton is not installed; not built")
 

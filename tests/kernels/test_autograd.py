@@ -30,8 +30,8 @@ def test_gradients(side: str, save: str, dtype: torch.dtype, needs: str) -> None
 
     tensors = (x, weight, delta, bias, dy)
     ours = run(lambda *t: gain_linear(*t, side=side, save=save, backend="triton"), *tensors)
-    plain = run(lambda *t: reference.composite(*t, side), *tensors)
-    truth = run(lambda *t: reference.composite(*t, side), *(t.double() for t in tensors))
+    plain = run(reference.BY_SIDE[side], *tensors)
+    truth = run(reference.BY_SIDE[side], *(t.double() for t in tensors))
     for position, results in enumerate(zip(ours, plain, truth, strict=True)):
         assert_no_worse_than_torch(f"{side}/{save} result {position}", *results)
 

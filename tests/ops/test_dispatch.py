@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from gain_ops import BackendUnavailable, gain_linear, reference
+from gain_ops import BackendUnavailable, gain_linear
+from gain_ops.backends import eager
 from gain_ops.backends.interface import OPS
 from gain_ops.kernels import backend as triton_backend
 from gain_ops.ops import dispatch
@@ -28,7 +29,7 @@ def _call(backend: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU the interpreter is off")
 def test_auto_is_eager_on_a_cpu_even_under_the_interpreter() -> None:
-    assert dispatch.implementation("auto", torch.zeros(1)) is reference
+    assert dispatch.implementation("auto", torch.zeros(1)) is eager
     assert dispatch.implementation("triton", torch.zeros(1)) is triton_backend or torch.cuda.is_available()
 
 
@@ -102,7 +103,7 @@ def _without_interpreter() -> dict[str, str]:
 def test_the_environment_replaces_auto_and_not_an_explicit_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GAIN_OPS_BACKEND", "triton")
     assert dispatch.implementation("auto", torch.zeros(1)) is triton_backend
-    assert dispatch.implementation("eager", torch.zeros(1)) is reference
+    assert dispatch.implementation("eager", torch.zeros(1)) is eager
     monkeypatch.setenv("GAIN_OPS_BACKEND", "fastest")
     dispatch._implementation.cache_clear()
     with pytest.raises(ValueError, match="'fastest' is not one of auto, eager, triton, cuda"):
@@ -153,4 +154,4 @@ def test_explain_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_auto_is_triton_on_a_gpu(dtype: torch.dtype) -> None:
     assert dispatch.implementation("auto", torch.zeros(1, device="cuda", dtype=dtype)) is triton_backend
-    assert dispatch.implementation("auto", torch.zeros(1, device="cuda", dtype=torch.float64)) is reference
+    assert dispatch.implementation("auto", torch.zeros(1, device="cuda", dtype=torch.float64)) is eager

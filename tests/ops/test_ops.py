@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gain_ops import reference
-from gain_ops.backends import cuda
+from gain_ops.backends import cuda, eager
 from gain_ops.backends.interface import OPS
 from gain_ops.kernels import backend as triton_backend
 from gain_ops.ops import dispatch, raw
@@ -35,7 +35,7 @@ def test_the_list_is_what_a_backend_offers() -> None:
     assert {name for name, op in vars(raw).items() if isinstance(op, torch._ops.OpOverload)} == set(OPS)
 
 
-@pytest.mark.parametrize("place", [reference, triton_backend, cuda, raw], ids=lambda place: place.__name__)
+@pytest.mark.parametrize("place", [reference, eager, triton_backend, cuda, raw], ids=lambda place: place.__name__)
 def test_every_place_has_every_op_with_the_arguments_of_the_protocol(place: ModuleType) -> None:
     for name in OPS:
         _, *expected = inspect.signature(getattr(dispatch.Backend, name)).parameters
