@@ -1,4 +1,4 @@
-"""What backends share of products: whether wide accesses can read the operands, which one to scale, and the experts' product."""
+"""What backends share of products: whether wide accesses read the operands, which one to scale, and that of experts."""
 
 from collections.abc import Callable
 

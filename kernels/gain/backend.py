@@ -1,16 +1,5 @@
 """The functions of gain_ops.reference as Triton kernels, by the same names: dispatch.py loads this module."""
 
-from gain_ops.backends.eager import (
-    combine,
-    combine_backward,
-    grouped_backward,
-    grouped_ddelta,
-    grouped_glu,
-    grouped_glu_backward,
-    grouped_glu_ddelta,
-    grouped_mm,
-    grouped_scale,
-)
 from gain_ops.kernels.add import add
 from gain_ops.kernels.add_norm import (
     add_layer_norm,
