@@ -10,9 +10,7 @@ No op runs it yet: only a GPU can show what the scaling costs the main loop (ben
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 import triton
@@ -20,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gain_ops.backends.operands import fuses
-from gain_ops.kernels import launching, rows, tables, tuning
+from gain_ops.kernels import launching, rows, tables
 from gain_ops.kernels._common import (
     cdiv,
     gemm_grid,
@@ -105,7 +103,7 @@ def backward_dx(dy: Tensor, z: Tensor, weight: Tensor, delta: Tensor | None) -> 
 
     """
     if fuses(dy, weight.t(), z):
-        config = tables.gemm_config("backward_dx", dy, weight.t())
+        config = tables.heuristic(dy.device.index, dy.shape[0], weight.shape[1])
         if delta is None:
             # a product that reads dy from shared memory holds one more tile of it, and 4 stages of the large tile do not fit
             config = replace(config, num_stages=min(config.num_stages, 3))
@@ -144,22 +142,3 @@ CALLS = {
     "backward_dx, W scaled": Call(backward_dx, _ARGUMENTS, {"delta_out": None}),
 }
 """The calls that gain_ops.kernels.aot compiles."""
-
-
-def tune(
-    tokens: int, out_features: int, in_features: int, dtype: torch.dtype, path: Path | None = None
-) -> Iterator[tuple[str, GemmConfig]]:
-    """Tune the kernel as tuning.tune_layer tunes the shipped ones; yield nothing where it does not run."""
-    device = torch.device("cuda", torch.cuda.current_device())
-    dy, z = (torch.randn((tokens, out_features), device=device).to(dtype) for _ in range(2))
-    weight = (torch.randn((out_features, in_features), device=device) / in_features**0.5).to(dtype)
-    delta = torch.zeros(out_features, device=device)
-    dx = torch.empty((tokens, in_features), dtype=dtype, device=device)
-
-    def run(config: GemmConfig) -> Tensor:
-        launch(dy, z, weight, delta, dx, config)
-        return dx
-
-    about = tables.Device.of(dy)
-    if serves(about.architecture, tables.heuristic(about, tokens, in_features)):
-        yield "backward_dx", tuning.tune("backward_dx", run, dy, weight.t(), path=path)

@@ -21,7 +21,8 @@ from benchmarks.gpu import cublaslt, proof, warm
 from benchmarks.harness import results, roofline
 from benchmarks.harness.results import Row
 from benchmarks.suites import blocks, ceilings, layers, memory, ops, steps, variants
-from gain_ops.backends import extension
+from gain_ops.backends import extension, tables
+from gain_ops.backends.interface import GEMMS
 
 DEVICE = torch.device("cuda")
 DTYPE = torch.bfloat16
@@ -77,16 +78,15 @@ def pointer_modes(budget_s: float, before: list[Row], out: Path) -> Iterator[Row
 
 
 def tune(budget_s: float, before: list[Row], out: Path) -> Iterator[Row]:
-    """Tuning of the Triton GEMMs at 8192 tokens: the table OUT/tuned.json is the result."""
-    from benchmarks.experiments import fused_backward
+    """Tuning of the GEMMs at 8192 tokens: the table OUT/tuned.json is the result."""
     from gain_ops.kernels import tuning
 
     for site in TUNED:
         if any(row.group == "tuning" and row.site == site.name for row in before):
             continue
-        sizes, table = (8192, site.out_features, site.in_features, DTYPE), out / "tuned.json"
-        found = [*tuning.tune_layer(*sizes, table), *fused_backward.tune(*sizes, table)]
-        yield _note("tuning", site.name, None, " | ".join(f"{kernel}: {winner}" for kernel, winner in found))
+        given = tuning.problem(8192, site.out_features, site.in_features, DTYPE, DEVICE)
+        found = {op: tables.fastest([*tuning.tune(op, given, out / "tuned.json")]) for op in GEMMS}
+        yield _note("tuning", site.name, None, " | ".join(f"{op}: {rows[0]}" for op, rows in found.items() if rows))
 
 
 def _ops(tokens: int) -> Measure:

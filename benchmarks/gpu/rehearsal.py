@@ -84,8 +84,8 @@ def _recording(architecture: str, compile: bool) -> Iterator[None]:
         for op in OPS:
             stack.enter_context(mock.patch.object(raw, op, _by_backend(op)))
         stack.enter_context(mock.patch.dict(dispatch._OBSTACLES, triton=runs))
-        dispatch._implementation.cache_clear()
-        stack.callback(dispatch._implementation.cache_clear)
+        dispatch.forget()
+        stack.callback(dispatch.forget)
         yield
 
 

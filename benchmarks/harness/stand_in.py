@@ -72,11 +72,11 @@ def driver(folder: Path) -> Iterator[None]:
         active.get_current_stream = lambda device: 0
         active.get_current_target = lambda: target
         triton.runtime.driver.set_active(active)
-        dispatch._implementation.cache_clear()
+        dispatch.forget()
         try:
             yield
         finally:
-            dispatch._implementation.cache_clear()
+            dispatch.forget()
 
 
 @functools.cache

@@ -9,18 +9,15 @@ The constants are assumptions until a GPU has run; measured() takes each from th
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterable, Sequence
 from statistics import median
 
 from benchmarks.contestants import sites
 from benchmarks.harness.results import Row, ours
 from benchmarks.suites import ops, variants
+from gain_ops.backends import prediction
+from gain_ops.backends.prediction import E, gemm_us, used
 
-E = 2  # bytes of an element in 16 bits
-MULTIPROCESSORS = 132
-# tiles of a vendor's library, and the share of the best rate that each reaches
-_TILES = ((128, 256, 1.0), (256, 128, 1.0), (128, 192, 0.97), (128, 128, 0.93), (64, 256, 0.93), (64, 128, 0.80))
 KEEPS_X, INPUT_SIDE = "gain, output side, keeps x", "gain, input side"
 
 
@@ -28,14 +25,14 @@ KEEPS_X, INPUT_SIDE = "gain, output side, keeps x", "gain, input side"
 class Machine:
     """The constants. Without a unit they are shares, of the rate of the vendor's GEMM of the same size unless noted."""
 
-    flops: float = 790e12  # flop/s of an 8192^3 product
-    bytes: float = 3.0e12  # B/s of a device copy, read and written
-    launch: float = 2.0  # us of one more kernel in a full stream
+    flops: float = prediction.FLOPS
+    bytes: float = prediction.BYTES
+    launch: float = prediction.LAUNCH
     linear: float = 0.98  # own GEMM with the gain in its epilogue
     reduction: float = 0.93  # own GEMM that reads C and makes column sums: recompute, input side
     registers: float = 0.82  # own dx GEMM that scales dy in registers and sums ddelta
     summing: float = 0.95  # own dx GEMM on W' that sums ddelta
-    one_pass: float = 0.92  # of the copy's bandwidth, by a pass
+    one_pass: float = prediction.PASS
     exposed: float = 0.25  # of the bytes of a stored z, not hidden under the main loop
 
 
@@ -78,23 +75,16 @@ class _Count:
         self.machine = machine
         self.activation, self.result, self.weight = E * t * i, E * t * o, E * i * o
         self.there, self.back = self._gemm(t, o, i), self._gemm(t, i, o)
-        self.idle = (1 - _used(t, i)) * self.back
+        self.idle = (1 - used(t, i)) * self.back
         self.stores_z = 1e6 * machine.exposed * self.result / machine.bytes
         self.forward = self.there / machine.linear
         self.scales_w = self.passes(2 * self.weight, 1)
 
     def _gemm(self, m: int, n: int, k: int) -> float:
-        flops, moved = 2 * m * n * k, E * (m * k + n * k + m * n)
-        return 1e6 * max(flops / (self.machine.flops * _used(m, n)), moved / self.machine.bytes)
+        return gemm_us(m, n, k, flops=self.machine.flops, bandwidth=self.machine.bytes)
 
     def passes(self, moved: float, kernels: int) -> float:
         return 1e6 * moved / (self.machine.bytes * self.machine.one_pass) + kernels * self.machine.launch
-
-
-def _used(m: int, n: int) -> float:
-    """The share of the multiprocessors' time that a GEMM's tiles use, by the best of the tiles."""
-    waves = {(bm, bn): math.ceil(math.ceil(m / bm) * math.ceil(n / bn) / MULTIPROCESSORS) for bm, bn, _ in _TILES}
-    return max(share * m * n / (bm * bn * MULTIPROCESSORS * waves[bm, bn]) for bm, bn, share in _TILES)
 
 
 WAYS: dict[str, Callable[[_Count], float]] = {

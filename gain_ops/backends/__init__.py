@@ -1,1 +1,1 @@
-"""The CUDA backend and the loading of its extension, what a backend offers, and the choice of a GEMM's operands."""
+"""The CUDA backend, what a backend offers and why it cannot run, GEMMs composed, and what is known of their times."""

@@ -11,10 +11,10 @@ import functools
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from gain_ops.backends import eager, operands
+from gain_ops.backends.composed import Composed
 from gain_ops.reference import ACTIVATIONS
 
 _ops: Any = torch.ops.gain_ops_cuda
@@ -25,7 +25,7 @@ _NORM_COLUMNS = 24_000  # kNormColumns of csrc/rms_norm.h: wider rows are left t
 
 def scale(x: Tensor, delta: Tensor) -> Tensor:
     """``x * gain``: x [T, n], delta [n] -> [T, n]."""
-    return _scale_and_shift(x, delta, None)
+    return _scale_and_shift(x, delta, None, False)
 
 
 def scale_rows(x: Tensor, delta: Tensor) -> Tensor:
@@ -37,7 +37,7 @@ def scale_rows(x: Tensor, delta: Tensor) -> Tensor:
 def linear(x: Tensor, weight: Tensor, delta: Tensor, bias: Tensor | None) -> Tensor:
     """Lines (1), (2): -> y [T, out]."""
     if not _fuses(x, weight):
-        return _scale_and_shift(F.linear(x, weight), delta, bias)
+        return COMPOSED.linear(x, weight, delta, bias)
     y: Tensor = _ops.linear(x, weight, _fp32(delta), _like(bias, x))
     return y
 
@@ -45,8 +45,7 @@ def linear(x: Tensor, weight: Tensor, delta: Tensor, bias: Tensor | None) -> Ten
 def linear_z(x: Tensor, weight: Tensor, delta: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """Lines (1), (2), and z: -> y [T, out], z [T, out]."""
     if not _fuses(x, weight):
-        z = F.linear(x, weight)
-        return _scale_and_shift(z, delta, bias), z
+        return COMPOSED.linear_z(x, weight, delta, bias)
     y, z = _ops.linear_z(x, weight, _fp32(delta), _like(bias, x))
     return y, z
 
@@ -71,21 +70,20 @@ def ddelta(dy: Tensor, z: Tensor) -> Tensor:
 def backward_recompute(dy: Tensor, x: Tensor, weight: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
     """Lines (1), (3), (4) from a saved x: -> dz [T, out], ddelta [out]."""
     if not _fuses(x, weight, dy):
-        return backward(dy, F.linear(x, weight), delta)
+        return COMPOSED.backward_recompute(dy, x, weight, delta)
     dz, sums = _ops.backward_recompute(dy, x, weight, _fp32(delta))
     return dz, sums
 
 
 def ddelta_recompute(dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """Lines (1), (4): -> [out]. Only a first layer calls it, where no dx is needed; z goes through memory."""
-    return ddelta(dy, F.linear(x, weight))
+    return COMPOSED.ddelta_recompute(dy, x, weight)
 
 
 def backward_input(dy: Tensor, x: Tensor, weight: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
     """Lines (6), (7): -> dx [T, in], ddelta [in]."""
     if not _fuses(dy, weight.t(), x):
-        # the pass of lines (3), (4) with dy @ W and x in the places of dy and z
-        return backward(torch.mm(dy, weight), x, delta)
+        return COMPOSED.backward_input(dy, x, weight, delta)
     dx, sums = _ops.backward_input(dy, x, weight, _fp32(delta))
     return dx, sums
 
@@ -223,18 +221,23 @@ def combine_backward(
     return eager.combine_backward(dy, z, delta, bias, weights, order, offsets)
 
 
-def _scale_and_shift(z: Tensor, delta: Tensor, bias: Tensor | None) -> Tensor:
+def _scale_and_shift(z: Tensor, delta: Tensor, bias: Tensor | None, in_place: bool) -> Tensor:
+    # the C++ op has a result of its own, also where z's memory would do
     y: Tensor = _ops.scale(z, _fp32(delta), _like(bias, z))
     return y
 
 
+COMPOSED = Composed(_scale_and_shift, backward, ddelta)
+"""The GEMMs by the vendor's product and these passes."""
+
+
 def _fuses(a: Tensor, weight: Tensor, *tiles: Tensor) -> bool:
     """Whether a fused GEMM serves a [M, K], weight [N, K] and the [M, N] tiles that it reads, on this card."""
-    return _card_fuses(a.device.index) and operands.fuses(a, weight, *tiles)
+    return card_fuses(a.device.index) and operands.fuses(a, weight, *tiles)
 
 
 @functools.cache
-def _card_fuses(index: int | None) -> bool:
+def card_fuses(index: int | None) -> bool:
     """Whether the fused GEMMs were built and this card runs them: sm_90 code does not run on any other."""
     return hasattr(_ops, "linear") and torch.cuda.get_device_capability(index) == (9, 0)
 

@@ -50,7 +50,7 @@ def _driver_obstacle(built_with: int, architectures: str) -> str | None:
     A driver serves every toolkit of its own major version. With a newer minor version it serves machine code alone, as it
     cannot translate PTX that is newer than itself. https://docs.nvidia.com/deploy/cuda-compatibility
     """
-    driver = _driver_version()
+    driver = driver_version()
     if driver is None or built_with <= driver:
         return None
     major = built_with // 1000
@@ -70,7 +70,7 @@ def _driver_obstacle(built_with: int, architectures: str) -> str | None:
     )
 
 
-def _driver_version() -> int | None:
+def driver_version() -> int | None:
     """The newest CUDA that the driver serves, or None where there is none."""
     version = ctypes.c_int()
     try:

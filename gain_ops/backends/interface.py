@@ -16,15 +16,8 @@ def _sums(like: Tensor, *shape: int | torch.SymInt) -> Tensor:
     return torch.empty(shape, dtype=accumulation_dtype(like.dtype), device=like.device)
 
 
-class Backend(Protocol):
-    """The functions of reference.py by the same names, with the same results: what mypy holds every backend to.
-
-    The body of each is its fake: empty results of the right shapes, dtypes and device, contiguous.
-    """
-
-    def scale(self, x: Tensor, delta: Tensor) -> Tensor:
-        """[T, n]."""
-        return _empty(x, *x.shape)
+class Gemms(Protocol):
+    """The ops that are a GEMM with a gain in its epilogue, which may be composed of the vendor's GEMM and a pass as well."""
 
     def linear(self, x: Tensor, weight: Tensor, delta: Tensor, bias: Tensor | None) -> Tensor:
         """y [T, out]."""
@@ -33,18 +26,6 @@ class Backend(Protocol):
     def linear_z(self, x: Tensor, weight: Tensor, delta: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         """y and z, [T, out] each."""
         return self.linear(x, weight, delta, bias), self.linear(x, weight, delta, bias)
-
-    def linear_input(self, x: Tensor, weight: Tensor, delta: Tensor, bias: Tensor | None) -> Tensor:
-        """y [T, out]."""
-        return self.linear(x, weight, delta, bias)
-
-    def backward(self, dy: Tensor, z: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
-        """dz [T, out], ddelta [out]."""
-        return _empty(dy, *dy.shape), _sums(dy, dy.shape[1])
-
-    def ddelta(self, dy: Tensor, z: Tensor) -> Tensor:
-        """ddelta [out]."""
-        return _sums(dy, dy.shape[1])
 
     def backward_recompute(self, dy: Tensor, x: Tensor, weight: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
         """dz [T, out], ddelta [out]."""
@@ -57,6 +38,29 @@ class Backend(Protocol):
     def backward_input(self, dy: Tensor, x: Tensor, weight: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
         """dx [T, in], ddelta [in]."""
         return _empty(x, *x.shape), _sums(x, x.shape[1])
+
+
+class Backend(Gemms, Protocol):
+    """The functions of reference.py by the same names, with the same results: what mypy holds every backend to.
+
+    The body of each is its fake: empty results of the right shapes, dtypes and device, contiguous.
+    """
+
+    def scale(self, x: Tensor, delta: Tensor) -> Tensor:
+        """[T, n]."""
+        return _empty(x, *x.shape)
+
+    def linear_input(self, x: Tensor, weight: Tensor, delta: Tensor, bias: Tensor | None) -> Tensor:
+        """y [T, out]."""
+        return self.linear(x, weight, delta, bias)
+
+    def backward(self, dy: Tensor, z: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+        """dz [T, out], ddelta [out]."""
+        return _empty(dy, *dy.shape), _sums(dy, dy.shape[1])
+
+    def ddelta(self, dy: Tensor, z: Tensor) -> Tensor:
+        """ddelta [out]."""
+        return _sums(dy, dy.shape[1])
 
     def glu(self, gate: Tensor, up: Tensor | None, delta: Tensor, activation: str) -> Tensor:
         """[T, n]."""
@@ -197,4 +201,5 @@ class _Fakes(Backend):
 
 
 FAKES = _Fakes()
-OPS = tuple(name for name in vars(Backend) if not name.startswith("_"))
+GEMMS = tuple(name for name in vars(Gemms) if not name.startswith("_"))
+OPS = (*GEMMS, *(name for name in vars(Backend) if not name.startswith("_")))

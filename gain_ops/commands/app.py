@@ -17,6 +17,7 @@ from gain_ops.commands.console import STDOUT, quiet_libraries, show_tracebacks
 from gain_ops.commands.files import diff, inspect, merge
 from gain_ops.commands.info import info
 from gain_ops.commands.plan import plan
+from gain_ops.commands.tune import tune
 
 __all__ = ["app"]
 
@@ -51,4 +52,5 @@ for _command in (adapt, absorb, inspect, diff, merge, plan):
 # other distributions' commands, such as `study` of gain-study
 for _plugin in entry_points(group="gain_ops.commands"):
     app.command(name=_plugin.name)(_plugin.load())
+app.command()(tune)
 app.command()(info)

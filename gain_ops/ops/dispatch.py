@@ -4,24 +4,29 @@
 ``triton``   the fused kernels: CUDA from sm_80 on, ROCm on MI200 and later, in bf16, fp16 and fp32; on a CPU only by name and
              under Triton's interpreter (TRITON_INTERPRET=1), to test them.
 ``cuda``     the compiled kernels of csrc/ (backends/cuda.py), where they are built: CUDA from sm_80 on, GEMMs fused on sm_90.
-``auto``     the first of triton, cuda, eager that can run; a GPU that falls back to eager logs the reason, once.
+``auto``     the first of triton, cuda, eager that can run; a GPU that falls back to eager logs the reason, once. A GEMM is
+             composed (the vendor's product and one pass) unless a fused one is known or predicted to be faster: choose().
 
 A backend asked for by name that cannot run raises BackendUnavailable with the reason. The environment variable
 GAIN_OPS_BACKEND replaces ``auto`` (not a name in a call); it is read when an op first meets a device and dtype. The choice is
 made when an op runs, by the tensors it gets, so a compiled or exported graph holds no decision of the machine that traced it.
+What ``auto`` chose is checked at its first use (self_check.py); what was asked for by name is not.
 """
 
 import functools
-import importlib.util
 import logging
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from gain_ops.backends import eager, extension
-from gain_ops.backends.interface import OPS, Backend
+from gain_ops.backends import eager, machine, obstacles, prediction, tables
+from gain_ops.backends.interface import GEMMS, OPS, Backend, Gemms
+from gain_ops.ops.self_check import Checked
 from gain_ops.utils.errors import GainOpsError, UsageError
 
 BACKENDS = ("auto", "eager", "triton", "cuda")
@@ -33,8 +38,19 @@ class BackendUnavailable(GainOpsError, RuntimeError):
     """A backend that was asked for by name cannot run here; the message says why and what to do."""
 
 
+@dataclass(frozen=True)
+class Choice:
+    """What ``auto`` runs a GEMM by."""
+
+    way: str
+    """ "composed", "triton" or "cuda"."""
+    reason: str
+    config: Any = None
+    """Of Triton: its GemmConfig."""
+
+
 def implementation(backend: str, like: Tensor) -> Backend:
-    """The module that runs an op on tensors such as ``like`` (its device and dtype decide).
+    """What runs an op on tensors such as ``like`` (its device and dtype decide).
 
     Raises:
         ValueError: an unknown backend name, here or in GAIN_OPS_BACKEND.
@@ -44,8 +60,46 @@ def implementation(backend: str, like: Tensor) -> Backend:
     return _implementation(backend, like.device, like.dtype)
 
 
-def explain(device_type: str, dtype: torch.dtype) -> list[tuple[str, str, str]]:
-    """Rows (op, backend, reason) that ``auto`` gives on the current device of that type: what ``gain-ops info`` prints."""
+def gemms(op: str, backend: str, a: Tensor, weight: Tensor) -> Gemms:
+    """What runs a GEMM op with tokens ``a`` [T, ...] and weight [out, in]; errors as in implementation()."""
+    device = a.device
+    if backend != "auto" or device.type != "cuda":
+        return implementation(backend, a)
+    return _gemms(op, device.index, a.dtype, a.shape[0], *weight.shape)
+
+
+def choose(op: str, index: int, dtype: torch.dtype, tokens: int, out_features: int, in_features: int) -> Choice:
+    """How ``auto`` runs a GEMM op on a GPU that runs kernels: as measured, else as predicted on sm_90, else composed."""
+    if dtype == torch.float32:
+        return Choice("composed", "a fused GEMM gains nothing in float32")
+    if not tokens or out_features % 8 or in_features % 8:
+        return Choice("composed", "a fused GEMM takes features that are multiples of 8")
+    ways = {"composed", *(way for way in ("triton", "cuda") if _fuses(way, index, dtype))}
+    family, name = machine.family(index), tables.key(op, dtype, tokens, out_features, in_features)
+    n, k = (in_features, out_features) if op == "backward_input" else (out_features, in_features)
+
+    def choice(way: str, reason: str, row: tables.Row | None = None) -> Choice:
+        return Choice(way, reason, _triton_config(row, index, tokens, n) if way == "triton" else None)
+
+    if found := tables.find(family, name):
+        problem, path = found
+        for row in tables.fastest(problem.rows):
+            if row.way in ways:
+                return choice(row.way, f"measured, {row.us:.1f} us: {name} in {path} ({problem.measured})", row)
+    if family != "sm_90":
+        return Choice("composed", f"not measured on {family} (`gain-ops tune` measures)")
+    us = {way: prediction.us(way, op, tokens, n, k) for way in sorted(ways) if prediction.serves(way, op)}
+    said = ", ".join(f"{way} {time:.1f} us" for way, time in us.items())
+    return choice(min(us, key=us.__getitem__), f"predicted, not measured (`gain-ops tune` measures): {said}")
+
+
+def explain(
+    device_type: str, dtype: torch.dtype, size: tuple[int, int, int] | None = None
+) -> list[tuple[str, str, str]]:
+    """Rows (op, backend, reason) that ``auto`` gives on the current device of that type: what ``gain-ops info`` prints.
+
+    size: tokens, out and in features of a layer whose GEMMs are asked for.
+    """
     requested = os.environ.get("GAIN_OPS_BACKEND", "auto")
     check_name(requested)
     if requested == "auto":
@@ -53,7 +107,28 @@ def explain(device_type: str, dtype: torch.dtype) -> list[tuple[str, str, str]]:
     else:
         obstacle = _OBSTACLES[requested](device_type, None, dtype, True) if requested in _OBSTACLES else None
         chosen, reason = requested, "GAIN_OPS_BACKEND" + (f", but it cannot run: {obstacle}" if obstacle else "")
-    return [(op, chosen, reason) for op in OPS]
+
+    def gemm(op: str) -> tuple[str, str]:
+        if requested != "auto" or chosen == "eager":
+            return chosen, reason
+        if size is None:
+            return "by size", "the vendor's GEMM and a pass, or a fused one: `gain-ops info --shape INxOUT` says which"
+        choice = choose(op, torch.cuda.current_device(), dtype, *size)
+        return choice.way, choice.reason + ("" if choice.config is None else f"; {choice.config}")
+
+    return [(op, *(gemm(op) if op in GEMMS else (chosen, reason))) for op in OPS]
+
+
+def check_name(backend: str) -> None:
+    """Raise ValueError for a backend that does not exist."""
+    if backend not in BACKENDS:
+        raise UsageError(f"backend={backend!r} is not one of {', '.join(BACKENDS)} (argument or GAIN_OPS_BACKEND)")
+
+
+def forget() -> None:
+    """Choose again: a table or an environment variable has changed."""
+    for cached in (_implementation, _gemms, _passes, _checked):
+        cached.cache_clear()
 
 
 @functools.cache
@@ -67,94 +142,88 @@ def _implementation(backend: str, device: torch.device, dtype: torch.dtype) -> B
         if backend == "eager":
             level = logging.INFO if device_type == "cpu" else logging.WARNING
             _log.log(level, "gain_ops runs its eager backend on %s in %s: %s", device_type, dtype, reason)
+        elif device_type == "cuda":
+            return cast(Backend, _passes(backend, index, dtype))
     elif backend in _OBSTACLES and (obstacle := _OBSTACLES[backend](device_type, index, dtype, True)):
         raise BackendUnavailable(f"backend={backend!r} cannot run here: {obstacle}. Use backend='auto' or 'eager'.")
-    return _LOADERS[backend]()
+    return cast(Backend, _LOADERS[backend]())
 
 
-def _eager() -> Backend:
+@functools.lru_cache(maxsize=4096)
+def _gemms(op: str, index: int, dtype: torch.dtype, tokens: int, out_features: int, in_features: int) -> Gemms:
+    """What ``auto`` runs a GEMM op by on a GPU: a look-up for every later call of the size."""
+    passes = _implementation("auto", torch.device("cuda", index), dtype)
+    if not isinstance(passes, Checked):  # plain torch, or what GAIN_OPS_BACKEND names
+        return passes
+    choice = choose(op, index, dtype, tokens, out_features, in_features)
+    return cast(Gemms, _checked(choice.way, choice.config, index, dtype))
+
+
+@functools.cache
+def _passes(backend: str, index: int | None, dtype: torch.dtype) -> Checked:
+    """A backend's passes, of which plain torch replaces those that are wrong."""
+    return Checked(_LOADERS[backend](), eager, backend, dtype)
+
+
+@functools.cache
+def _checked(way: str, config: Any, index: int, dtype: torch.dtype) -> Checked:
+    """The GEMMs by one way; composed ones replace fused ones that are wrong, and plain torch the composed ones."""
+    if way == "composed":
+        passes = _first_that_runs("cuda", index, dtype)[0]
+        return Checked(_LOADERS[passes]().COMPOSED, eager, f"the vendor's GEMM and {passes}", dtype)
+    backend, label = _LOADERS[way](), way
+    if config is not None:
+        backend = SimpleNamespace(**{op: functools.partial(getattr(backend, op), config=config) for op in GEMMS})
+        label = f"{way} with {config}"
+    return Checked(backend, _checked("composed", None, index, dtype), label, dtype)
+
+
+def _fuses(way: str, index: int, dtype: torch.dtype) -> bool:
+    """Whether a backend runs here and has fused GEMMs."""
+    if _OBSTACLES[way]("cuda", index, dtype, False) is not None:
+        return False
+    return way == "triton" or bool(_LOADERS[way]().card_fuses(index))
+
+
+def _triton_config(row: tables.Row | None, index: int, m: int, n: int) -> Any:
+    """The GemmConfig of a row, or the heuristic's: a check covers one configuration, so it is always named."""
+    from gain_ops.kernels.config import GemmConfig
+    from gain_ops.kernels.tables import heuristic
+
+    return heuristic(index, m, n) if row is None or row.config is None else GemmConfig(**row.config)
+
+
+def _first_that_runs(device_type: str, index: int | None, dtype: torch.dtype) -> tuple[str, str]:
+    """Whose passes ``auto`` runs, and why."""
+    found = []
+    for backend, obstacle_of in _OBSTACLES.items():
+        obstacle = obstacle_of(device_type, index, dtype, False)
+        if obstacle is None:
+            return backend, "its kernels serve this device and dtype"
+        if obstacle not in found:
+            found.append(obstacle)
+    return "eager", "; ".join(found)
+
+
+def _eager() -> Any:
     return eager
 
 
-def _triton() -> Backend:
+def _triton() -> Any:
     from gain_ops.kernels import backend  # imports triton
 
     return backend
 
 
-def _cuda() -> Backend:
+def _cuda() -> Any:
     from gain_ops.backends import cuda
 
     return cuda
 
 
-def _first_that_runs(device_type: str, index: int | None, dtype: torch.dtype) -> tuple[str, str]:
-    """What ``auto`` means, and why."""
-    obstacles = []
-    for backend, obstacle_of in _OBSTACLES.items():
-        obstacle = obstacle_of(device_type, index, dtype, False)
-        if obstacle is None:
-            return backend, "the fused kernels serve this device and dtype"
-        if obstacle not in obstacles:
-            obstacles.append(obstacle)
-    return "eager", "; ".join(obstacles)
-
-
-def check_name(backend: str) -> None:
-    """Raise ValueError for a backend that does not exist."""
-    if backend not in BACKENDS:
-        raise UsageError(f"backend={backend!r} is not one of {', '.join(BACKENDS)} (argument or GAIN_OPS_BACKEND)")
-
-
-def _triton_obstacle(device_type: str, index: int | None, dtype: torch.dtype, by_name: bool) -> str | None:
-    """Why Triton's kernels cannot run, or None when they can."""
-    if importlib.util.find_spec("triton") is None:
-        return 'triton is not installed (pip install "gain-ops[triton]")'
-    if importlib.util.find_spec("gain_ops.kernels") is None:
-        return "gain_ops.kernels is missing: this is an uninstalled checkout (pip install -e .)"
-    if obstacle := _dtype_obstacle(dtype):
-        return obstacle
-    import triton
-
-    if by_name and device_type == "cpu" and triton.knobs.runtime.interpret:
-        return None if dtype != torch.bfloat16 else "Triton's interpreter computes wrong bfloat16 dots"
-    return _device_obstacle(device_type, index)
-
-
-def _cuda_obstacle(device_type: str, index: int | None, dtype: torch.dtype, by_name: bool) -> str | None:
-    """Why the compiled kernels cannot run, or None when they can."""
-    if obstacle := _dtype_obstacle(dtype):
-        return obstacle
-    if device_type == "cuda" and torch.version.hip is not None:
-        return "the kernels are CUDA's and this is ROCm (the triton backend serves it)"
-    return _device_obstacle(device_type, index) or extension.obstacle()
-
-
-def _dtype_obstacle(dtype: torch.dtype) -> str | None:
-    """Why the kernels do not compute in this dtype, or None."""
-    return None if dtype in _DTYPES else f"the kernels compute in bfloat16, float16 and float32, not {dtype}"
-
-
-def _device_obstacle(device_type: str, index: int | None) -> str | None:
-    """Why the kernels cannot run on this device, no GPU or one too old, or None."""
-    if device_type != "cuda":
-        return f"the kernels need a GPU and the tensors are on {device_type}"
-    if torch.version.hip is not None:
-        name = torch.cuda.get_device_properties(index).gcnArchName.split(":")[0]
-        served = name.startswith(("gfx90a", "gfx94", "gfx95"))
-        return (
-            None if served else f"the kernels need an MI200 or later (gfx90a, gfx94x, gfx95x) and this device is {name}"
-        )
-    capability = torch.cuda.get_device_capability(index)
-    if capability < (8, 0):
-        return f"the kernels need compute capability 8.0 and this device has {capability[0]}.{capability[1]}"
-    return None
-
-
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_LOADERS: dict[str, Callable[[], Backend]] = {"eager": _eager, "triton": _triton, "cuda": _cuda}
+_LOADERS: dict[str, Callable[[], Any]] = {"eager": _eager, "triton": _triton, "cuda": _cuda}
 # in the order of ``auto``: neither has been measured against the other, and triton needs no build
 _OBSTACLES: dict[str, Callable[[str, int | None, torch.dtype, bool], str | None]] = {
-    "triton": _triton_obstacle,
-    "cuda": _cuda_obstacle,
+    "triton": obstacles.of_triton,
+    "cuda": obstacles.of_cuda,
 }

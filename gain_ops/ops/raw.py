@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gain_ops.backends.interface import FAKES
-from gain_ops.ops.dispatch import implementation
+from gain_ops.ops.dispatch import gemms, implementation
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -48,12 +48,12 @@ def scale(x: Tensor, delta: Tensor, backend: str) -> Tensor:
 
 @_op
 def linear(x: Tensor, weight: Tensor, delta: Tensor, bias: Tensor | None, backend: str) -> Tensor:
-    return implementation(backend, x).linear(x, weight, delta, bias)
+    return gemms("linear", backend, x, weight).linear(x, weight, delta, bias)
 
 
 @_op
 def linear_z(x: Tensor, weight: Tensor, delta: Tensor, bias: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
-    return implementation(backend, x).linear_z(x, weight, delta, bias)
+    return gemms("linear_z", backend, x, weight).linear_z(x, weight, delta, bias)
 
 
 @_op
@@ -73,17 +73,17 @@ def ddelta(dy: Tensor, z: Tensor, backend: str) -> Tensor:
 
 @_op
 def backward_recompute(dy: Tensor, x: Tensor, weight: Tensor, delta: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    return implementation(backend, dy).backward_recompute(dy, x, weight, delta)
+    return gemms("backward_recompute", backend, dy, weight).backward_recompute(dy, x, weight, delta)
 
 
 @_op
 def ddelta_recompute(dy: Tensor, x: Tensor, weight: Tensor, backend: str) -> Tensor:
-    return implementation(backend, dy).ddelta_recompute(dy, x, weight)
+    return gemms("ddelta_recompute", backend, dy, weight).ddelta_recompute(dy, x, weight)
 
 
 @_op
 def backward_input(dy: Tensor, x: Tensor, weight: Tensor, delta: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    return implementation(backend, dy).backward_input(dy, x, weight, delta)
+    return gemms("backward_input", backend, dy, weight).backward_input(dy, x, weight, delta)
 
 
 @_op

@@ -15,8 +15,8 @@ norm_add_wide.py     the same for rows that do not fit the registers
 partials.py          the second stage of every ddelta, in fixed order
 config.py            launch configurations and their heuristics
 devices.py           the device that a kernel is launched on
-tables.py            the configuration of a launch: tuned, or the heuristic's
-tuning.py            opt-in tuning, cached as JSON
+tables.py            the configuration of a launch: a table's, or the heuristic's
+tuning.py            opt-in timing of every way to run a GEMM
 recording.py         a Triton driver without a device, which records launches
 aot.py               every configuration compiled ahead of time, as a launch compiles it, without a GPU
 

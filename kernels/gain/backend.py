@@ -15,9 +15,10 @@ from gain_ops.kernels.linear_backward import backward_input, backward_recompute,
 from gain_ops.kernels.linear_forward import linear, linear_z
 from gain_ops.kernels.norm_add import rms_norm_add, rms_norm_add_backward
 from gain_ops.kernels.rms_norm import rms_norm, rms_norm_backward
-from gain_ops.kernels.rows import backward, ddelta, linear_input, scale
+from gain_ops.kernels.rows import COMPOSED, backward, ddelta, linear_input, scale
 
 __all__ = [
+    "COMPOSED",
     "add",
     "add_layer_norm",
     "add_layer_norm_backward",

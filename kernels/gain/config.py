@@ -1,6 +1,6 @@
 """Launch configurations: frozen dataclasses, and one named heuristic for each kernel, which picks by architecture and shape.
 
-A tuned table (tuning.py) may replace a heuristic's pick; nothing is ever timed during training. ``choices`` lists every
+A table (tuning.py) may replace a heuristic's pick; nothing is ever timed during training. ``choices`` lists every
 configuration that the heuristics can return, and the ahead-of-time check compiles each of them.
 
 benchmarks/NOTES.md has the reasons for these configurations.
@@ -25,6 +25,8 @@ class GemmConfig:
     group_m: int = 8
     persistent: bool = True
     use_tma: bool = True
+    flatten: bool = False
+    """Of the forward: the loop over tiles flattened into the loop over k, so that loads are in flight under the epilogue."""
 
 
 @dataclass(frozen=True)

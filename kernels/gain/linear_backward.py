@@ -14,13 +14,12 @@ from __future__ import annotations
 import functools
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from gain_ops.backends.operands import fuses
-from gain_ops.kernels import launching, rows, tables
+from gain_ops.kernels import launching, tables
 from gain_ops.kernels._common import (
     GEMM_UNIT,
     cdiv,
@@ -37,6 +36,10 @@ from gain_ops.kernels._common import (
 )
 from gain_ops.kernels.config import GemmConfig
 from gain_ops.kernels.partials import sum_partials
+from gain_ops.kernels.rows import COMPOSED
+
+OPS = {"c": "backward_recompute", "acc": "backward_input", "nothing": "ddelta_recompute"}
+"""The op that writes it."""
 
 
 @triton.jit
@@ -123,28 +126,31 @@ def linear_backward_kernel(
             _epilogue(acc, c, out, delta, partials, tile_m, row, col, M, N, stride_c, BLOCK_M, BLOCK_N, WRITES, USE_TMA)
 
 
-def backward_recompute(dy: Tensor, x: Tensor, weight: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+def backward_recompute(
+    dy: Tensor, x: Tensor, weight: Tensor, delta: Tensor, config: GemmConfig | None = None
+) -> tuple[Tensor, Tensor]:
     """dz = gain * dy [T, out] and ddelta = sum_t dy * (x @ W.T) [out], from x [T, in], weight [out, in], dy [T, out]."""
     if not fuses(x, weight, dy):
-        return rows.backward(dy, F.linear(x, weight), delta)
+        return COMPOSED.backward_recompute(dy, x, weight, delta)
     dz = dy.new_empty(dy.shape)
-    return dz, launch(x, weight, dy, delta, dz, "c")
+    return dz, launch(x, weight, dy, delta, dz, "c", config)
 
 
-def backward_input(dy: Tensor, x: Tensor, weight: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+def backward_input(
+    dy: Tensor, x: Tensor, weight: Tensor, delta: Tensor, config: GemmConfig | None = None
+) -> tuple[Tensor, Tensor]:
     """dx = gain * (dy @ W) [T, in] and ddelta = sum_t (dy @ W) * x [in], from dy [T, out], weight [out, in], x [T, in]."""
     if not fuses(dy, weight.t(), x):
-        # the pass of lines (3), (4) with dy @ W and x in the places of dy and z
-        return rows.backward(torch.mm(dy, weight), x, delta)
+        return COMPOSED.backward_input(dy, x, weight, delta)
     dx = x.new_empty(x.shape)
-    return dx, launch(dy, weight.t(), x, delta, dx, "acc")
+    return dx, launch(dy, weight.t(), x, delta, dx, "acc", config)
 
 
-def ddelta_recompute(dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+def ddelta_recompute(dy: Tensor, x: Tensor, weight: Tensor, config: GemmConfig | None = None) -> Tensor:
     """sum_t dy * (x @ W.T) [out]; no activation is written."""
     if not fuses(x, weight, dy):
-        return rows.ddelta(dy, F.linear(x, weight))
-    return launch(x, weight, dy, None, None, "nothing")
+        return COMPOSED.ddelta_recompute(dy, x, weight)
+    return launch(x, weight, dy, None, None, "nothing", config)
 
 
 def launch(
@@ -159,7 +165,7 @@ def launch(
     """Run the GEMM and the second stage: a [M, K], weight [N, K], c [M, N] -> ddelta [N] fp32, and ``out`` written."""
     m, n = c.shape
     if config is None:
-        config = tables.gemm_config(f"linear_backward {writes}", a, weight)
+        config = tables.gemm_config(OPS[writes], a, weight)
     partials = c.new_empty((cdiv(m, config.block_m), n), dtype=torch.float32)
     transposed, operands, numbers = gemm_operands(a, weight)
     launching.launch(

@@ -10,13 +10,12 @@ from __future__ import annotations
 import functools
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from gain_ops.backends.operands import fuses
-from gain_ops.kernels import launching, rows, tables
+from gain_ops.kernels import launching, tables
 from gain_ops.kernels._common import (
     GEMM_UNIT,
     gemm_grid,
@@ -30,6 +29,7 @@ from gain_ops.kernels._common import (
     store_tile,
 )
 from gain_ops.kernels.config import GemmConfig
+from gain_ops.kernels.rows import COMPOSED
 
 
 @triton.jit
@@ -77,6 +77,7 @@ def linear_kernel(
     GROUP_M: tl.constexpr,
     SUBTILES: tl.constexpr,
     USE_TMA: tl.constexpr,
+    FLATTEN: tl.constexpr,
     B_IS_KN: tl.constexpr,
 ):
     """Persistent over tiles: a program takes every num_programs-th tile, so one code serves a full grid and a short one."""
@@ -85,7 +86,7 @@ def linear_kernel(
     STORE_Z: tl.constexpr = z is not None
     m_tiles = tl.cdiv(M, BLOCK_M)
     n_tiles = tl.cdiv(N, BLOCK_N)
-    for tile in tl.range(tl.program_id(0), m_tiles * n_tiles, tl.num_programs(0)):
+    for tile in tl.range(tl.program_id(0), m_tiles * n_tiles, tl.num_programs(0), flatten=FLATTEN):
         tile_m, tile_n = grouped_tile(tile, m_tiles, n_tiles, GROUP_M)
         row = tile_m * BLOCK_M
         col = tile_n * BLOCK_N
@@ -101,23 +102,24 @@ def linear_kernel(
             _epilogue(acc, y, z, delta, bias, row, col, M, N, BLOCK_M, BLOCK_N, HAS_BIAS, STORE_Z, USE_TMA)
 
 
-def linear(x: Tensor, weight: Tensor, delta: Tensor, bias: Tensor | None) -> Tensor:
+def linear(x: Tensor, weight: Tensor, delta: Tensor, bias: Tensor | None, config: GemmConfig | None = None) -> Tensor:
     """``gain * (x @ W.T) + b``: x [T, in], weight [out, in], delta [out], bias [out] -> y [T, out]."""
     if not fuses(x, weight):
-        return rows.scale_and_shift(F.linear(x, weight), delta, bias)
+        return COMPOSED.linear(x, weight, delta, bias)
     y = x.new_empty((x.shape[0], weight.shape[0]))
-    launch(x, weight, delta, bias, y, None)
+    launch(x, weight, delta, bias, y, None, config)
     return y
 
 
-def linear_z(x: Tensor, weight: Tensor, delta: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+def linear_z(
+    x: Tensor, weight: Tensor, delta: Tensor, bias: Tensor | None, config: GemmConfig | None = None
+) -> tuple[Tensor, Tensor]:
     """``linear`` that also stores z = x @ W.T [T, out], from the same accumulators."""
     if not fuses(x, weight):
-        z = F.linear(x, weight)
-        return rows.scale_and_shift(z, delta, bias), z
+        return COMPOSED.linear_z(x, weight, delta, bias)
     y = x.new_empty((x.shape[0], weight.shape[0]))
     z = torch.empty_like(y)
-    launch(x, weight, delta, bias, y, z)
+    launch(x, weight, delta, bias, y, z, config)
     return y, z
 
 
@@ -130,9 +132,9 @@ def launch(
     z: Tensor | None,
     config: GemmConfig | None = None,
 ) -> None:
-    """Run the kernel with a configuration; by default that of the tuned table or the heuristic."""
+    """Run the kernel with a configuration; by default that of a table or the heuristic."""
     if config is None:
-        config = tables.gemm_config("linear", x, weight)
+        config = tables.gemm_config("linear" if z is None else "linear_z", x, weight)
     transposed, operands, numbers = gemm_operands(x, weight)
     launching.launch(
         linear_kernel,
@@ -146,4 +148,4 @@ def launch(
 
 @functools.cache
 def _schedule(config: GemmConfig, transposed: bool) -> launching.Schedule:
-    return gemm_schedule(config, transposed, "vvtt", USE_TMA=config.use_tma)
+    return gemm_schedule(config, transposed, "vvtt", USE_TMA=config.use_tma, FLATTEN=config.flatten)

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gain_ops.backends import operands
+from gain_ops.backends.composed import Composed
 from gain_ops.kernels import launching
 from gain_ops.kernels._common import cdiv, load_gain, load_tile, multiple, row_unit, rows_schedule
 from gain_ops.kernels.config import ROWS, RowsConfig, rows_chunk
@@ -134,9 +135,12 @@ def scale(x: Tensor, delta: Tensor) -> Tensor:
     return _scale(x, delta, None, by_row=False)
 
 
-def scale_and_shift(x: Tensor, delta: Tensor, bias: Tensor | None) -> Tensor:
-    """Gain * x + bias over the last dimension: x [T, n], delta and bias [n] -> [T, n] contiguous, rounded once."""
-    return _scale(x, delta, bias, by_row=False)
+def scale_and_shift(x: Tensor, delta: Tensor, bias: Tensor | None, in_place: bool) -> Tensor:
+    """Gain * x + bias over the last dimension: x [T, n], delta and bias [n] -> [T, n] contiguous, rounded once.
+
+    in_place: into x, which is contiguous.
+    """
+    return _scale(x, delta, bias, by_row=False, into=x if in_place else None)
 
 
 def scale_rows(x: Tensor, delta: Tensor) -> Tensor:
@@ -149,8 +153,15 @@ def linear_input(x: Tensor, weight: Tensor, delta: Tensor, bias: Tensor | None) 
     return operands.linear_input(x, weight, delta, bias, scale, scale_rows)
 
 
-def _scale(x: Tensor, delta: Tensor, bias: Tensor | None, by_row: bool, config: RowsConfig = ROWS) -> Tensor:
-    y = x.new_empty(x.shape)
+def _scale(
+    x: Tensor,
+    delta: Tensor,
+    bias: Tensor | None,
+    by_row: bool,
+    into: Tensor | None = None,
+    config: RowsConfig = ROWS,
+) -> Tensor:
+    y = x.new_empty(x.shape) if into is None else into
     t, n = x.shape
     if y.numel():
         launching.launch(
@@ -162,3 +173,7 @@ def _scale(x: Tensor, delta: Tensor, bias: Tensor | None, by_row: bool, config: 
             rows_schedule(config, row_unit(x, x.stride(0)), False, ("BY_ROW", by_row)),
         )
     return y
+
+
+COMPOSED = Composed(scale_and_shift, backward, ddelta)
+"""The GEMMs by the vendor's product and these passes."""

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from gain_ops import build
-from gain_ops.backends import extension
+from gain_ops.backends import extension, obstacles
 from gain_ops.ops import dispatch
+from gain_ops.ops.self_check import Checked
 
 from support import host_extension
 
@@ -70,7 +71,7 @@ class TestDriver:
             compiled = SimpleNamespace(version=extension.__version__, architectures="80;90a;100a", cuda=built_with)
             monkeypatch.setattr(importlib, "import_module", lambda name: compiled)
             monkeypatch.setattr(extension, "register_fakes", lambda namespace: None)
-            monkeypatch.setattr(extension, "_driver_version", lambda: driver)
+            monkeypatch.setattr(extension, "driver_version", lambda: driver)
             monkeypatch.setattr(extension, "_devices", lambda: list(devices))
             return UNCACHED()
 
@@ -110,11 +111,11 @@ class TestDriver:
             return 0
 
         monkeypatch.setattr(ctypes, "CDLL", lambda name: SimpleNamespace(cuDriverGetVersion=serves))
-        assert extension._driver_version() == 12040
+        assert extension.driver_version() == 12040
         monkeypatch.setattr(ctypes, "CDLL", lambda name: SimpleNamespace(cuDriverGetVersion=lambda version: 3))
-        assert extension._driver_version() is None
+        assert extension.driver_version() is None
         monkeypatch.setattr(ctypes, "CDLL", _raise(OSError("libcuda.so.1: cannot open shared object file")))
-        assert extension._driver_version() is None
+        assert extension.driver_version() is None
 
 
 @pytest.mark.parametrize(("ops", "fused"), [({"linear": None}, "with"), ({}, "without")])
@@ -158,13 +159,15 @@ def test_auto_takes_cuda_where_triton_cannot_run(monkeypatch: pytest.MonkeyPatch
     monkeypatch.delenv("GAIN_OPS_BACKEND", raising=False)
     obstacles = {"triton": lambda *_: "triton is not installed", "cuda": lambda *_: None}
     monkeypatch.setattr(dispatch, "_OBSTACLES", obstacles)
-    assert dispatch._implementation.__wrapped__("auto", torch.device("cuda", 0), torch.bfloat16) is cuda
+    dispatch.forget()
+    chosen = dispatch._implementation.__wrapped__("auto", torch.device("cuda", 0), torch.bfloat16)
+    dispatch.forget()
+    assert isinstance(chosen, Checked)
+    assert chosen.backend is cuda
     monkeypatch.setattr(dispatch, "_OBSTACLES", obstacles | {"cuda": lambda *_: "not built"})
     assert dispatch._first_that_runs("cuda", 0, torch.bfloat16) == ("eager", "triton is not installed; not built")
 
 
 def test_rocm_is_referred_to_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "hip", "7.0")
-    assert "this is ROCm (the triton backend serves it)" in str(
-        dispatch._cuda_obstacle("cuda", 0, torch.bfloat16, True)
-    )
+    assert "this is ROCm (the triton backend serves it)" in str(obstacles.of_cuda("cuda", 0, torch.bfloat16, True))

@@ -202,3 +202,23 @@ def test_the_input_side_scales_the_smaller_operand_in_one_pass(
     monkeypatch.setattr(rows, "_scale", record)
     compare(backend, "linear_input", arguments)
     assert passes == [tuple(sorted(scaled, reverse=True))]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+def test_composed_writes_in_place_where_z_is_not_saved(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    t = tensors(9, 24, 40, dtype)
+    arguments = [t[name] for name in ("x", "weight", "delta_out", "bias")]
+    made: list[Tensor] = []
+    product = F.linear
+
+    def noted(x: Tensor, weight: Tensor) -> Tensor:
+        made.append(product(x, weight))
+        return made[-1]
+
+    monkeypatch.setattr(F, "linear", noted)
+    y = backend.COMPOSED.linear(*arguments)
+    assert y.data_ptr() == made[-1].data_ptr()
+    apart, z = backend.COMPOSED.linear_z(*arguments)
+    assert z.data_ptr() == made[-1].data_ptr() != apart.data_ptr()
+    assert torch.equal(apart, y)
+    assert torch.equal(z, product(*arguments[:2]))

@@ -87,7 +87,7 @@ def backend() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     module._ops = torch.ops.gain_ops_host
-    module._card_fuses = lambda index: True
+    module.card_fuses = lambda index: True
     return module
 
 

@@ -131,7 +131,7 @@ def _load() -> tuple[ctypes.CDLL, ModuleType]:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     module._ops = _Ops()  # type: ignore[attr-defined]
-    module._card_fuses = lambda index: has_gemms()  # type: ignore[attr-defined]
+    module.card_fuses = lambda index: has_gemms()  # type: ignore[attr-defined]
     return ctypes.CDLL(str(path)), module
 
 
