@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks.suites import host_cost
-from gain_ops import BackendUnavailable, gain_linear
+from gain_ops import BackendUnavailable, gain_linear, reference
 from gain_ops.backends import cuda, eager, machine, obstacles, tables
 from gain_ops.backends.interface import GEMMS, OPS
 from gain_ops.backends.tables import Problem, Row
