@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks.suites import host_cost
-from gain_ops import BackendUnavailable, gain_linear, reference
+from gain_ops import BackendUnavailable, gain_linear
 from gain_ops.backends import cuda, eager, machine, obstacles, tables
 from gain_ops.backends.interface import GEMMS, OPS
 from gain_ops.backends.tables import Problem, Row
@@ -276,7 +276,7 @@ def test_each_way_runs_what_it_says(op: str, way: str, gpu: SimpleNamespace, mon
     launch = launching.launch
     monkeypatch.setattr(launching, "launch", lambda kernel, *of: launched.append(kernel) or launch(kernel, *of))
     results = getattr(dispatch._gemms(op, 0, torch.float16, 8, 24, 16), op)(*arguments)
-    expected = {"composed": triton_backend.COMPOSED, "triton": triton_backend, "eager": reference}[way]
+    expected = {"composed": triton_backend.COMPOSED, "triton": triton_backend, "eager": eager}[way]
     fused = {linear_forward.linear_kernel, linear_backward.linear_backward_kernel}
     assert bool(fused & {*launched}) is (way == "triton")
     assert bool(launched) is (way != "eager")
