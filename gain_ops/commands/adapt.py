@@ -33,7 +33,10 @@ def adapt(
         Path | None, typer.Option(help="Text file or folder to adapt to. Default: Python's standard library.")
     ] = None,
     targets: Annotated[
-        str, typer.Option(help="gain (attention output), gain-ffn (FFN down projection too), or name patterns: a,b.")
+        str,
+        typer.Option(
+            help="gain (attention output), gain-ffn (FFN down too), gain-mixer (Mamba's output), name patterns: a,b."
+        ),
     ] = Settings.targets,
     side: Annotated[str, typer.Option(help="output: a gain for each row of W; input: each column.")] = Settings.side,
     memory: Annotated[

@@ -23,12 +23,11 @@ from gain_ops.models.record import (
     refuse_gained,
     refuse_part,
 )
-from gain_ops.models.sites import Site, pattern_sites, preset_sites, refuse_ignored
+from gain_ops.models.sites import PRESETS, Site, named_sites, refuse_ignored
 from gain_ops.ops.dispatch import check_name
 from gain_ops.utils.errors import UsageError
 from gain_ops.utils.wording import first_of
 
-PRESETS = ("gain", "gain-ffn")
 MEMORIES = ("fast", "lean")
 
 # Adapted layers, and the wrapper that trains a copy of a module (modules_to_save).
@@ -45,6 +44,7 @@ def apply(
     fuse_mlp: bool = False,
     mlp_chunk: int | None = None,
     fuse_residual: bool = False,
+    parts: str | Sequence[str] | None = None,
 ) -> Applied:
     r"""Put a gain on the chosen projections of a model, in place, and freeze everything else.
 
@@ -53,10 +53,12 @@ def apply(
         side="output":  W_new = diag(gain) @ W            side="input":  W_new = W @ diag(gain)
 
     Args:
-        model: any module. Its architecture is read from its transformers config, or otherwise from names and shapes.
-        targets: "gain", the attention output projections; "gain-ffn", these and the FFN down projections; or a list of
-            regular expressions for the end of a module's name, matched by full components: "o_proj" is every o_proj,
-            r"layers\.[0-3]\.self_attn\.o_proj" four of them, ".*" every linear module.
+        model: any module, also a stack of layers or one of them. Its architecture is read from the tensor-parallel plan of
+            its transformers config, and otherwise from names and shapes.
+        targets: "gain", the attention output projections; "gain-ffn", these and the FFN down projections, those of experts
+            among them; "gain-mixer", the output projections of layers without attention (Mamba, linear attention, short
+            convolutions); or a list of these and of regular expressions for the end of a module's name, matched by full
+            components: "o_proj" is every o_proj, r"layers\.[0-3]\.self_attn\.o_proj" four of them, ".*" every linear module.
         side: which features the gain scales, "output" or "input" (features of the linear map, for Conv1D as well); or
             "mixed", "output" at attention output projections and "input" elsewhere, for fuse_residual with fuse_mlp.
         memory: "fast" saves z = x @ W.T for backward at output-side sites. "lean" saves x at attention output projections,
@@ -72,9 +74,12 @@ def apply(
             it (gain_ops.gain_add_rms_norm, gain_rms_norm_add, gain_add), so that the gain needs no pass of its own. For decoder
             layers of transformers whose forward decoder_layout.py knows; over any linear map. z is saved, whatever ``memory``
             says. Attention and the FFN, called by themselves, then return their output without the gain.
+        parts: in which parts of a multimodal model the presets look: some of "language", "vision", "audio" and "projector", or
+            "all". None is the language model alone, which is all that is no tower and no projector; or the whole model, where
+            there is none. Patterns look everywhere.
 
     Returns:
-        Applied: the names, the side, the targets and the number of trained parameters.
+        Applied: the names, the side, the targets, the number of trained parameters, and what was left out and why.
 
     A module that several names reach gets one gain, under every name. nn.Linear becomes GainLinear and transformers'
     Conv1D becomes GainConv1D, on the same Parameters; another linear map, such as a quantised one, is wrapped.
@@ -103,17 +108,16 @@ def apply(
     refuse_gained(model)
     if not isinstance(targets, str):
         targets = tuple(targets)
-        sites = pattern_sites(model, targets)
-    elif targets in PRESETS:
-        sites = preset_sites(model, ffn=targets == "gain-ffn")
-    else:
+    elif targets not in PRESETS:
         raise UsageError(
             f"targets={targets!r} is not one of {', '.join(map(repr, PRESETS))}; patterns go in a list: [{targets!r}]"
         )
+    found = named_sites(model, (targets,) if isinstance(targets, str) else targets, parts)
+    sites = found.sites
     if not sites:
         raise UsageError("targets is empty: give 'gain', 'gain-ffn' or at least one pattern")
     _refuse_inference(sites)
-    applied = place(model, [(site, _side(site, side)) for site in sites], targets, memory, backend)
+    applied = place(model, [(site, _side(site, side)) for site in sites], targets, memory, backend, found.left_out)
     try:
         if fuse_mlp:
             fuse_all(model, recompute=memory == "lean", chunk=mlp_chunk)
@@ -153,7 +157,12 @@ def remove(model: nn.Module) -> None:
 
 
 def place(
-    model: nn.Module, sites: Iterable[tuple[Site, str]], targets: str | tuple[str, ...], memory: str, backend: str
+    model: nn.Module,
+    sites: Iterable[tuple[Site, str]],
+    targets: str | tuple[str, ...],
+    memory: str,
+    backend: str,
+    left_out: tuple[str, ...] = (),
 ) -> Applied:
     """Put gains on (site, side) pairs, in place, for apply() and load_gains(). The sides must exist."""
     first: dict[int, tuple[Site, str]] = {}
@@ -186,6 +195,7 @@ def place(
         side=sides.pop() if len(sides) == 1 else "mixed",
         targets=targets,
         trained=sum(gain.features for gain in gains.values()),
+        left_out=left_out,
     )
     setattr(model, RECORD, Record(applied, flags))
     return applied

@@ -17,6 +17,7 @@ from gain_ops.layers.gained import Gained, check_options
 from gain_ops.layers.linears import describe, has_plain_weight, is_packed, own_tensors, sizes
 from gain_ops.layers.wrapper import GainWrapper
 from gain_ops.models.apply import place
+from gain_ops.models.projections import names_attention_output
 from gain_ops.models.record import (
     Applied,
     applied_record,
@@ -26,7 +27,7 @@ from gain_ops.models.record import (
     refuse_lost,
     refuse_outside,
 )
-from gain_ops.models.sites import Site, linear_modules, names_attention_output
+from gain_ops.models.sites import Site, linear_modules
 from gain_ops.utils.dtensors import copy_delta, is_sharded, whole
 from gain_ops.utils.errors import FileError, UsageError
 from gain_ops.utils.wording import first_of, some_of

@@ -15,7 +15,7 @@ from gain_ops.layers.gained import Gained, frozen
 from gain_ops.layers.linears import is_conv1d, is_plain_linear
 from gain_ops.layers.wrapper import GainWrapper
 from gain_ops.models.ffn_layout import Layout, layout_of
-from gain_ops.models.sites import names_attention_output
+from gain_ops.models.projections import names_attention_output
 from gain_ops.ops.glu import gain_activation, gain_glu
 from gain_ops.ops.mlp import gain_mlp
 from gain_ops.utils.errors import UsageError

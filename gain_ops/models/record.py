@@ -24,6 +24,7 @@ class Applied:
         side: "output", "input", or "mixed" when a gain file holds both.
         targets: as given: "gain", "gain-ffn", or the patterns.
         trained: how many parameters are now trained, all of them gains.
+        left_out: what looks like a place for a gain and got none, a sentence for each reason; for presets alone.
 
     """
 
@@ -31,11 +32,13 @@ class Applied:
     side: str
     targets: str | tuple[str, ...]
     trained: int
+    left_out: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         targets = self.targets if isinstance(self.targets, str) else ", ".join(self.targets)
         layers = f"{len(self.names)} layer" + ("s" if len(self.names) != 1 else "")
-        return f"Applied({layers}, {self.side} side, targets {targets}: {self.trained:,} trained parameters)"
+        without = "".join(f"; left out: {text}" for text in self.left_out)
+        return f"Applied({layers}, {self.side} side, targets {targets}: {self.trained:,} trained parameters{without})"
 
 
 @dataclass

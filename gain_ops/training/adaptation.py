@@ -130,6 +130,8 @@ def _adapt(settings: Settings, watcher: Watcher) -> Report:
     clock.lap("perplexity before")
 
     applied = _apply(model, settings)
+    for text in applied.left_out:
+        watcher.notice(f"no gains on {text}")
     unused = check(model, batches[0][:1].to(device)).unused
     if unused:
         watcher.notice(f"not called by this model on the first text, so not trained by it: {first_of(unused)}")

@@ -9,7 +9,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSeq2SeqLM,
+    PreTrainedConfig,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 # By name, wherever a config or a config inside it has such a number.
@@ -43,6 +50,7 @@ _OTHERWISE: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 8},
     "zamba": {"num_hidden_layers": 3, "layer_types": ["linear_attention", "linear_attention", "hybrid"]},
     "zamba2": {
@@ -64,8 +72,10 @@ def model_types() -> list[str]:
     return sorted(CONFIG_MAPPING)
 
 
-def build(model_type: str) -> tuple[nn.Module, dict[str, Any]]:
-    """A tiny model with random weights that runs, and its inputs; of a family that generates text, the one with a head.
+def build(model_type: str, *, run: bool = True) -> tuple[nn.Module, dict[str, Any]]:
+    """A tiny model with random weights, and its inputs; of a family that generates text, the one with a head.
+
+    With ``run`` the model has run on them once.
 
     Raises:
         CannotBuild: no such tiny model.
@@ -77,8 +87,9 @@ def build(model_type: str) -> tuple[nn.Module, dict[str, Any]]:
             try:
                 model = _model(small(model_type))
                 inputs = inputs_of(model)
-                with torch.no_grad():
-                    model(**inputs)
+                if run:
+                    with torch.no_grad():
+                        model(**inputs)
                 return model, inputs
             except Exception as error:
                 reasons.append(f"{type(error).__name__}: {error}")
@@ -86,7 +97,7 @@ def build(model_type: str) -> tuple[nn.Module, dict[str, Any]]:
 
 
 def _model(config: PreTrainedConfig) -> nn.Module:
-    kinds = (AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModel)
+    kinds = (AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForImageTextToText, AutoModel)
     kind = next((kind for kind in kinds if type(config) in kind._model_mapping), None)
     if kind is None:
         raise CannotBuild("no model of its own")
