@@ -60,7 +60,7 @@ class Recognised:
 def recognise(part: Part, linears: Sequence[Linear]) -> list[Recognised]:
     """The projections of the three kinds among the linear maps of a part, in their order."""
     plan = _row_parallel(part.config)
-    named = [(linear, _named(linear)) for linear in linears]
+    named = [(linear, named_kind(linear)) for linear in linears]
     width = _width(part, [linear for linear, kind in named if kind is not None])
     blocks = _blocks(linears)
     found = []
@@ -100,7 +100,7 @@ def _row_parallel(config: object) -> list[str]:
     return [re.escape(name).replace(r"\*", r"[^.]+") for name in inside]
 
 
-def _named(linear: Linear) -> str | None:
+def named_kind(linear: Linear) -> str | None:
     """What a linear map is by its name and the class around it."""
     *path, leaf = linear.name.split(".")
     around = [*path[-3:], type(linear.parent).__name__]
