@@ -119,16 +119,23 @@ def _kind(name: str, module: nn.Module, around: Part | None, texts: frozenset[st
     own = _model_type(_config(module)) or ""
     if own in texts or (around is None and texts):
         return "language"
-    named = None if around is None else _said(name.rpartition(".")[2], whole=True)
-    called = None if around is None else _said(f"{type(module).__name__} {own}")
-    return named or _by_input(module) or called or ("language" if around is None else around.kind)
+    if around is not None:
+        named = _said(name.rpartition(".")[2], whole=True)
+        called = _said(f"{type(module).__name__} {own}")
+        return named or _by_input(_arguments(module)) or called or around.kind
+    return _by_input(_arguments(module)) or _by_input([getattr(module, "main_input_name", "")]) or "language"
 
 
-def _by_input(module: nn.Module) -> str | None:
-    """The kind that a forward's own arguments say."""
-    taken = inspect.signature(module.forward).parameters
-    kinds = (kind for kind, inputs in _INPUTS.items() if any(name.startswith(inputs) for name in taken))
-    return next(kinds, None)
+def _arguments(module: nn.Module) -> Iterable[str]:
+    try:
+        return inspect.signature(module.forward).parameters
+    except (TypeError, ValueError):  # a forward that is not Python
+        return ()
+
+
+def _by_input(names: Iterable[str]) -> str | None:
+    """The kind of a part whose forward takes arguments of these names."""
+    return next((kind for kind, inputs in _INPUTS.items() if any(name.startswith(inputs) for name in names)), None)
 
 
 def _said(text: str, *, whole: bool = False) -> str | None:

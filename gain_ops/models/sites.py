@@ -188,7 +188,13 @@ def _left_out(
         both = [*sorted(taken), kind]
         yield f"{_some(found)} in {_PLACES[kind]}: parts={both} takes them too"
     here = [one for part, one in recognised if part.kind in taken]
-    odd = [one for one in here if one.kind in wanted and not one.fits]
+    fitting = {(_layer(one.linear.name), one.kind) for one in here if one.fits}
+    fitting.add(("", DOWN))  # a pooler or a head, outside of the layers, has such a name too
+    odd = [
+        one
+        for one in here
+        if one.kind in wanted and not one.fits and (_layer(one.linear.name), one.kind) not in fitting
+    ]
     if odd:
         yield f"{_some(odd)}, so named, but with a shape that does not lead back to the residual stream"
     mixers = [one for one in here if one.kind == MIXER and one.fits]

@@ -41,7 +41,11 @@ def mlp(family: str) -> nn.Module:
     config = getattr(transformers, f"{family}TextConfig" if family == "Gemma3" else f"{family}Config")
     name = {"GPTNeoX": "gpt_neox"}.get(family, family.lower())
     module = __import__(f"transformers.models.{name}.modeling_{name}", fromlist=["*"])
-    extra = {"Phi3": {"pad_token_id": 0}, "Falcon": {"ffn_hidden_size": FFN}, "Lfm2": {"block_auto_adjust_ff_dim": False}}
+    extra = {
+        "Phi3": {"pad_token_id": 0},
+        "Falcon": {"ffn_hidden_size": FFN},
+        "Lfm2": {"block_auto_adjust_ff_dim": False},
+    }
     extra = extra.get(family, {})
     return getattr(module, f"{family}MLP")(config(**small, **extra))
 

@@ -83,7 +83,7 @@ def build(model_type: str, *, run: bool = True) -> tuple[nn.Module, dict[str, An
     """
     reasons = []
     for small in (_made_small, _changed_to_small):
-        with _quiet():
+        with quiet():
             try:
                 model = _model(small(model_type))
                 inputs = inputs_of(model)
@@ -186,7 +186,7 @@ def _get(config: PreTrainedConfig, name: str) -> Any:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         logging.disable(logging.WARNING)
