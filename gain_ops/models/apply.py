@@ -85,9 +85,9 @@ def apply(
     Conv1D becomes GainConv1D, on the same Parameters; another linear map, such as a quantised one, is wrapped.
 
     Raises:
-        ValueError: no match, or no match of one of the patterns; the model has gains already; it would ignore a gain at a
-            chosen module; a chosen module is PEFT's, with an adapter in it; "gain-ffn" on a mixture with fused experts; an
-            FFN that fuse_mlp or a layer that fuse_residual cannot serve; or an unknown option.
+        ValueError: no match of a preset or of one of the patterns; a part that the model does not have; the model has gains
+            already; it would ignore a gain at a chosen module; a chosen module is PEFT's, with an adapter in it; "gain-ffn" on
+            a mixture with fused experts; an FFN that fuse_mlp or a layer that fuse_residual cannot serve; or an unknown option.
 
     Warns:
         UserWarning: PEFT adapters were trained before, and are now frozen like everything else.

@@ -48,6 +48,7 @@ _SIZES = {
 # What the sizes alone do not make small, or do not make fit.
 _OTHERWISE: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
