@@ -57,7 +57,7 @@ no such projection was found; the experts are 3-D parameters; the model computes
 (not called); an FFN or an activation is not known; a linear map takes or returns more than one tensor.
 A tiny config may fail the model's own checks when it is loaded again (tiny one not loaded).
 A dash stands where nothing was left to try.
-"No effect" and "other output" are no refusals: the drawn gains did not move the tiny model, or its output differed. They are open.
+"No effect" and "other output" are no refusals, and open: drawn gains did not move the tiny model, or its output differed.
 """
 
 
