@@ -57,7 +57,7 @@ class Place:
         """The layers, of the model's only block, by their names in the model."""
         block = models.blocks(model)[0]
         inside = {id(module) for module in block.modules()}
-        found = pattern_sites(model, [".*"]) if self.everywhere else preset_sites(model, ffn=True)
+        found = pattern_sites(model, [".*"]) if self.everywhere else preset_sites(model, "gain-ffn").sites
         return [site.name for site in found if id(site.module) in inside]
 
 

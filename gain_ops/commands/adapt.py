@@ -38,7 +38,10 @@ def adapt(
         str | None, typer.Option(help="Field of the records that has the text, where its name is not a usual one.")
     ] = Settings.text_field,
     targets: Annotated[
-        str, typer.Option(help="gain (attention output), gain-ffn (FFN down projection too), or name patterns: a,b.")
+        str,
+        typer.Option(
+            help="gain (attention output), gain-ffn (FFN down too), gain-mixer (Mamba's output), name patterns: a,b."
+        ),
     ] = Settings.targets,
     side: Annotated[str, typer.Option(help="output: a gain for each row of W; input: each column.")] = Settings.side,
     memory: Annotated[

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from gain_ops.layers.linears import is_conv1d, is_plain_conv1d, is_plain_linear
 from gain_ops.models.apply import MEMORIES
-from gain_ops.models.sites import names_attention_output
+from gain_ops.models.projections import names_attention_output
 from gain_ops.ops.dispatch import check_name
 from gain_ops.ops.linear import gain_linear, gain_scale
 from gain_ops.reference import accumulation_dtype

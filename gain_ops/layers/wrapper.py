@@ -71,8 +71,13 @@ class GainWrapper(Gained):
         bias = getattr(self.base, "bias", None)
         return bias() if callable(bias) else bias  # a method in torch's own quantised layers
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor, *more: Any, **options: Any) -> Tensor:
         """x [..., in_features] -> y [..., out_features]."""
+        if more or options:
+            raise TypeError(
+                f"{describe(self.base)} is called with {1 + len(more) + len(options)} arguments, and a gain knows of x alone: "
+                "leave it out of the targets"
+            )
         if self._hooked:
             self.refuse_offloaded()
         if self.side == "input":

@@ -26,12 +26,11 @@ from gain_ops.models.record import (
     refuse_gained,
     refuse_part,
 )
-from gain_ops.models.sites import Site, pattern_sites, preset_sites, refuse_ignored
+from gain_ops.models.sites import PRESETS, Site, named_sites, refuse_ignored
 from gain_ops.ops.dispatch import check_name
 from gain_ops.utils.errors import UsageError
 from gain_ops.utils.wording import first_of
 
-PRESETS = ("gain", "gain-ffn")
 MEMORIES = ("fast", "lean")
 
 # Adapted layers, and the wrapper that trains a copy of a module (modules_to_save).
@@ -49,6 +48,7 @@ def apply(
     mlp_chunk: int | None = None,
     fuse_residual: bool = False,
     modules_to_save: Sequence[str] | None = None,
+    parts: str | Sequence[str] | None = None,
 ) -> Applied:
     r"""Put a gain on the chosen projections of a model, in place, and freeze everything else.
 
@@ -57,10 +57,12 @@ def apply(
         side="output":  W_new = diag(gain) @ W            side="input":  W_new = W @ diag(gain)
 
     Args:
-        model: any module. Its architecture is read from its transformers config, or otherwise from names and shapes.
-        targets: "gain", the attention output projections; "gain-ffn", these and the FFN down projections; or a list of
-            regular expressions for the end of a module's name, matched by full components: "o_proj" is every o_proj,
-            r"layers\.[0-3]\.self_attn\.o_proj" four of them, ".*" every linear module.
+        model: any module, also a stack of layers or one of them. Its architecture is read from the tensor-parallel plan of
+            its transformers config, and otherwise from names and shapes.
+        targets: "gain", the attention output projections; "gain-ffn", these and the FFN down projections, those of experts
+            among them; "gain-mixer", the output projections of layers without attention (Mamba, linear attention, short
+            convolutions); or a list of these and of regular expressions for the end of a module's name, matched by full
+            components: "o_proj" is every o_proj, r"layers\.[0-3]\.self_attn\.o_proj" four of them, ".*" every linear module.
         side: which features the gain scales, "output" or "input" (features of the linear map, for Conv1D as well); or
             "mixed", "output" at attention output projections and "input" elsewhere, for fuse_residual with fuse_mlp.
         memory: "fast" saves z = x @ W.T for backward at output-side sites. "lean" saves x at attention output projections,
@@ -79,18 +81,21 @@ def apply(
         modules_to_save: modules that are trained whole, such as a new head, by the ends of their names: save_gains() puts them
             into the gain file, load_gains() restores them, absorb() and remove() leave them as they are. None warns of a head
             that is frozen and that a checkpoint of the base model lacks (gain_ops.models.kept); [] says that it is meant so.
+        parts: in which parts of a multimodal model the presets look: some of "language", "vision", "audio" and "projector", or
+            "all". None is the language model alone, which is all that is no tower and no projector; or the whole model, where
+            there is none. Patterns look everywhere.
 
     Returns:
-        Applied: the names, the side, the targets and the number of trained parameters.
+        Applied: the names, the side, the targets, the number of trained parameters, and what was left out and why.
 
     A module that several names reach gets one gain, under every name. nn.Linear becomes GainLinear and transformers'
     Conv1D becomes GainConv1D, on the same Parameters; another linear map, such as a quantised one, is wrapped.
 
     Raises:
-        ValueError: no model; no match, or no match of one of the patterns; weights that accelerate has offloaded; the model
-            has gains already; it would ignore a gain at a
-            chosen module; a chosen module is PEFT's, with an adapter in it; "gain-ffn" on a mixture with fused experts; an
-            FFN that fuse_mlp or a layer that fuse_residual cannot serve; or an unknown option.
+        ValueError: no model; no match of a preset or of one of the patterns; a part that the model does not have; weights that
+            accelerate has offloaded; the model has gains already; it would ignore a gain at a chosen module; a chosen module
+            is PEFT's, with an adapter in it; "gain-ffn" on a mixture with fused experts; an FFN that fuse_mlp or a layer that
+            fuse_residual cannot serve; or an unknown option.
 
     Warns:
         UserWarning: PEFT adapters were trained before, and are now frozen like everything else; or a head is frozen that may
@@ -108,20 +113,19 @@ def apply(
                 f"targets={targets!r} is not one of {', '.join(map(repr, PRESETS))}, and no list of patterns"
             )
         targets = tuple(targets)
-        sites = pattern_sites(model, targets)
-    elif targets in PRESETS:
-        sites = preset_sites(model, ffn=targets == "gain-ffn")
-    else:
+    elif targets not in PRESETS:
         raise UsageError(
             f"targets={targets!r} is not one of {', '.join(map(repr, PRESETS))}; patterns go in a list: [{targets!r}]"
         )
+    found = named_sites(model, (targets,) if isinstance(targets, str) else targets, parts)
+    sites = found.sites
     if not sites:
         raise UsageError("targets is empty: give 'gain', 'gain-ffn' or at least one pattern")
     _refuse_inference(sites)
     kept = find_kept(model, modules_to_save or (), sites)
     if modules_to_save is None:
         warn_of_frozen_head(model)
-    return place(model, [(site, _side(site, side)) for site in sites], targets, running, kept)
+    return place(model, [(site, _side(site, side)) for site in sites], targets, running, kept, found.left_out)
 
 
 def remove(model: nn.Module) -> None:
@@ -186,6 +190,7 @@ def place(
     targets: str | tuple[str, ...],
     running: Running,
     kept: Mapping[str, nn.Module] = MappingProxyType({}),
+    left_out: tuple[str, ...] = (),
 ) -> Applied:
     """Put gains on (site, side) pairs, in place, for apply() and load_gains(); and train ``kept``. The sides must exist."""
     first: dict[int, tuple[Site, str]] = {}
@@ -224,6 +229,7 @@ def place(
         targets=targets,
         trained=sum(gain.features for gain in gains.values()) + sum(p.numel() for p in trained),
         kept=tuple(canonical_name(name) for name in kept),
+        left_out=left_out,
     )
     setattr(model, RECORD, Record(applied, flags))
     try:

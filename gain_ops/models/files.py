@@ -20,6 +20,7 @@ from gain_ops.layers.linears import describe, has_plain_weight, is_packed, own_t
 from gain_ops.layers.wrapper import GainWrapper
 from gain_ops.models.apply import Running, place
 from gain_ops.models.kept import kept_tensors, load_kept, modules_of
+from gain_ops.models.projections import names_attention_output
 from gain_ops.models.record import (
     Applied,
     applied_record,
@@ -28,7 +29,7 @@ from gain_ops.models.record import (
     refuse_lost,
     refuse_outside,
 )
-from gain_ops.models.sites import Site, linear_modules, names_attention_output
+from gain_ops.models.sites import Site, linear_modules
 from gain_ops.utils.dtensors import copy_delta, is_sharded, whole
 from gain_ops.utils.errors import FileError, UsageError
 from gain_ops.utils.wording import first_of, some_of

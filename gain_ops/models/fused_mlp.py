@@ -15,7 +15,7 @@ from gain_ops.layers.gained import Gained, frozen
 from gain_ops.layers.linears import is_conv1d, is_plain_linear
 from gain_ops.layers.wrapper import GainWrapper
 from gain_ops.models.ffn_layout import Layout, layout_of
-from gain_ops.models.sites import names_attention_output
+from gain_ops.models.projections import ATTENTION, MIXER, Linear, named_kind
 from gain_ops.ops.glu import gain_activation, gain_glu
 from gain_ops.ops.mlp import gain_mlp
 from gain_ops.utils.errors import UsageError
@@ -102,7 +102,7 @@ def fuse(module: nn.Module, *, recompute: bool, chunk: int | None) -> None:
             f"fuse_mlp cannot serve {type(module).__name__}: its forward is none of the known ones "
             "(gain_ops/models/ffn_layout.py). Leave fuse_mlp off."
         )
-    activation = _activation(module.get_submodule(layout.activation))
+    activation = layout.activation if layout.functional else _activation(module.get_submodule(layout.activation))
     projections = [module.get_submodule(name) for name in (layout.gate, layout.up, layout.down) if name is not None]
     if hooked(projections[-1]):
         raise UsageError(f"fuse_mlp does not call {layout.down}, which has hooks: remove them, or leave fuse_mlp off")
@@ -124,7 +124,7 @@ def fuse_all(model: nn.Module, *, recompute: bool, chunk: int | None) -> None:
         ValueError: as fuse(); or there is none. FFNs that were fused before stay fused; unfuse() undoes it.
 
     """
-    found = [module for module in model.modules() if _is_gained_ffn(module)]
+    found = [module for name, module in model.named_modules() if _is_gained_ffn(name, module)]
     if not found:
         raise UsageError(
             "fuse_mlp found no FFN whose down projection has a gain: use targets='gain-ffn', or leave it off"
@@ -146,13 +146,14 @@ def fused_modules(model: nn.Module) -> Iterator[FusedMlp]:
     return (module for module in model.modules() if isinstance(module, FusedMlp))
 
 
-def _is_gained_ffn(module: nn.Module) -> bool:
-    """Whether it holds a gained projection and is not attention: by its layout, or otherwise for fuse() to refuse by name."""
+def _is_gained_ffn(name: str, module: nn.Module) -> bool:
+    """Whether it holds a gained down projection: by its layout, or otherwise by names, for fuse() to refuse it."""
     layout = layout_of(module)
     if layout is not None:
         return isinstance(getattr(module, layout.down, None), Gained)
-    names = [name for name, child in module.named_children() if isinstance(child, Gained)]
-    return any(not names_attention_output(f"{type(module).__name__}.{name}") for name in names)
+    gained = [(leaf, child) for leaf, child in module.named_children() if isinstance(child, Gained)]
+    kinds = [named_kind(Linear(f"{name}.{leaf}" if name else leaf, child, module)) for leaf, child in gained]
+    return any(kind not in (ATTENTION, MIXER) for kind in kinds)
 
 
 def _is_readable(module: nn.Module, layout: Layout | None = None) -> bool:

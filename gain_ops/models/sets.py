@@ -27,8 +27,9 @@ from gain_ops.models.files import (
     refuse_other_base,
     reshard,
 )
+from gain_ops.models.projections import names_attention_output
 from gain_ops.models.record import Applied, GainSets, applied_record, gained_modules, keep_sets, kept_sets, refuse_lost
-from gain_ops.models.sites import Site, names_attention_output
+from gain_ops.models.sites import Site
 from gain_ops.utils.dtensors import copy_delta, whole
 from gain_ops.utils.errors import UsageError
 from gain_ops.utils.wording import first_of

@@ -1,30 +1,40 @@
-"""Where the gains go: the attention output projections (GAIN) and the FFN down projections (GAIN-FFN), by architecture.
+"""Where the gains go: the attention output projections (GAIN), the FFN down projections (GAIN-FFN), mixers' outputs.
 
-A model is recognised by the ``model_type`` of its own transformers config, or of the config of a part of it (the
-language model inside a multimodal one); the table below then has the names of the projections. In any other model they are
-found by name and shape, see ``_by_name_and_shape``. Names are matched at their end and by full components:
-"self_attn.o_proj" fits "model.layers.3.self_attn.o_proj".
+A model is taken part by part (parts.py), each with a width of its own, and projections.py says what its linear maps are.
 """
 
 import re
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 from torch import nn
 
 from gain_ops.layers.linears import sizes
+from gain_ops.models.parts import Part, chosen_kinds, part_around, parts_of
+from gain_ops.models.projections import (
+    ATTENTION,
+    DOWN,
+    MIXER,
+    Linear,
+    Recognised,
+    ends_in,
+    named_kind,
+    names_attention_output,
+    recognise,
+)
 from gain_ops.models.weight_reads import weight_reads
 from gain_ops.utils.errors import UsageError
+from gain_ops.utils.wording import first_of
 
+PRESETS = {"gain": (ATTENTION,), "gain-ffn": (ATTENTION, DOWN), "gain-mixer": (MIXER,)}
+"""The kinds of projection that each preset takes."""
 
-@dataclass(frozen=True)
-class Architecture:
-    """The names of the two kinds of projection: regular expressions for the end of a module's name."""
-
-    attention: str
-    down: str
+_PLACES = {
+    "language": "the language model",
+    "vision": "a vision tower",
+    "audio": "an audio tower",
+    "projector": "a projector",
+}
 
 
 @dataclass(frozen=True)
@@ -36,60 +46,65 @@ class Site:
     attention: bool  # an attention output projection, whose input attention already holds for backward
 
 
-_LLAMA = Architecture(r"self_attn\.o_proj", r"mlp\.down_proj")
-_SHARED_EXPERTS = Architecture(r"self_attn\.o_proj", r"mlp\.(shared_experts?\.)?down_proj")
-_FAIRSEQ = Architecture(r"self_attn\.out_proj", r"fc2")
-_GPT2 = Architecture(r"attn\.c_proj", r"mlp\.c_proj")
-_GPTJ = Architecture(r"attn\.out_proj", r"mlp\.fc_out")
-_BLOOM = Architecture(r"self_attention\.dense", r"mlp\.dense_4h_to_h")
+@dataclass(frozen=True)
+class Found:
+    """The sites of a model in its order, and in words what was left out and why."""
 
-# Mixtures of experts among them fuse their experts: "gain" serves their attention, "gain-ffn" refuses them.
-_LLAMA_TYPES = """
-    apertus arcee cohere cohere2 cohere2_moe cwm diffllama ernie4_5 exaone4 flex_olmo gemma gemma2 gemma3_text
-    gemma4_text glm glm4 gpt_oss granite granitemoe helium hunyuan_v1_dense llama minicpm3 minimax_m2 ministral
-    ministral3 mistral mixtral nemotron olmo olmo2 olmo3 olmoe phi3 phimoe qwen2 qwen2_5_vl_text qwen2_vl_text
-    qwen3 qwen3_moe qwen3_vl_text seed_oss smollm3 stablelm vaultgemma
-"""
-_SHARED_EXPERTS_TYPES = "deepseek_v2 deepseek_v3 ernie4_5_moe glm4_moe qwen2_moe"
-
-ARCHITECTURES: dict[str, Architecture] = {
-    **dict.fromkeys(_LLAMA_TYPES.split(), _LLAMA),
-    **dict.fromkeys(_SHARED_EXPERTS_TYPES.split(), _SHARED_EXPERTS),
-    **dict.fromkeys(("biogpt", "opt", "xglm"), _FAIRSEQ),
-    **dict.fromkeys(("gpt2", "gpt_bigcode", "openai-gpt"), _GPT2),
-    **dict.fromkeys(("codegen", "gptj"), _GPTJ),
-    **dict.fromkeys(("bloom", "falcon"), _BLOOM),
-    "gpt_neo": Architecture(r"attn\.attention\.out_proj", r"mlp\.c_proj"),
-    "gpt_neox": Architecture(r"attention\.dense", r"mlp\.dense_4h_to_h"),
-    "mllama_text_model": Architecture(r"(self|cross)_attn\.o_proj", r"mlp\.down_proj"),
-    "mpt": Architecture(r"attn\.out_proj", r"ffn\.down_proj"),
-    "persimmon": Architecture(r"self_attn\.dense", r"mlp\.dense_4h_to_h"),
-    "phi": Architecture(r"self_attn\.dense", r"mlp\.fc2"),
-    "starcoder2": Architecture(r"self_attn\.o_proj", r"mlp\.c_proj"),
-}
-
-_ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
-_ATTENTION_LEAF = re.compile(r"c_proj|dense|o|o_proj|out_lin|out_proj|proj|to_out|wo")
-_DOWN_LEAF = re.compile(r"c_proj|dense|dense_4h_to_h|down_proj|fc2|fc_out|lin2|linear2|proj_down|w2|wo")
+    sites: list[Site]
+    left_out: tuple[str, ...]
 
 
-def preset_sites(model: nn.Module, *, ffn: bool) -> list[Site]:
-    """The attention output projections of a model and, with ``ffn``, its FFN down projections, in the model's order.
+def preset_sites(model: nn.Module, presets: str | Sequence[str], parts: str | Sequence[str] | None = None) -> Found:
+    """The projections of a model that some presets take, in the parts of these kinds (``parts``, see apply()).
 
     Raises:
-        ValueError: one of the kinds was not found, or with ``ffn`` the experts are fused into 3-D parameters.
+        ValueError: an unknown preset or part, a kind of which none was found, or FFN experts that are fused into 3-D
+            parameters.
 
     """
-    if ffn:
-        _refuse_fused_experts(model)
-    parts = _known_parts(model)
-    sites = _by_table(parts) if parts else _by_name_and_shape(model)
-    for kind, attention in (("attention output", True), ("FFN down", False)):
-        if (attention or ffn) and not any(site.attention == attention for site in sites):
-            model_types = ", ".join(sorted({model_type for _, _, model_type in parts}))
-            how = f"model_type {model_types}" if parts else "no known architecture, so searched by name and shape"
-            raise UsageError(f"no {kind} projection found in {type(model).__name__} ({how}). {_name_them(model)}")
-    return [site for site in sites if site.attention or ffn]
+    named = [presets] if isinstance(presets, str) else list(presets)
+    wanted = {kind for preset in named for kind in PRESETS[preset]}
+    all_parts = parts_of(model)
+    taken = chosen_kinds(all_parts, parts)
+    if DOWN in wanted:
+        _refuse_fused_experts(model, [part for part in all_parts if part.kind in taken], all_parts)
+    recognised = list(_recognised(model, all_parts))
+    here = [one for part, one in recognised if part.kind in taken and one.fits]
+    uncalled = weight_reads(model, (one.linear.module for one in here if one.kind == MIXER))
+    here = [one for one in here if id(one.linear.module) not in uncalled]
+    left_out = (*_left_out(recognised, taken, wanted, uncalled), *_bare_layers(model, all_parts, taken, recognised))
+    for kind in sorted(wanted):
+        if not any(one.kind == kind for one in here):
+            types = ", ".join(sorted({part.model_type for part in all_parts if part.model_type and part.kind in taken}))
+            raise UsageError(
+                f"no {kind} projection found in {type(model).__name__} ({types or 'no model_type'}). "
+                f"{''.join(f'Left out: {text}. ' for text in left_out)}{_name_them(model)}"
+            )
+    kinds = {id(one.linear.module): one.kind for one in here if one.kind in wanted}
+    sites = [
+        Site(name, module, kinds[id(module)] == ATTENTION)
+        for name, module in linear_modules(model)
+        if id(module) in kinds
+    ]
+    return Found(sites, left_out)
+
+
+def named_sites(model: nn.Module, targets: Sequence[str], parts: str | Sequence[str] | None = None) -> Found:
+    """The sites of presets and patterns together, in the model's order; ``parts`` is for the presets.
+
+    Raises:
+        ValueError: as preset_sites() and pattern_sites(), or ``parts`` without a preset.
+
+    """
+    presets = [target for target in targets if target in PRESETS]
+    patterns = [target for target in targets if target not in PRESETS]
+    if parts is not None and not presets:
+        raise UsageError(
+            f"parts={parts!r} is for the presets {', '.join(map(repr, PRESETS))}; patterns look everywhere"
+        )
+    found = preset_sites(model, presets, parts) if presets else Found([], ())
+    by_name = {site.name: site for site in [*pattern_sites(model, patterns), *found.sites]}
+    return Found([by_name[name] for name, _ in linear_modules(model) if name in by_name], found.left_out)
 
 
 def pattern_sites(model: nn.Module, patterns: Iterable[str]) -> list[Site]:
@@ -103,7 +118,7 @@ def pattern_sites(model: nn.Module, patterns: Iterable[str]) -> list[Site]:
     matched: set[str] = set()
     for pattern in patterns:
         _refuse_no_regex(pattern)
-        found = {name for name, _ in modules if _ends_in(pattern, name)}
+        found = {name for name, _ in modules if ends_in(pattern, name)}
         if not found:
             raise UsageError(
                 f"the target {pattern!r} matches no linear module{_matched_instead(model, pattern)}. {candidates(model)}"
@@ -161,93 +176,25 @@ def _kinds(model: nn.Module) -> list[str]:
 def _name_them(model: nn.Module) -> str:
     """What to do where a preset finds nothing: name modules that the model has."""
     kinds = [] if sizes(model) is not None else _kinds(model)
-    likely = [name for name in kinds if names_attention_output(name) or _names_ffn_down(name)] or kinds
+    likely = [name for name in kinds if _kind_of(model, name) is not None] or kinds
     ends = dict.fromkeys(".".join(name.split(".")[-2:]) for name in likely)
     return f"Name them instead, as in targets={list(ends)[:2]}. {candidates(model)}" if ends else candidates(model)
+
+
+def _kind_of(model: nn.Module, name: str) -> str | None:
+    return named_kind(Linear(name, model.get_submodule(name), model.get_submodule(name.rpartition(".")[0])))
 
 
 def _matched_instead(model: nn.Module, pattern: str) -> str:
     """What a target matches that is no linear module: another module, or a parameter, such as experts fused into one."""
     for name, module in model.named_modules():
-        if name and sizes(module) is None and _ends_in(pattern, name):
+        if name and sizes(module) is None and ends_in(pattern, name):
             return f", but {name}, which is a {type(module).__name__}"
     for name, parameter in model.named_parameters():
-        if _ends_in(pattern, name):
+        if ends_in(pattern, name):
             experts = ", the experts in one tensor" if parameter.dim() >= 3 else ""
             return f", but {name}, which is a parameter of shape {tuple(parameter.shape)}{experts}"
     return ""
-
-
-def _known_parts(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
-    """(name, module, model_type) of the outermost modules whose config names an architecture of the table."""
-    parts: list[tuple[str, nn.Module, str]] = []
-    for name, module in model.named_modules():
-        model_type = getattr(getattr(module, "config", None), "model_type", None)
-        inside = any(not outer or name.startswith(f"{outer}.") for outer, _, _ in parts)
-        if model_type in ARCHITECTURES and not inside:
-            parts.append((name, module, cast(str, model_type)))
-    return parts
-
-
-def _by_table(parts: Iterable[tuple[str, nn.Module, str]]) -> list[Site]:
-    sites = []
-    for prefix, part, model_type in parts:
-        architecture = ARCHITECTURES[model_type]
-        for name, module in linear_modules(part):
-            attention = _ends_in(architecture.attention, name)
-            if attention or _ends_in(architecture.down, name):
-                sites.append(Site(f"{prefix}.{name}" if prefix else name, module, attention))
-    return sites
-
-
-def _by_name_and_shape(model: nn.Module) -> list[Site]:
-    """Sites of a model that the table does not know.
-
-    Attention output: the last component of the name is an _ATTENTION_LEAF, and one before it contains "attn" or
-    "attention". FFN down: the last is a _DOWN_LEAF, none before it contains these, and in_features > out_features.
-    Both: out_features is the width of the residual stream. This is ``config.hidden_size`` if there is one, otherwise the
-    width of the largest embedding, otherwise the most common out_features of the modules with these names.
-    """
-    named = [
-        Site(name, module, names_attention_output(name))
-        for name, module in linear_modules(model)
-        if names_attention_output(name) or _names_ffn_down(name)
-    ]
-    width = _width(model, named)
-    return [site for site in named if _fits(site, width)]
-
-
-def _fits(site: Site, width: int) -> bool:
-    n_in, n_out = cast(tuple[int, int], sizes(site.module))
-    return n_out == width and (site.attention or n_in > n_out)
-
-
-def _width(model: nn.Module, named: list[Site]) -> int:
-    hidden_size = getattr(getattr(model, "config", None), "hidden_size", None)
-    if isinstance(hidden_size, int):
-        return hidden_size
-    embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
-    if embeddings:
-        return max(embeddings, key=lambda module: module.num_embeddings).embedding_dim
-    outputs = Counter(cast(tuple[int, int], sizes(site.module))[1] for site in named)
-    return outputs.most_common(1)[0][0] if outputs else 0
-
-
-def names_attention_output(name: str) -> bool:
-    """Whether a module's name alone is that of an attention output projection."""
-    *path, leaf = name.split(".")
-    return _ATTENTION_LEAF.fullmatch(leaf) is not None and any(map(_ATTENTION.search, path))
-
-
-def _names_ffn_down(name: str) -> bool:
-    *path, leaf = name.split(".")
-    return _DOWN_LEAF.fullmatch(leaf) is not None and not any(map(_ATTENTION.search, path))
-
-
-def _ends_in(pattern: str, name: str) -> bool:
-    """Whether a module's name ends in a match, from its start or from a dot on."""
-    starts = (0, *(dot.end() for dot in re.finditer(r"\.", name)))
-    return any(re.compile(pattern).fullmatch(name, start) for start in starts)
 
 
 def _refuse_no_regex(pattern: object) -> None:
@@ -260,8 +207,78 @@ def _refuse_no_regex(pattern: object) -> None:
         raise UsageError(f"the target {pattern!r} is not a regular expression: {error}") from error
 
 
-def _refuse_fused_experts(model: nn.Module) -> None:
+def linears_of(model: nn.Module) -> list[Linear]:
+    """The linear maps of a model with the modules around them."""
+    modules = dict(model.named_modules())
+    return [Linear(name, module, modules[name.rpartition(".")[0]]) for name, module in linear_modules(model)]
+
+
+def _recognised(model: nn.Module, parts: Sequence[Part]) -> Iterator[tuple[Part, Recognised]]:
+    by_part: dict[str, list[Linear]] = {part.name: [] for part in parts}
+    for linear in linears_of(model):
+        by_part[part_around(linear.name, parts).name].append(linear)
+    for part in parts:
+        yield from ((part, one) for one in recognise(part, by_part[part.name]))
+
+
+def _left_out(
+    recognised: Sequence[tuple[Part, Recognised]], taken: frozenset[str], wanted: set[str], uncalled: Mapping[int, str]
+) -> Iterator[str]:
+    """What looks like a place for a gain and gets none, a sentence for each reason."""
+    others: dict[str, list[Recognised]] = {}
+    for part, one in recognised:
+        if part.kind not in taken and one.kind in wanted and one.fits:
+            others.setdefault(part.kind, []).append(one)
+    for kind, found in others.items():
+        both = [*sorted(taken), kind]
+        yield f"{_some(found)} in {_PLACES[kind]}: parts={both} takes them too"
+    here = [one for part, one in recognised if part.kind in taken]
+    fitting = {(_layer(one.linear.name), one.kind) for one in here if one.fits}
+    fitting.add(("", DOWN))  # a pooler or a head, outside of the layers, has such a name too
+    odd = [
+        one
+        for one in here
+        if one.kind in wanted and not one.fits and (_layer(one.linear.name), one.kind) not in fitting
+    ]
+    if odd:
+        yield f"{_some(odd)}, so named, but with a shape that does not lead back to the residual stream"
+    mixers = [one for one in here if one.kind == MIXER and one.fits]
+    called = [one for one in mixers if id(one.linear.module) not in uncalled]
+    if called and MIXER not in wanted:
+        yield f"{_some(called)} of layers that mix without softmax attention: the preset 'gain-mixer' takes them"
+    silent = [one for one in mixers if id(one.linear.module) in uncalled]
+    if silent:
+        yield f"{_some(silent)}, where a gain would be ignored: {uncalled[id(silent[0].linear.module)]}"
+
+
+def _bare_layers(
+    model: nn.Module, parts: Sequence[Part], taken: frozenset[str], recognised: Sequence[tuple[Part, Recognised]]
+) -> Iterator[str]:
+    """The layers of a stack in which nothing is recognised while it is in others."""
+    known = {_layer(one.linear.name) for _, one in recognised}
+    stacks = {layer.rpartition(".")[0] for layer in known}
+    here = (name for name, _ in linear_modules(model) if part_around(name, parts).kind in taken)
+    layers = dict.fromkeys(map(_layer, here))
+    bare = [layer for layer in layers if layer and layer not in known and layer.rpartition(".")[0] in stacks]
+    if bare:
+        yield f"the layers {first_of(bare)}, in which no projection is recognised"
+
+
+def _layer(name: str) -> str:
+    """The layer of a stack that a module is in, "" for none."""
+    found = re.match(r"((?:.*?\.)?\d+)\.", name)
+    return found[1] if found else ""
+
+
+def _some(found: Sequence[Recognised]) -> str:
+    kinds = " and ".join(sorted({one.kind for one in found}))
+    return f"{len(found)} {kinds} projection{'s' * (len(found) > 1)} ({first_of([one.linear.name for one in found])})"
+
+
+def _refuse_fused_experts(model: nn.Module, taken: Sequence[Part], parts: Sequence[Part]) -> None:
     for name, module in model.named_modules():
+        if part_around(name, parts) not in taken:
+            continue
         if not re.search("expert|moe", f"{name} {type(module).__name__}", re.IGNORECASE):
             continue
         for parameter_name, parameter in module.named_parameters(recurse=False):

@@ -21,10 +21,11 @@ from gain_ops.measure.marks import unmarked
 from gain_ops.measure.perplexity import largest_difference, logits, perplexity
 from gain_ops.measure.step_bytes import backward_bytes, lora_backward_bytes
 from gain_ops.models.absorb import absorb
-from gain_ops.models.apply import PRESETS, apply, remove
+from gain_ops.models.apply import apply, remove
 from gain_ops.models.check import check
 from gain_ops.models.files import save_gains
 from gain_ops.models.record import Applied
+from gain_ops.models.sites import PRESETS
 from gain_ops.training import domains
 from gain_ops.training.documents import Chat, Document, Tokenizer, tokens
 from gain_ops.training.domains import Domain
@@ -144,6 +145,8 @@ def _adapt(settings: Settings, watcher: Watcher) -> Report:
     clock.lap("perplexity before")
 
     applied = _apply(model, settings)
+    for without in applied.left_out:
+        watcher.notice(f"no gains on {without}")
     unused = check(model, unmarked(batches[0][:1]).to(device)).unused
     if unused:
         watcher.notice(f"not called by this model on the first text, so not trained by it: {first_of(unused)}")

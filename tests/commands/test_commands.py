@@ -28,6 +28,8 @@ from gain_ops.training.loading import load_model
 from gain_ops.training.loop import Step
 from gain_ops.utils.errors import DivergedError
 
+from support.tiny_architectures import build
+
 CPU = torch.device("cpu")
 SMALL = ["--batch-tokens", "128", "--sequence-length", "32", "--lr", "0.05"]
 
@@ -202,6 +204,17 @@ def test_an_earlier_result_is_replaced_if_asked_and_other_files_stay(
         "holds the gains.safetensors of an earlier run: name another folder (--out), or replace it with --force" in line
     )
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_adapt_says_where_no_gains_went(tiny_model: Path, code_folder: Path, tmp_path: Path):
+    hybrid = shutil.copytree(tiny_model, tmp_path / "hybrid")
+    model, _ = build("qwen3_5_text", run=False)
+    model.resize_token_embeddings(json.loads((tiny_model / "config.json").read_text())["vocab_size"])
+    model.save_pretrained(hybrid)
+    result = _adapt(hybrid, code_folder, tmp_path / "out", "--steps", 1)
+    assert result.exit_code == 0, result.output
+    said = " ".join(result.output.split())
+    assert "no gains on 1 mixer output projection (model.layers.1.linear_attn.out_proj)" in said
 
 
 def test_without_peft_the_report_says_so_by_name(

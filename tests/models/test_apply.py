@@ -21,7 +21,6 @@ from gain_ops.layers.linear import GainLinear
 from gain_ops.layers.make import gain_layer
 from gain_ops.layers.wrapper import GainWrapper
 from gain_ops.models.record import gained_modules
-from gain_ops.models.sites import ARCHITECTURES
 from gain_ops.utils.errors import UsageError
 
 LAYERS = 2
@@ -92,11 +91,17 @@ _EXTRA = {
     "qwen3_moe": _MIXTURE,
     "xglm": {"d_model": 32, "num_layers": LAYERS, "attention_heads": 4, "ffn_dim": 48},
 }
-# Only ever parts of a multimodal model.
-_PARTS = {"mllama_text_model", "qwen2_5_vl_text", "qwen2_vl_text", "qwen3_vl_text"}
 _FUSED = {"deepseek_v2", "deepseek_v3", "flex_olmo", "gpt_oss", "minimax_m2", "mixtral"}
-_FUSED |= {model_type for model_type in ARCHITECTURES if "moe" in model_type}
-_WHOLE = sorted(ARCHITECTURES.keys() - _PARTS)
+_WHOLE = [
+    "apertus", "arcee", "biogpt", "bloom", "codegen", "cohere", "cohere2", "cohere2_moe", "cwm", "deepseek_v2", "deepseek_v3",
+    "diffllama", "ernie4_5", "ernie4_5_moe", "exaone4", "falcon", "flex_olmo", "gemma", "gemma2", "gemma3_text",
+    "gemma4_text", "glm", "glm4", "glm4_moe", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox", "gpt_oss", "gptj", "granite",
+    "granitemoe", "helium", "hunyuan_v1_dense", "llama", "minicpm3", "minimax_m2", "ministral", "ministral3", "mistral",
+    "mixtral", "mpt", "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "openai-gpt", "opt", "persimmon", "phi", "phi3",
+    "phimoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "stablelm", "starcoder2", "vaultgemma",
+    "xglm",
+]  # fmt: skip
+_FUSED |= {model_type for model_type in _WHOLE if "moe" in model_type}
 IDS = torch.arange(1, 9)[None]
 
 
@@ -286,10 +291,13 @@ def test_patterns_match_whole_components():
         ),
         (["(" + "o_proj"], "is not a regular expression: .* at position 0$"),
         ([None], r"targets holds None, a NoneType, and takes regular expressions as str"),
-        (None, "targets=None is not one of 'gain', 'gain-ffn', and no list of patterns"),
+        (None, "targets=None is not one of 'gain', 'gain-ffn', 'gain-mixer', and no list of patterns"),
         (["o_proj.weight"], r"but model\.layers\.0\.self_attn\.o_proj\.weight, which is a parameter of shape"),
         ([], "targets is empty"),
-        ("o_proj", r"targets='o_proj' is not one of 'gain', 'gain-ffn'; patterns go in a list: \['o_proj'\]"),
+        (
+            "o_proj",
+            r"targets='o_proj' is not one of 'gain', 'gain-ffn', 'gain-mixer'; patterns go in a list: \['o_proj'\]",
+        ),
         (["model.norm"], "matches no linear module, but model.norm, which is a LlamaRMSNorm. Linear modules here"),
     ],
 )

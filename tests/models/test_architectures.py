@@ -31,7 +31,7 @@ IGNORED = {
 ENDLESS = ("vits",)  # a gain on the durations that it predicts makes minutes of speech
 
 # Linear maps that return more than a tensor, or are called with more or with another size: they fail in words.
-UNLIKE = r"returns a tuple|positional arguments|object has no attribute|delta must be"
+UNLIKE = r"returns a tuple|is called with|object has no attribute|delta must be"
 
 
 @torch.no_grad()

@@ -15,6 +15,8 @@ from gain_ops.models.ffn_layout import layout_of
 from gain_ops.models.fused_mlp import FusedMlp, fuse, unfuse
 from gain_ops.testing import assert_no_worse_than_torch
 
+from support.tiny_architectures import build
+
 HIDDEN, FFN, TOKENS = 16, 24, 10
 
 
@@ -32,13 +34,24 @@ def mlp(family: str) -> nn.Module:
         from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 
         return GPT2MLP(FFN, transformers.GPT2Config(n_embd=HIDDEN))
+    if family == "GPTJ":
+        from transformers.models.gptj.modeling_gptj import GPTJMLP
+
+        return GPTJMLP(FFN, transformers.GPTJConfig(n_embd=HIDDEN))
     config = getattr(transformers, f"{family}TextConfig" if family == "Gemma3" else f"{family}Config")
-    module = __import__(f"transformers.models.{family.lower()}.modeling_{family.lower()}", fromlist=["*"])
-    extra = {"pad_token_id": 0} if family == "Phi3" else {}
+    name = {"GPTNeoX": "gpt_neox"}.get(family, family.lower())
+    module = __import__(f"transformers.models.{name}.modeling_{name}", fromlist=["*"])
+    extra = {
+        "Phi3": {"pad_token_id": 0},
+        "Falcon": {"ffn_hidden_size": FFN},
+        "Lfm2": {"block_auto_adjust_ff_dim": False},
+    }
+    extra = extra.get(family, {})
     return getattr(module, f"{family}MLP")(config(**small, **extra))
 
 
 FAMILIES = ["Llama", "Qwen2", "Qwen3", "Mistral", "Gemma", "Gemma2", "Gemma3", "Phi3", "GPT2", "Nemotron", "Phi"]
+FAMILIES += ["Falcon", "GPTNeoX", "GPTJ", "Lfm2", "Persimmon"]
 
 
 def gained(family: str, seed: int = 0) -> nn.Module:
@@ -272,6 +285,52 @@ def test_options_that_do_not_go_together(options: dict[str, object], message: st
     with pytest.raises(ValueError, match=message):
         gain_ops.apply(model, **{"targets": "gain-ffn"} | options)
     assert not any(name.endswith("delta") for name, _ in model.named_parameters())
+
+
+def test_a_gained_mixer_is_no_ffn() -> None:
+    model, inputs = build("qwen3_5_text")
+    plain = model(**inputs).logits
+    gain_ops.apply(model, ["gain-ffn", "gain-mixer"], side="input", fuse_mlp=True)
+    assert sum(isinstance(module, FusedMlp) for module in model.modules()) == 2
+    torch.testing.assert_close(model(**inputs).logits, plain)
+
+
+class Forwards:
+    """Forwards that look like an FFN's and are not, or not in this order."""
+
+    class SwappedHalves(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            up, gate = self.gate_up(x).chunk(2, dim=-1)
+            return self.down(up * self.act(gate))
+
+    class OtherDimension(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            gate, up = self.gate_up(x).chunk(2, dim=1)
+            return self.down(up * self.act(gate))
+
+    class TwoInputs(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down(self.act(self.gate(x)) * self.up(self.norm(x)))
+
+    class Residual(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.down(self.act(self.up(x)))
+
+    class Overwritten(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.norm(x)
+            return self.down(self.act(self.up(x)))
+
+    class Branch(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            if self.training:
+                x = x * 2
+            return self.down(self.act(self.up(x)))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in vars(Forwards).values() if isinstance(kind, type)])
+def test_a_forward_that_is_not_an_ffns(kind: type[nn.Module]) -> None:
+    assert layout_of(kind()) is None
 
 
 def test_an_ffn_that_is_not_known_is_refused_and_nothing_is_left() -> None:

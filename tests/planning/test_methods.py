@@ -29,7 +29,7 @@ def _parameters(model: nn.Module) -> dict[str, tuple[torch.Size, torch.dtype, bo
 def test_the_line_of_a_script_does_what_the_method_does(name: str) -> None:
     method, model, theirs = ABLE[name], _llama(), _llama()
     method.put(model)
-    names = [site.name for site in preset_sites(theirs, ffn=True)]
+    names = [site.name for site in preset_sites(theirs, "gain-ffn").sites]
     lines = f"import gain_ops\n{f'import {method.package}' if method.package else ''}\n{method.line}"
     exec(lines.replace("...", repr(names)), {"model": theirs})
     assert _parameters(model) == _parameters(theirs)

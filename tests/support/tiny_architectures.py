@@ -9,7 +9,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSeq2SeqLM,
+    PreTrainedConfig,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 # By name, wherever a config or a config inside it has such a number.
@@ -41,8 +48,10 @@ _SIZES = {
 # What the sizes alone do not make small, or do not make fit.
 _OTHERWISE: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 8},
     "zamba": {"num_hidden_layers": 3, "layer_types": ["linear_attention", "linear_attention", "hybrid"]},
     "zamba2": {
@@ -64,8 +73,10 @@ def model_types() -> list[str]:
     return sorted(CONFIG_MAPPING)
 
 
-def build(model_type: str) -> tuple[nn.Module, dict[str, Any]]:
-    """A tiny model with random weights that runs, and its inputs; of a family that generates text, the one with a head.
+def build(model_type: str, *, run: bool = True) -> tuple[nn.Module, dict[str, Any]]:
+    """A tiny model with random weights, and its inputs; of a family that generates text, the one with a head.
+
+    With ``run`` the model has run on them once.
 
     Raises:
         CannotBuild: no such tiny model.
@@ -73,12 +84,13 @@ def build(model_type: str) -> tuple[nn.Module, dict[str, Any]]:
     """
     reasons = []
     for small in (_made_small, _changed_to_small):
-        with _quiet():
+        with quiet():
             try:
                 model = _model(small(model_type))
                 inputs = inputs_of(model)
-                with torch.no_grad():
-                    model(**inputs)
+                if run:
+                    with torch.no_grad():
+                        model(**inputs)
                 return model, inputs
             except Exception as error:
                 reasons.append(f"{type(error).__name__}: {error}")
@@ -99,7 +111,7 @@ def only_model(model_type: str) -> Any:
 
 
 def _model(config: PreTrainedConfig) -> nn.Module:
-    kinds = (AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModel)
+    kinds = (AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForImageTextToText, AutoModel)
     kind = next((kind for kind in kinds if type(config) in kind._model_mapping), None)
     if kind is None:
         raise CannotBuild("no model of its own")
@@ -188,7 +200,7 @@ def _get(config: PreTrainedConfig, name: str) -> Any:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         logging.disable(logging.WARNING)
