@@ -18,7 +18,7 @@ from gain_ops.models.record import gained_modules
 from gain_ops.models.sites import linear_modules
 
 from support.small_checkpoints import save_gain_file
-from support.tiny_architectures import CannotBuild, model_types, only_model
+from support.tiny_architectures import CannotBuild, build, model_types
 
 ZAMBA = {
     "num_hidden_layers": 4,
@@ -44,7 +44,7 @@ def put_gains(model: nn.Module, targets: list[str], path: Path) -> None:
     [("vit", r"(o_proj|fc2)"), ("kimi_linear", r"down_proj"), ("llava", r"language_model.*\.o_proj")],
 )
 def test_renamed_layers_are_absorbed_as_in_memory(model_type, target, tmp_path):
-    model = only_model(model_type)
+    model = build(model_type, run=False)[0]
     model.save_pretrained(tmp_path / "base")
     put_gains(model, [target], tmp_path / "gains.safetensors")
     work = plan(tmp_path / "base", tmp_path / "gains.safetensors")
@@ -56,7 +56,7 @@ def test_renamed_layers_are_absorbed_as_in_memory(model_type, target, tmp_path):
 
 
 def test_a_weight_that_is_split_while_loading_is_refused_by_the_name_of_what_is_stored(tmp_path):
-    model = only_model("gte")
+    model = build("gte", run=False)[0]
     model.save_pretrained(tmp_path / "base")
     put_gains(model, [r"0\.mlp\.gate_proj"], tmp_path / "gains.safetensors")
     stored = r"layers.0.mlp.gate_proj is made of \S+up_gate_proj.weight.* absorb in memory"
@@ -76,7 +76,7 @@ def test_a_gain_on_one_of_several_shared_blocks_is_refused(tmp_path):
 
 
 def test_a_config_of_absurdly_many_layers_is_not_built(tmp_path):
-    model = only_model("llama")
+    model = build("llama", run=False)[0]
     model.save_pretrained(tmp_path / "base")
     config = tmp_path / "base" / "config.json"
     config.write_text(config.read_text().replace('"num_hidden_layers": 2', '"num_hidden_layers": 2000000000'))
@@ -92,7 +92,7 @@ def test_a_config_of_absurdly_many_layers_is_not_built(tmp_path):
 )
 def test_every_name_that_is_resolved_has_the_layers_weight(model_type, tmp_path):
     try:
-        model = only_model(model_type)
+        model = build(model_type, run=False)[0]
     except CannotBuild as error:
         pytest.skip(str(error)[:200])
     try:

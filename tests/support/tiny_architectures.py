@@ -97,19 +97,6 @@ def build(model_type: str, *, run: bool = True) -> tuple[nn.Module, dict[str, An
     raise CannotBuild("; ".join(reasons))
 
 
-def only_model(model_type: str) -> Any:
-    """A tiny model with random weights, without proof that it runs.
-
-    Raises:
-        CannotBuild: no such tiny model.
-
-    """
-    for small in (_made_small, _changed_to_small):
-        with _quiet(), contextlib.suppress(Exception):
-            return _model(small(model_type))
-    raise CannotBuild(model_type)
-
-
 def _model(config: PreTrainedConfig) -> nn.Module:
     kinds = (AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForImageTextToText, AutoModel)
     kind = next((kind for kind in kinds if type(config) in kind._model_mapping), None)
