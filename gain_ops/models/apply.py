@@ -12,6 +12,7 @@ from gain_ops.gainfiles.names import canonical_name
 from gain_ops.layers.gained import Gained, check_options
 from gain_ops.layers.linears import is_kind, offloads, own_tensors, refuse_fsdp, refuse_sharded, sizes
 from gain_ops.layers.make import gain_layer
+from gain_ops.models.experts import attach, detach, down_linears
 from gain_ops.models.fused_mlp import fuse_all, unfuse
 from gain_ops.models.fused_residual import fuse_residual as fold_into_adds
 from gain_ops.models.fused_residual import unfuse_residual
@@ -49,6 +50,7 @@ def apply(
     mlp_chunk: int | None = None,
     fuse_residual: bool = False,
     modules_to_save: Sequence[str] | None = None,
+    experts: bool | str = True,
 ) -> Applied:
     r"""Put a gain on the chosen projections of a model, in place, and freeze everything else.
 
@@ -79,6 +81,9 @@ def apply(
         modules_to_save: modules that are trained whole, such as a new head, by the ends of their names: save_gains() puts them
             into the gain file, load_gains() restores them, absorb() and remove() leave them as they are. None warns of a head
             that is frozen and that a checkpoint of the base model lacks (gain_ops.models.kept); [] says that it is meant so.
+        experts: what "gain-ffn" does with a mixture's experts whose weights are 3-D parameters: True gives each expert's down
+            projection gains of its own, delta [experts, out]; "shared" gives the experts' sum one gain, [out]; False leaves
+            them out. Experts that are linear modules get gains as any other.
 
     Returns:
         Applied: the names, the side, the targets and the number of trained parameters.
@@ -88,9 +93,9 @@ def apply(
 
     Raises:
         ValueError: no model; no match, or no match of one of the patterns; weights that accelerate has offloaded; the model
-            has gains already; it would ignore a gain at a
-            chosen module; a chosen module is PEFT's, with an adapter in it; "gain-ffn" on a mixture with fused experts; an
-            FFN that fuse_mlp or a layer that fuse_residual cannot serve; or an unknown option.
+            has gains already; it would ignore a gain at a chosen module; a chosen module is PEFT's, with an adapter in it;
+            "gain-ffn" on a mixture whose experts have an unknown layout; an FFN that fuse_mlp or a layer that fuse_residual
+            cannot serve; or an unknown option.
 
     Warns:
         UserWarning: PEFT adapters were trained before, and are now frozen like everything else; or a head is frozen that may
@@ -101,6 +106,7 @@ def apply(
     if side != "mixed":
         check_options(side, "auto", backend)
     running.check(side)
+    _check_experts(experts, targets, side)
     refuse_gained(model)
     if not isinstance(targets, str):
         if not isinstance(targets, Iterable):
@@ -110,7 +116,7 @@ def apply(
         targets = tuple(targets)
         sites = pattern_sites(model, targets)
     elif targets in PRESETS:
-        sites = preset_sites(model, ffn=targets == "gain-ffn")
+        sites = preset_sites(model, ffn=targets == "gain-ffn", experts=experts)
     else:
         raise UsageError(
             f"targets={targets!r} is not one of {', '.join(map(repr, PRESETS))}; patterns go in a list: [{targets!r}]"
@@ -121,7 +127,8 @@ def apply(
     kept = find_kept(model, modules_to_save or (), sites)
     if modules_to_save is None:
         warn_of_frozen_head(model)
-    return place(model, [(site, _side(site, side)) for site in sites], targets, running, kept)
+    left_out = _without_experts(model) if targets == "gain-ffn" and experts is False else ()
+    return place(model, [(site, _side(site, side)) for site in sites], targets, running, kept, left_out)
 
 
 def remove(model: nn.Module) -> None:
@@ -143,6 +150,7 @@ def remove(model: nn.Module) -> None:
     refuse_fsdp(model, "remove gains")
     unfuse(model)
     unfuse_residual(model)
+    detach(gained.values())
     _replace(model, {key: module.plain() for key, module in gained.items()})
     for module in model.modules():
         vars(module).pop(SETS, None)
@@ -186,6 +194,7 @@ def place(
     targets: str | tuple[str, ...],
     running: Running,
     kept: Mapping[str, nn.Module] = MappingProxyType({}),
+    left_out: tuple[str, ...] = (),
 ) -> Applied:
     """Put gains on (site, side) pairs, in place, for apply() and load_gains(); and train ``kept``. The sides must exist."""
     first: dict[int, tuple[Site, str]] = {}
@@ -218,12 +227,14 @@ def place(
     for parameter in trained:
         parameter.requires_grad_(True)
     _replace(model, gains)
+    attach(gains.values())
     applied = Applied(
         names=tuple(canonical_name(site.name) for site, _ in sites),
         side=whole_side,
         targets=targets,
         trained=sum(gain.features for gain in gains.values()) + sum(p.numel() for p in trained),
         kept=tuple(canonical_name(name) for name in kept),
+        left_out=left_out,
     )
     setattr(model, RECORD, Record(applied, flags))
     try:
@@ -288,6 +299,22 @@ def _warn_of_adapters(model: nn.Module) -> None:
             "To train both, call requires_grad_(True) on these parameters again.",
             stacklevel=4,  # the caller of apply() or load_gains()
         )
+
+
+def _check_experts(experts: bool | str, targets: str | Sequence[str], side: str) -> None:
+    if experts not in (True, False, "shared"):
+        raise UsageError(f"experts={experts!r} is not one of True, False, 'shared'")
+    if experts is not True and targets != "gain-ffn":
+        raise UsageError(
+            f"experts={experts!r} goes with targets='gain-ffn'; patterns name the experts, or leave them out"
+        )
+    if experts == "shared" and side != "output":
+        raise UsageError("experts='shared' scales the experts' sum, so it goes with side='output'")
+
+
+def _without_experts(model: nn.Module) -> tuple[str, ...]:
+    names = [name for name, _ in down_linears(model)]
+    return (f"the down projections of experts, since experts=False: {first_of(names)}",) if names else ()
 
 
 def _side(site: Site, side: str) -> str:

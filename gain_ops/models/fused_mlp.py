@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gain_ops.layers.experts import ExpertsGain
 from gain_ops.layers.gained import Gained, frozen
 from gain_ops.layers.linears import is_conv1d, is_plain_linear
 from gain_ops.layers.wrapper import GainWrapper
@@ -151,7 +152,8 @@ def _is_gained_ffn(module: nn.Module) -> bool:
     layout = layout_of(module)
     if layout is not None:
         return isinstance(getattr(module, layout.down, None), Gained)
-    names = [name for name, child in module.named_children() if isinstance(child, Gained)]
+    of_modules = ((n, child) for n, child in module.named_children() if not isinstance(child, ExpertsGain))
+    names = [name for name, child in of_modules if isinstance(child, Gained)]
     return any(not names_attention_output(f"{type(module).__name__}.{name}") for name in names)
 
 

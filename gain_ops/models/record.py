@@ -25,6 +25,7 @@ class Applied:
         trained: how many parameters are now trained: gains, and those of modules_to_save.
         renamed: of load_gains(), the layers that the gain file calls by another name: (name in the file, name here).
         kept: the modules of modules_to_save, which are trained whole and saved with the gains.
+        left_out: what looks like a place for a gain and got none, a sentence for each reason; for presets alone.
 
     """
 
@@ -34,15 +35,16 @@ class Applied:
     trained: int
     renamed: tuple[tuple[str, str], ...] = ()
     kept: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         targets = self.targets if isinstance(self.targets, str) else ", ".join(self.targets)
         layers = f"{len(self.names)} layer" + ("s" if len(self.names) != 1 else "")
         names = "".join(f"; {len(self.renamed)} by other names, {a} as {b}" for a, b in self.renamed[:1])
         kept = f"; {', '.join(self.kept)} trained whole" if self.kept else ""
-        return (
-            f"Applied({layers}, {self.side} side, targets {targets}: {self.trained:,} trained parameters{kept}{names})"
-        )
+        without = "".join(f"; left out: {text}" for text in self.left_out)
+        trained = f"{self.trained:,} trained parameters{kept}{names}{without}"
+        return f"Applied({layers}, {self.side} side, targets {targets}: {trained})"
 
 
 @dataclass
@@ -74,7 +76,8 @@ def gained_modules(model: nn.Module) -> dict[str, Gained]:
     Names are those of apply(): relative to the model that it was called on, even inside another model (such as DDP), and
     without the components that torch.compile, activation checkpointing and FSDP1 add.
     """
-    return {canonical_name(name): module for name, module in _root(model).named_modules() if isinstance(module, Gained)}
+    named = _root(model).named_modules()
+    return {module.site_name(canonical_name(name)): module for name, module in named if isinstance(module, Gained)}
 
 
 def named_from(model: nn.Module) -> dict[str, nn.Module]:

@@ -14,7 +14,9 @@ from typing import cast
 
 from torch import nn
 
+from gain_ops.layers.experts import ExpertsLinear
 from gain_ops.layers.linears import sizes
+from gain_ops.models.experts import down_linears, expert_linears, expert_sums
 from gain_ops.models.weight_reads import weight_reads
 from gain_ops.utils.errors import UsageError
 
@@ -43,7 +45,7 @@ _GPT2 = Architecture(r"attn\.c_proj", r"mlp\.c_proj")
 _GPTJ = Architecture(r"attn\.out_proj", r"mlp\.fc_out")
 _BLOOM = Architecture(r"self_attention\.dense", r"mlp\.dense_4h_to_h")
 
-# Mixtures of experts among them fuse their experts: "gain" serves their attention, "gain-ffn" refuses them.
+# Experts that are 3-D parameters are found by their sizes: experts.py.
 _LLAMA_TYPES = """
     apertus arcee cohere cohere2 cohere2_moe cwm diffllama ernie4_5 exaone4 flex_olmo gemma gemma2 gemma3_text
     gemma4_text glm glm4 gpt_oss granite granitemoe helium hunyuan_v1_dense llama minicpm3 minimax_m2 ministral
@@ -73,23 +75,27 @@ _ATTENTION_LEAF = re.compile(r"c_proj|dense|o|o_proj|out_lin|out_proj|proj|to_ou
 _DOWN_LEAF = re.compile(r"c_proj|dense|dense_4h_to_h|down_proj|fc2|fc_out|lin2|linear2|proj_down|w2|wo")
 
 
-def preset_sites(model: nn.Module, *, ffn: bool) -> list[Site]:
+def preset_sites(model: nn.Module, *, ffn: bool, experts: bool | str = True) -> list[Site]:
     """The attention output projections of a model and, with ``ffn``, its FFN down projections, in the model's order.
 
+    ``experts`` says what is done with those of a mixture that are 3-D parameters, as in apply().
+
     Raises:
-        ValueError: one of the kinds was not found, or with ``ffn`` the experts are fused into 3-D parameters.
+        ValueError: one of the kinds was not found, or with ``ffn`` and ``experts`` parameters of experts that are not known.
 
     """
-    if ffn:
+    of_experts = _expert_sites(model, experts) if ffn else []
+    if ffn and experts is not False:
         _refuse_fused_experts(model)
     parts = _known_parts(model)
-    sites = _by_table(parts) if parts else _by_name_and_shape(model)
+    sites = [*(_by_table(parts) if parts else _by_name_and_shape(model)), *of_experts]
     for kind, attention in (("attention output", True), ("FFN down", False)):
-        if (attention or ffn) and not any(site.attention == attention for site in sites):
+        elsewhere = not attention and bool(expert_linears(model))  # experts=False leaves out what there is
+        if (attention or ffn) and not elsewhere and not any(site.attention == attention for site in sites):
             model_types = ", ".join(sorted({model_type for _, _, model_type in parts}))
             how = f"model_type {model_types}" if parts else "no known architecture, so searched by name and shape"
             raise UsageError(f"no {kind} projection found in {type(model).__name__} ({how}). {_name_them(model)}")
-    return [site for site in sites if site.attention or ffn]
+    return in_order(model, [site for site in sites if site.attention or ffn])
 
 
 def pattern_sites(model: nn.Module, patterns: Iterable[str]) -> list[Site]:
@@ -99,7 +105,7 @@ def pattern_sites(model: nn.Module, patterns: Iterable[str]) -> list[Site]:
         ValueError: a pattern that is no regular expression, or one that matches no linear module.
 
     """
-    modules = linear_modules(model)
+    modules = [*linear_modules(model), *expert_linears(model)]
     matched: set[str] = set()
     for pattern in patterns:
         _refuse_no_regex(pattern)
@@ -109,7 +115,19 @@ def pattern_sites(model: nn.Module, patterns: Iterable[str]) -> list[Site]:
                 f"the target {pattern!r} matches no linear module{_matched_instead(model, pattern)}. {candidates(model)}"
             )
         matched |= found
-    return [Site(name, module, names_attention_output(name)) for name, module in modules if name in matched]
+    sites = [Site(name, module, names_attention_output(name)) for name, module in modules if name in matched]
+    return in_order(model, sites)
+
+
+def in_order(model: nn.Module, sites: Iterable[Site]) -> list[Site]:
+    """Sites in the order of their modules in the model, the parameters of experts where their owner is."""
+    places = {id(module): place for place, module in enumerate(model.modules())}
+
+    def place(site: Site) -> int:
+        module = site.module
+        return places[id(module.owner if isinstance(module, ExpertsLinear) else module)]
+
+    return sorted(sites, key=place)
 
 
 def refuse_ignored(model: nn.Module, sites: Sequence[Site]) -> None:
@@ -153,7 +171,7 @@ def _kinds(model: nn.Module) -> list[str]:
     A number that is all of a name's part counts the blocks; one at the end of a name ("w2", "fc2", "net.2") does not.
     """
     found: dict[object, str] = {}
-    for name, module in linear_modules(model):
+    for name, module in [*linear_modules(model), *expert_linears(model)]:
         found.setdefault((re.sub(r"(^|\.)\d+(?=\.)", r"\1*", name), sizes(module)), name)
     return list(found.values())
 
@@ -260,14 +278,21 @@ def _refuse_no_regex(pattern: object) -> None:
         raise UsageError(f"the target {pattern!r} is not a regular expression: {error}") from error
 
 
+def _expert_sites(model: nn.Module, experts: bool | str) -> list[Site]:
+    found = expert_sums(model) if experts == "shared" else down_linears(model) if experts else []
+    return [Site(name, linear, attention=False) for name, linear in found]
+
+
 def _refuse_fused_experts(model: nn.Module) -> None:
+    known = {id(linear.weight) for _, linear in expert_linears(model)}
     for name, module in model.named_modules():
         if not re.search("expert|moe", f"{name} {type(module).__name__}", re.IGNORECASE):
             continue
         for parameter_name, parameter in module.named_parameters(recurse=False):
-            if parameter.dim() >= 3:
+            if parameter.dim() >= 3 and id(parameter) not in known:
                 raise UsageError(
-                    f"targets='gain-ffn' cannot serve {type(model).__name__}: its FFN experts are fused into 3-D "
-                    f"parameters ({name}.{parameter_name}, shape {tuple(parameter.shape)}), not linear modules. Use "
-                    "targets='gain' for the attention output projections alone, or patterns that name its dense layers."
+                    f"targets='gain-ffn' cannot serve {type(model).__name__}: {name}.{parameter_name}, of shape "
+                    f"{tuple(parameter.shape)} and {parameter.dtype}, is no layout of experts that is known "
+                    "(gain_ops/models/experts.py). Use experts=False to leave them out, targets='gain' for the attention "
+                    "output projections alone, or patterns that name its dense layers."
                 )
