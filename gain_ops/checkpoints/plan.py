@@ -108,6 +108,11 @@ def plan(base: Path, gain: Path, *, requantize: bool = False, check_base: bool =
     gains = read_gains(gain)
     if not gains.deltas:
         raise CheckpointError(f"{gain} holds no gains, so there is nothing to absorb")
+    if experts := [name for name, delta in gains.deltas.items() if delta.dim() > 1]:
+        raise CheckpointError(
+            f"{gain} has gains of experts ({some_of(experts)}), which are not folded into files yet: load the model, and call "
+            "gain_ops.load_gains(), gain_ops.absorb() and save_pretrained()"
+        )
     before = times_of(base)
     container = open_checkpoint(base)
     files = {str(file.relative_to(container.root)): file for file in container.files}

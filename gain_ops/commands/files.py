@@ -14,12 +14,16 @@ from gain_ops.utils.errors import UsageError, file_errors
 from gain_ops.utils.wording import size_text
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from gain_ops.checkpoints.compare import Difference
     from gain_ops.gainfiles.file import GainFile
     from gain_ops.models.statistics import Distribution, GainStatistics
 
 
 __all__ = ["diff", "inspect", "merge"]
+
+_MOST_MOVED = 5  # experts that inspect names
 
 
 def inspect(
@@ -40,6 +44,7 @@ def inspect(
                 write_gain_plot(statistics, plot, title=file.name)
         print_pairs(None, _about(file, found).items())
         _print_layers(statistics)
+        _print_experts(statistics)
     if plot is not None:
         STDOUT.print(f"wrote {escape(str(plot))}", soft_wrap=True)
 
@@ -140,6 +145,22 @@ def _print_layers(statistics: GainStatistics) -> None:
     )
 
 
+def _print_experts(statistics: GainStatistics) -> None:
+    """Which experts of a mixture moved, and which did not."""
+    moved = [
+        (rms, f"{layer.name} expert {expert} ({rms:.4f})")
+        for layer in statistics.layers
+        for expert, rms in enumerate(layer.experts)
+    ]
+    if moved:
+        still = sum(rms == 0 for rms, _ in moved)
+        most = [text for _, text in sorted(moved, key=lambda one: one[0], reverse=True)[:_MOST_MOVED]]
+        STDOUT.print(
+            f"experts: {len(moved) - still} of {len(moved)} moved, most of all (rms) {escape(', '.join(most))}",
+            soft_wrap=True,
+        )
+
+
 def _figures(gains: Distribution) -> tuple[str, ...]:
     spread = (gains.minimum, gains.mean, gains.maximum)
     return (
@@ -170,8 +191,10 @@ def _diff_gains(one: GainFile, other: GainFile) -> None:
         a, b = one.deltas.get(name), other.deltas.get(name)
         if a is None or b is None:
             rows.append([name, "only in B" if a is None else "only in A", ""])
-        elif one.sides[name] != other.sides[name] or a.shape != b.shape:
+        elif one.sides[name] != other.sides[name]:
             rows.append([name, f"{one.sides[name]} side in A, {other.sides[name]} side in B", ""])
+        elif a.shape != b.shape:
+            rows.append([name, f"{_size(a)} gains in A, {_size(b)} in B", ""])
         elif (a == b).all():
             equal += 1
         else:
@@ -180,6 +203,10 @@ def _diff_gains(one: GainFile, other: GainFile) -> None:
     if rows:
         print_table(["layer", "rms of B - A", "largest"], rows)
     STDOUT.print(f"{len(rows)} layers differ, {equal} are equal")
+
+
+def _size(delta: Tensor) -> str:
+    return " x ".join(map(str, delta.shape))
 
 
 def _print_differences(found: list[Difference], equal: int) -> None:

@@ -1,6 +1,7 @@
 """Gain files without a model: their contents, written and read.
 
-A gain file is a safetensors file. Its tensors are ``<module name>.delta``, float32, 1-D. Its one metadata key,
+A gain file is a safetensors file. Its tensors are ``<module name>.delta``, float32, [features], or [experts,
+features] for the experts of a mixture, under the name of their parameter. Its one metadata key,
 "gain_ops", holds JSON::
 
     {"format": "gain_ops.gains", "version": 1, "package": "0.1.0", "targets": "gain-ffn", "base_model": "SmolLM2-135M",
@@ -74,7 +75,7 @@ def write_gains(file: GainFile, path: str | os.PathLike[str]) -> None:
     The file is written beside ``path`` and moved into place.
 
     Args:
-        file: deltas in float32, 1-D and finite, with the side and the fingerprint of each.
+        file: deltas in float32, 1-D (2-D for experts) and finite, with the side and the fingerprint of each.
         path: the file to write; its folder is made.
 
     Raises:
@@ -175,10 +176,10 @@ def _parse(header: dict[str, Any], tensors: Any, path: object) -> GainFile:
     for name, layer in layers.items():
         stored = tensors.get_slice(f"{name}{_SUFFIX}")
         dtype, shape = stored.get_dtype(), stored.get_shape()
-        if dtype != "F32" or len(shape) != 1 or shape == [0] or layer["side"] not in SIDES:
+        if dtype != "F32" or len(shape) not in (1, 2) or 0 in shape or layer["side"] not in SIDES:
             raise GainFileError(
                 f"{path} is damaged: {named(name)} has a delta of shape {tuple(shape)} and {dtype} on side "
-                f"{named(repr(layer['side']))}, expected a 1-D float32 tensor on side 'output' or 'input'"
+                f"{named(repr(layer['side']))}, expected a 1-D float32 tensor, or 2-D for experts, on side 'output' or 'input'"
             )
     targets = header["targets"]
     return GainFile(

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from gain_ops._version import __version__
 from gain_ops.gainfiles.file import GainFile, read_gains, write_gains
 from gain_ops.gainfiles.names import canonical_name
+from gain_ops.layers.experts import ExpertsGain, ExpertsLinear
 from gain_ops.layers.linears import sizes
 from gain_ops.models.files import fingerprint, named_linears, refuse_misfit
 from gain_ops.reference import SIDES
@@ -138,6 +139,11 @@ def from_peft(folder: str | os.PathLike[str], gains: str | os.PathLike[str], mod
 
 def _refuse_other_maps(what: str, sides: dict[str, str], layers: dict[str, nn.Module], model: nn.Module) -> None:
     """Raise ValueError for layers where (IA)^3 and a gain are different maps."""
+    if experts := [name for name, layer in layers.items() if isinstance(layer, ExpertsLinear | ExpertsGain)]:
+        raise UsageError(
+            f"{what}: {some_of(experts)} are gains on the experts of a mixture, whose weights are parameters without a module, "
+            "and PEFT's (IA)^3 wraps modules alone. Share the gain file, or absorb the gains and share the model."
+        )
     if biased := [name for name, layer in layers.items() if sides[name] == "output" and _has_bias(layer)]:
         raise UsageError(
             f"{what}: (IA)^3 scales outputs together with their bias, a gain on the output side does not scale the bias, "

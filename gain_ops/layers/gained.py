@@ -60,9 +60,18 @@ class Gained(nn.Module):
         return self.out_features if self.side == "output" else self.in_features
 
     @property
+    def gain_shape(self) -> tuple[int, ...]:
+        """The shape of delta, likewise."""
+        return (self.features,)
+
+    @property
     def gained_dim(self) -> int:
         """The dimension of the stored weight that the gain scales: 0, or 1 if that holds the gain's features."""
         return 0 if self.side == "output" else 1
+
+    def site_name(self, name: str) -> str:
+        """What a gain is called whose layer has this name in the model."""
+        return name
 
     @property
     def placed(self) -> bool:
@@ -85,7 +94,7 @@ class Gained(nn.Module):
 
     def _new_delta(self, device: torch.device | None, dtype: torch.dtype) -> nn.Parameter:
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        return nn.Parameter(torch.zeros(self.features, dtype=wide, device=device))
+        return nn.Parameter(torch.zeros(self.gain_shape, dtype=wide, device=device))
 
     def _take_over(self, linear: nn.Module) -> None:
         """Share linear's weight and bias, now frozen, its hooks and its training mode."""

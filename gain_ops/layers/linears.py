@@ -66,14 +66,21 @@ def has_plain_weight(module: nn.Module) -> bool:
 
     False for packed and other quantised weights, tensor subclasses, parametrised weights and other float formats.
     """
-    weight = module._parameters.get("weight")
-    if weight is None or weight.dtype not in _FLOATING or not (type(weight) is nn.Parameter or is_sharded(weight)):
+    weight = floating_parameter(module, "weight")
+    if weight is None:
         return False
     n_in, n_out = sizes(module) or (0, 0)
     # ZeRO-3 holds a parameter partitioned, and its shape in ds_shape.
     return tuple(getattr(weight, "ds_shape", weight.shape)) == (
         (n_in, n_out) if _is_conv1d_class(module) else (n_out, n_in)
     )
+
+
+def floating_parameter(module: nn.Module, name: str) -> nn.Parameter | None:
+    """A module's own parameter of a name if it is an ordinary one with floating values, or None."""
+    parameter = module._parameters.get(name)
+    ordinary = type(parameter) is nn.Parameter or (parameter is not None and is_sharded(parameter))
+    return parameter if ordinary and cast(Tensor, parameter).dtype in _FLOATING else None
 
 
 def is_packed(tensor: Tensor) -> bool:

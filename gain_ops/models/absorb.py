@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gain_ops.gainfiles.rounding import lost_gains, moved_gains, said_of_lost
+from gain_ops.layers.experts import ExpertsGain
 from gain_ops.layers.gained import Gained
 from gain_ops.layers.linears import computes_from_weight, own_tensors, refuse_fsdp, sizes, weight_dim
 from gain_ops.layers.wrapper import GainWrapper
@@ -149,7 +150,10 @@ class _Fold:
 
 def _fold(model: nn.Module, name: str, layer: Gained) -> _Fold:
     """Where a gain goes; ValueError if that is not all there, or the gain not finite."""
-    if not isinstance(layer, GainWrapper):
+    if isinstance(layer, ExpertsGain):
+        carriers = tuple(Carrier(tensor, dim) for tensor, dim in layer.scaled())
+        fold = _Fold(name, layer, name, layer.owner, layer.delta.detach(), carriers)
+    elif not isinstance(layer, GainWrapper):
         carrier = Carrier(cast(Tensor, layer.weight), layer.gained_dim)
         fold = _Fold(name, layer, name, layer, layer.delta.detach(), (carrier,))
     elif computes_from_weight(layer.base):
@@ -218,8 +222,10 @@ def _into_up(model: nn.Module, name: str, layer: Gained) -> _Fold:
 def _is_partitioned(fold: _Fold) -> bool:
     """Whether ZeRO-3 holds the weight elsewhere: what stands for it is empty."""
     weight = fold.carriers[0].tensor
+    if not isinstance(weight, nn.Parameter):
+        return False
     n_in, n_out = cast(tuple[int, int], sizes(fold.holder))
-    return isinstance(weight, nn.Parameter) and weight.numel() != n_in * n_out
+    return weight.numel() != n_in * n_out
 
 
 def _refuse_shared(model: nn.Module, folds: Iterable[_Fold]) -> None:
@@ -231,11 +237,11 @@ def _refuse_shared(model: nn.Module, folds: Iterable[_Fold]) -> None:
         if tensor.numel() and not tensor.is_meta
     }
     for fold in folds:
-        changed = {id(carrier.tensor): carrier.tensor for carrier in fold.carriers}
+        changed = {carrier.tensor.data_ptr(): carrier.tensor for carrier in fold.carriers}
         own = {
             key: tensor
             for key, (_, tensor) in tensors.items()
-            if key[0] == id(fold.holder) and (_is_weight(key[1]) or id(tensor) in changed)
+            if key[0] == id(fold.holder) and (_is_weight(key[1]) or tensor.data_ptr() in changed)
         }
         for weight in (*own.values(), *changed.values()):
             for key, (other_name, other) in tensors.items():
@@ -287,7 +293,9 @@ def _blocks(carrier: Carrier, delta: Tensor) -> Iterator[tuple[Tensor, Tensor, T
     stored = carrier.tensor.detach()
     accumulation = torch.float64 if stored.dtype == torch.float64 else torch.float32
     gain = 1 + delta.to(accumulation)
-    scale = gain.view(-1, *(1,) * (stored.dim() - 1 - carrier.dim)).expand(stored.shape)
+    after = (1,) * (stored.dim() - 1 - carrier.dim)
+    # two dimensions are a row for each expert, which is the first dimension of three
+    scale = (gain.unsqueeze(3 - carrier.dim) if gain.dim() == 2 else gain.view(-1, *after)).expand(stored.shape)
     rows = max(1, _CHUNK // max(1, stored[:1].numel()))
     for start in range(0, stored.shape[0], rows):
         block, block_scale = stored[start : start + rows], scale[start : start + rows]

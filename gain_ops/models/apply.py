@@ -12,6 +12,7 @@ from gain_ops.gainfiles.names import canonical_name
 from gain_ops.layers.gained import Gained, check_options
 from gain_ops.layers.linears import is_kind, offloads, own_tensors, refuse_fsdp, refuse_sharded, sizes
 from gain_ops.layers.make import gain_layer
+from gain_ops.models.experts import attach, detach
 from gain_ops.models.fused_mlp import fuse_all, unfuse
 from gain_ops.models.fused_residual import fuse_residual as fold_into_adds
 from gain_ops.models.fused_residual import unfuse_residual
@@ -49,6 +50,7 @@ def apply(
     fuse_residual: bool = False,
     modules_to_save: Sequence[str] | None = None,
     parts: str | Sequence[str] | None = None,
+    experts: bool | str = True,
 ) -> Applied:
     r"""Put a gain on the chosen projections of a model, in place, and freeze everything else.
 
@@ -84,6 +86,9 @@ def apply(
         parts: in which parts of a multimodal model the presets look: some of "language", "vision", "audio" and "projector", or
             "all". None is the language model alone, which is all that is no tower and no projector; or the whole model, where
             there is none. Patterns look everywhere.
+        experts: what "gain-ffn" does with a mixture's experts whose weights are 3-D parameters: True gives each expert's down
+            projection gains of its own, delta [experts, out]; "shared" gives the experts' sum one gain, [out]; False leaves
+            them out. Experts that are linear modules get gains as any other.
 
     Returns:
         Applied: the names, the side, the targets, the number of trained parameters, and what was left out and why.
@@ -94,8 +99,8 @@ def apply(
     Raises:
         ValueError: no model; no match of a preset or of one of the patterns; a part that the model does not have; weights that
             accelerate has offloaded; the model has gains already; it would ignore a gain at a chosen module; a chosen module
-            is PEFT's, with an adapter in it; "gain-ffn" on a mixture with fused experts; an FFN that fuse_mlp or a layer that
-            fuse_residual cannot serve; or an unknown option.
+            is PEFT's, with an adapter in it; "gain-ffn" on a mixture whose experts have an unknown layout; an FFN that
+            fuse_mlp or a layer that fuse_residual cannot serve; or an unknown option.
 
     Warns:
         UserWarning: PEFT adapters were trained before, and are now frozen like everything else; or a head is frozen that may
@@ -106,6 +111,7 @@ def apply(
     if side != "mixed":
         check_options(side, "auto", backend)
     running.check(side)
+    _check_experts(experts, targets, side)
     refuse_gained(model)
     if not isinstance(targets, str):
         if not isinstance(targets, Iterable):
@@ -117,7 +123,7 @@ def apply(
         raise UsageError(
             f"targets={targets!r} is not one of {', '.join(map(repr, PRESETS))}; patterns go in a list: [{targets!r}]"
         )
-    found = named_sites(model, (targets,) if isinstance(targets, str) else targets, parts)
+    found = named_sites(model, (targets,) if isinstance(targets, str) else targets, parts, experts)
     sites = found.sites
     if not sites:
         raise UsageError("targets is empty: give 'gain', 'gain-ffn' or at least one pattern")
@@ -147,6 +153,7 @@ def remove(model: nn.Module) -> None:
     refuse_fsdp(model, "remove gains")
     unfuse(model)
     unfuse_residual(model)
+    detach(gained.values())
     _replace(model, {key: module.plain() for key, module in gained.items()})
     for module in model.modules():
         vars(module).pop(SETS, None)
@@ -223,6 +230,7 @@ def place(
     for parameter in trained:
         parameter.requires_grad_(True)
     _replace(model, gains)
+    attach(gains.values())
     applied = Applied(
         names=tuple(canonical_name(site.name) for site, _ in sites),
         side=whole_side,
@@ -294,6 +302,17 @@ def _warn_of_adapters(model: nn.Module) -> None:
             "To train both, call requires_grad_(True) on these parameters again.",
             stacklevel=4,  # the caller of apply() or load_gains()
         )
+
+
+def _check_experts(experts: bool | str, targets: str | Sequence[str], side: str) -> None:
+    if experts not in (True, False, "shared"):
+        raise UsageError(f"experts={experts!r} is not one of True, False, 'shared'")
+    if experts is not True and targets != "gain-ffn" and (isinstance(targets, str) or "gain-ffn" not in targets):
+        raise UsageError(
+            f"experts={experts!r} goes with targets='gain-ffn'; patterns name the experts, or leave them out"
+        )
+    if experts == "shared" and side != "output":
+        raise UsageError("experts='shared' scales the experts' sum, so it goes with side='output'")
 
 
 def _side(site: Site, side: str) -> str:

@@ -16,6 +16,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from gain_ops.layers.experts import ExpertsGain
 from gain_ops.layers.gained import Gained
 from gain_ops.measure.perplexity import in_mode
 from gain_ops.models.fused_mlp import FusedMlp
@@ -220,7 +221,7 @@ class _Watcher(TorchFunctionMode):
         if not self._running:
             return False
         module = self._running[-1]
-        return isinstance(module, FusedMlp) or any(tensor is own for own in module._parameters.values())
+        return isinstance(module, FusedMlp | ExpertsGain) or any(tensor is own for own in module._parameters.values())
 
 
 def _computed_with(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterable[Any]:

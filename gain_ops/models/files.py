@@ -16,9 +16,11 @@ from gain_ops.gainfiles.file import GainFile, GainFileError, read_gains, write_g
 from gain_ops.gainfiles.fingerprints import digest, is_copy, sample, spots
 from gain_ops.gainfiles.names import canonical_name, find_layers
 from gain_ops.layers.gained import Gained
-from gain_ops.layers.linears import describe, has_plain_weight, is_packed, own_tensors, sizes
+from gain_ops.layers.linears import describe, has_plain_weight, is_packed, own_tensors
+from gain_ops.layers.make import gain_shape
 from gain_ops.layers.wrapper import GainWrapper
 from gain_ops.models.apply import Running, place
+from gain_ops.models.experts import expert_linears, expert_sums
 from gain_ops.models.kept import kept_tensors, load_kept, modules_of
 from gain_ops.models.projections import names_attention_output
 from gain_ops.models.record import (
@@ -283,7 +285,8 @@ def base_model_of(model: nn.Module) -> str | None:
 
 def named_linears(model: nn.Module) -> dict[str, nn.Module]:
     """The linear maps of a model, with a gain or without, by the names that gain files use."""
-    return {canonical_name(name): module for name, module in linear_modules(model)}
+    found = [*linear_modules(model), *expert_linears(model), *expert_sums(model)]
+    return {canonical_name(name): module for name, module in found}
 
 
 def refuse_misfit(file: GainFile, found: dict[str, nn.Module], *, exact: bool, path: object) -> None:
@@ -303,12 +306,10 @@ def refuse_misfit(file: GainFile, found: dict[str, nn.Module], *, exact: bool, p
         if isinstance(layer, Gained) and layer.delta.numel() != layer.features:
             problems.append(f"{name} has a partitioned delta: load inside deepspeed.zero.GatheredParameters")
             continue
-        n_in, n_out = cast(tuple[int, int], sizes(layer))
-        features = n_out if side == "output" else n_in
-        if file.deltas[name].numel() != features:
-            problems.append(
-                f"{name} takes {features} gains on the {side} side, the file has {file.deltas[name].numel()}"
-            )
+        expected, stored = gain_shape(layer, side), tuple(file.deltas[name].shape)
+        if stored != expected:
+            takes, has = ("x".join(map(str, shape)) for shape in (expected, stored))
+            problems.append(f"{name} takes {takes} gains on the {side} side, the file has {has}")
     if problems:
         raise GainFileError(f"{path} does not fit the model: {first_of(problems, '; ')}")
 

@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gain_ops.layers.experts import ExpertsGain
 from gain_ops.layers.gained import Gained, frozen
 from gain_ops.layers.linears import is_conv1d, is_plain_linear
 from gain_ops.layers.wrapper import GainWrapper
@@ -151,7 +152,8 @@ def _is_gained_ffn(name: str, module: nn.Module) -> bool:
     layout = layout_of(module)
     if layout is not None:
         return isinstance(getattr(module, layout.down, None), Gained)
-    gained = [(leaf, child) for leaf, child in module.named_children() if isinstance(child, Gained)]
+    children = ((leaf, child) for leaf, child in module.named_children() if not isinstance(child, ExpertsGain))
+    gained = [(leaf, child) for leaf, child in children if isinstance(child, Gained)]
     kinds = [named_kind(Linear(f"{name}.{leaf}" if name else leaf, child, module)) for leaf, child in gained]
     return any(kind not in (ATTENTION, MIXER) for kind in kinds)
 

@@ -76,7 +76,8 @@ def gained_modules(model: nn.Module) -> dict[str, Gained]:
     Names are those of apply(): relative to the model that it was called on, even inside another model (such as DDP), and
     without the components that torch.compile, activation checkpointing and FSDP1 add.
     """
-    return {canonical_name(name): module for name, module in _root(model).named_modules() if isinstance(module, Gained)}
+    named = _root(model).named_modules()
+    return {module.site_name(canonical_name(name)): module for name, module in named if isinstance(module, Gained)}
 
 
 def named_from(model: nn.Module) -> dict[str, nn.Module]:

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from gain_ops.layers.experts import ExpertsLinear
 from gain_ops.layers.linears import sizes
+from gain_ops.models.experts import down_linears, expert_linears, expert_sums
 from gain_ops.models.parts import Part, chosen_kinds, part_around, parts_of
 from gain_ops.models.projections import (
     ATTENTION,
@@ -54,27 +56,40 @@ class Found:
     left_out: tuple[str, ...]
 
 
-def preset_sites(model: nn.Module, presets: str | Sequence[str], parts: str | Sequence[str] | None = None) -> Found:
+def preset_sites(
+    model: nn.Module,
+    presets: str | Sequence[str],
+    parts: str | Sequence[str] | None = None,
+    experts: bool | str = True,
+) -> Found:
     """The projections of a model that some presets take, in the parts of these kinds (``parts``, see apply()).
 
+    ``experts`` says what is done with those of a mixture that are 3-D parameters, as in apply().
+
     Raises:
-        ValueError: an unknown preset or part, a kind of which none was found, or FFN experts that are fused into 3-D
-            parameters.
+        ValueError: an unknown preset or part, a kind of which none was found, or parameters of experts whose
+            layout is not known.
 
     """
     named = [presets] if isinstance(presets, str) else list(presets)
     wanted = {kind for preset in named for kind in PRESETS[preset]}
     all_parts = parts_of(model)
     taken = chosen_kinds(all_parts, parts)
-    if DOWN in wanted:
-        _refuse_fused_experts(model, [part for part in all_parts if part.kind in taken], all_parts)
+    here_parts = [part for part in all_parts if part.kind in taken]
+    if DOWN in wanted and experts is not False:
+        _refuse_unknown_experts(model, here_parts, all_parts)
+    of_experts = (
+        [one for one in down_linears(model) if part_around(one[0], all_parts) in here_parts] if DOWN in wanted else []
+    )
     recognised = list(_recognised(model, all_parts))
     here = [one for part, one in recognised if part.kind in taken and one.fits]
     uncalled = weight_reads(model, (one.linear.module for one in here if one.kind == MIXER))
     here = [one for one in here if id(one.linear.module) not in uncalled]
     left_out = (*_left_out(recognised, taken, wanted, uncalled), *_bare_layers(model, all_parts, taken, recognised))
+    if of_experts and experts is False:
+        left_out += (f"the down projections of experts, since experts=False: {first_of([n for n, _ in of_experts])}",)
     for kind in sorted(wanted):
-        if not any(one.kind == kind for one in here):
+        if not any(one.kind == kind for one in here) and not (kind == DOWN and of_experts):
             types = ", ".join(sorted({part.model_type for part in all_parts if part.model_type and part.kind in taken}))
             raise UsageError(
                 f"no {kind} projection found in {type(model).__name__} ({types or 'no model_type'}). "
@@ -86,11 +101,15 @@ def preset_sites(model: nn.Module, presets: str | Sequence[str], parts: str | Se
         for name, module in linear_modules(model)
         if id(module) in kinds
     ]
-    return Found(sites, left_out)
+    given = expert_sums(model) if experts == "shared" else of_experts if experts else []
+    taken_experts = [Site(name, linear, attention=False) for name, linear in given if of_experts]
+    return Found(in_order(model, [*sites, *taken_experts]), left_out)
 
 
-def named_sites(model: nn.Module, targets: Sequence[str], parts: str | Sequence[str] | None = None) -> Found:
-    """The sites of presets and patterns together, in the model's order; ``parts`` is for the presets.
+def named_sites(
+    model: nn.Module, targets: Sequence[str], parts: str | Sequence[str] | None = None, experts: bool | str = True
+) -> Found:
+    """The sites of presets and patterns together, in the model's order; ``parts`` and ``experts`` are for the presets.
 
     Raises:
         ValueError: as preset_sites() and pattern_sites(), or ``parts`` without a preset.
@@ -102,9 +121,9 @@ def named_sites(model: nn.Module, targets: Sequence[str], parts: str | Sequence[
         raise UsageError(
             f"parts={parts!r} is for the presets {', '.join(map(repr, PRESETS))}; patterns look everywhere"
         )
-    found = preset_sites(model, presets, parts) if presets else Found([], ())
+    found = preset_sites(model, presets, parts, experts) if presets else Found([], ())
     by_name = {site.name: site for site in [*pattern_sites(model, patterns), *found.sites]}
-    return Found([by_name[name] for name, _ in linear_modules(model) if name in by_name], found.left_out)
+    return Found(in_order(model, by_name.values()), found.left_out)
 
 
 def pattern_sites(model: nn.Module, patterns: Iterable[str]) -> list[Site]:
@@ -114,7 +133,7 @@ def pattern_sites(model: nn.Module, patterns: Iterable[str]) -> list[Site]:
         ValueError: a pattern that is no regular expression, or one that matches no linear module.
 
     """
-    modules = linear_modules(model)
+    modules = [*linear_modules(model), *expert_linears(model)]
     matched: set[str] = set()
     for pattern in patterns:
         _refuse_no_regex(pattern)
@@ -124,7 +143,19 @@ def pattern_sites(model: nn.Module, patterns: Iterable[str]) -> list[Site]:
                 f"the target {pattern!r} matches no linear module{_matched_instead(model, pattern)}. {candidates(model)}"
             )
         matched |= found
-    return [Site(name, module, names_attention_output(name)) for name, module in modules if name in matched]
+    sites = [Site(name, module, names_attention_output(name)) for name, module in modules if name in matched]
+    return in_order(model, sites)
+
+
+def in_order(model: nn.Module, sites: Iterable[Site]) -> list[Site]:
+    """Sites in the order of their modules in the model, the parameters of experts where their owner is."""
+    places = {id(module): place for place, module in enumerate(model.modules())}
+
+    def place(site: Site) -> int:
+        module = site.module
+        return places[id(module.owner if isinstance(module, ExpertsLinear) else module)]
+
+    return sorted(sites, key=place)
 
 
 def refuse_ignored(model: nn.Module, sites: Sequence[Site]) -> None:
@@ -168,7 +199,7 @@ def _kinds(model: nn.Module) -> list[str]:
     A number that is all of a name's part counts the blocks; one at the end of a name ("w2", "fc2", "net.2") does not.
     """
     found: dict[object, str] = {}
-    for name, module in linear_modules(model):
+    for name, module in [*linear_modules(model), *expert_linears(model)]:
         found.setdefault((re.sub(r"(^|\.)\d+(?=\.)", r"\1*", name), sizes(module)), name)
     return list(found.values())
 
@@ -182,7 +213,9 @@ def _name_them(model: nn.Module) -> str:
 
 
 def _kind_of(model: nn.Module, name: str) -> str | None:
-    return named_kind(Linear(name, model.get_submodule(name), model.get_submodule(name.rpartition(".")[0])))
+    parent, _, leaf = name.rpartition(".")
+    around = model.get_submodule(parent)
+    return named_kind(Linear(name, getattr(around, leaf), around))
 
 
 def _matched_instead(model: nn.Module, pattern: str) -> str:
@@ -275,16 +308,18 @@ def _some(found: Sequence[Recognised]) -> str:
     return f"{len(found)} {kinds} projection{'s' * (len(found) > 1)} ({first_of([one.linear.name for one in found])})"
 
 
-def _refuse_fused_experts(model: nn.Module, taken: Sequence[Part], parts: Sequence[Part]) -> None:
+def _refuse_unknown_experts(model: nn.Module, taken: Sequence[Part], parts: Sequence[Part]) -> None:
+    known = {id(linear.weight) for _, linear in expert_linears(model)}
     for name, module in model.named_modules():
         if part_around(name, parts) not in taken:
             continue
         if not re.search("expert|moe", f"{name} {type(module).__name__}", re.IGNORECASE):
             continue
         for parameter_name, parameter in module.named_parameters(recurse=False):
-            if parameter.dim() >= 3:
+            if parameter.dim() >= 3 and id(parameter) not in known:
                 raise UsageError(
-                    f"targets='gain-ffn' cannot serve {type(model).__name__}: its FFN experts are fused into 3-D "
-                    f"parameters ({name}.{parameter_name}, shape {tuple(parameter.shape)}), not linear modules. Use "
-                    "targets='gain' for the attention output projections alone, or patterns that name its dense layers."
+                    f"targets='gain-ffn' cannot serve {type(model).__name__}: {name}.{parameter_name}, of shape "
+                    f"{tuple(parameter.shape)} and {parameter.dtype}, is no layout of experts that is known "
+                    "(gain_ops/models/experts.py). Use experts=False to leave them out, targets='gain' for the attention "
+                    "output projections alone, or patterns that name its dense layers."
                 )

@@ -57,11 +57,15 @@ class Distribution:
 
 @dataclass(frozen=True)
 class LayerGains:
-    """The gains of one layer: its name in the model, the side that they scale, and their distribution."""
+    """The gains of one layer: its name in the model, the side that they scale, and their distribution.
+
+    ``experts`` has the root mean square of delta of each expert of a mixture, and is empty for another layer.
+    """
 
     name: str
     side: str
     gains: Distribution
+    experts: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -104,8 +108,11 @@ def gain_statistics(source: nn.Module | GainFile, *, dead_below: float = DEAD_BE
 
 def _statistics(deltas: Mapping[str, Tensor], sides: Mapping[str, str], dead_below: float) -> GainStatistics:
     return GainStatistics(
-        layers=tuple(LayerGains(name, sides[name], _distribution(delta, dead_below)) for name, delta in deltas.items()),
-        overall=_distribution(torch.cat(list(deltas.values())), dead_below),
+        layers=tuple(
+            LayerGains(name, sides[name], _distribution(delta, dead_below), _by_expert(delta))
+            for name, delta in deltas.items()
+        ),
+        overall=_distribution(torch.cat([delta.flatten() for delta in deltas.values()]), dead_below),
         dead_below=dead_below,
     )
 
@@ -125,6 +132,10 @@ def _distribution(delta: Tensor, dead_below: float) -> Distribution:
         negative=int((gain < 0).sum()),
         quantiles=tuple(quantiles.tolist()),
     )
+
+
+def _by_expert(delta: Tensor) -> tuple[float, ...]:
+    return tuple(delta.square().mean(1).sqrt().tolist()) if delta.dim() == 2 else ()
 
 
 def _delta(name: str, layer: Gained) -> Tensor:

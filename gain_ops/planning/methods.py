@@ -75,7 +75,7 @@ def by_peft(name: str, config: str, *, own_layers: bool = False, fp32: bool = Tr
         from gain_ops.models.sites import preset_sites
 
         if layers is None and not own_layers:
-            layers = [site.name for site in preset_sites(model, "gain-ffn").sites]
+            layers = [site.name for site in preset_sites(model, "gain-ffn", experts=False).sites]
         made = getattr(peft, config)(target_modules=layers, **options)
         with meta_models.quiet():
             return peft.get_peft_model(model, made, autocast_adapter_dtype=fp32)

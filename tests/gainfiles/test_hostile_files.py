@@ -124,7 +124,7 @@ def test_a_name_with_control_characters_comes_back_as_it_is(tmp_path: Path) -> N
 
 
 def test_tensors_that_are_no_deltas_are_refused_before_they_are_loaded(tmp_path: Path) -> None:
-    for tensor in (torch.ones(2, 2), torch.ones(4).half(), torch.ones(()), torch.ones(0)):
+    for tensor in (torch.ones(2, 2, 2), torch.ones(2, 0), torch.ones(4).half(), torch.ones(()), torch.ones(0)):
         with pytest.raises(GainFileError, match=r"layers\.0\.o_proj has a delta of shape"):
             read_gains(write(tmp_path / "g.safetensors", HEADER, {f"{NAME}.delta": tensor}))
 

@@ -289,7 +289,11 @@ LORA = {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.
         (_damage(lambda header: header["layers"].pop(FIRST)), f"disagree on {FIRST}.delta"),
         (_damage(lambda header: header["layers"][FIRST].update(side="rows")), "on side 'rows'"),
         (_damage(None, _set(f"{FIRST}.delta", torch.zeros(16, dtype=torch.bfloat16))), r"shape \(16,\) and BF16"),
-        (_damage(None, _set(f"{FIRST}.delta", torch.zeros(4, 4))), r"shape \(4, 4\)"),
+        (
+            _damage(None, _set(f"{FIRST}.delta", torch.zeros(4, 4))),
+            "takes [0-9]+ gains on the output side, the file has 4x4",
+        ),
+        (_damage(None, _set(f"{FIRST}.delta", torch.zeros(4, 4, 4))), r"shape \(4, 4, 4\)"),
         (_damage(None, _set(f"{FIRST}.delta", torch.zeros(15))), "takes 16 gains on the output side, the file has 15"),
         (_damage(None, _set(f"{FIRST}.delta", torch.full((16,), torch.nan))), f"not finite, in {FIRST}"),
         (_damage(None, _set(f"{FIRST}.delta", torch.full((16,), torch.inf))), f"not finite, in {FIRST}"),

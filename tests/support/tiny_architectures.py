@@ -36,6 +36,8 @@ _SIZES = {
     "v_head_dim": 8, "qk_head_dim": 16, "kv_lora_rank": 16, "q_lora_rank": 16, "global_head_dim": 8,
     "vocab_size": 128, "max_position_embeddings": 64, "n_positions": 64, "type_vocab_size": 2,
     "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
+    "moe_num_experts": 4, "moe_k": 2, "moe_topk": 2, "num_experts_per_token": 2, "num_expert_group": 1,
+    "first_k_dense_replace": 1, "expert_ffn_hidden_size": 16, "zero_expert_num": 2,
     "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_expand": 2, "mamba_d_state": 8, "mamba_n_groups": 1, "state_size": 8,
     "mamba_num_heads": 8, "mamba_head_dim": 8, "n_groups": 1, "ssm_state_size": 8, "mamba_dt_rank": 4,
     "mamba_d_ssm": 64, "mamba_ngroups": 1, "n_mamba_heads": 8, "mamba_headdim": 8,
@@ -49,6 +51,16 @@ _SIZES = {
 _OTHERWISE: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0},
+        "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "flint": {"mlp_only_layers": [0]},
+    "gemma4_text": {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 16},
+    "hunyuan_v1_moe": {"head_dim": 8},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
@@ -177,6 +189,9 @@ def _options(config: PreTrainedConfig) -> dict[str, Any]:
     if isinstance(kinds, list) and "layer_types" in vars(config):  # one of each kind
         options["layer_types"] = sorted(set(kinds)) if len(set(kinds)) > 1 else kinds[:2]
         options["num_hidden_layers"] = len(options["layer_types"])
+    ffns = _get(config, "mlp_layer_types")
+    if isinstance(ffns, list) and "mlp_layer_types" in vars(config):  # the last is a mixture
+        options["mlp_layer_types"] = [ffns[0], *ffns[-1:] * (options["num_hidden_layers"] - 1)]
     return options
 
 
