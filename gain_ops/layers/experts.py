@@ -20,7 +20,7 @@ from gain_ops.layers.gained import Gained, check_options, frozen
 from gain_ops.layers.linears import has_own_forward, refuse_sharded
 from gain_ops.ops.grouped import gain_grouped_linear
 from gain_ops.ops.linear import gain_scale
-from gain_ops.reference import composite_scale
+from gain_ops.reference import scale
 from gain_ops.utils.errors import UsageError
 
 _SUFFIX = "_gain"
@@ -163,7 +163,7 @@ class ExpertsGain(Gained):
     def _scaled(self, x: Tensor, delta: Tensor) -> Tensor:
         if delta.dim() == 1:
             return gain_scale(x, delta, backend=self.backend)
-        return composite_scale(x, delta)
+        return scale(x, delta)
 
     def extra_repr(self) -> str:
         """Sizes and side."""
