@@ -32,7 +32,8 @@ YES = "yes"
 _REFUSALS = {
     r"no attention output projection found": "no attention found",
     r"no FFN down projection found": "no FFN found",
-    r"fused into 3-D": "3-D experts",
+    r"no layout of experts": "other experts",
+    r"has gains of experts": "experts in memory",
     r"would be ignored": "not called",
     r"fuse_mlp cannot serve|fuse_mlp found no FFN": "other FFN",
     r"does not know the activation": "other activation",
@@ -53,7 +54,8 @@ Of {built} that could be built, {served} take the gains of the preset `"gain"`.
 - **fused MLP**: gain-ffn on the input side with `fuse_mlp=True`.
 
 Other words than yes say why a way is refused:
-no such projection was found; the experts are 3-D parameters; the model computes from a projection without calling it
+no such projection was found; the layout of the experts is not known (other experts), or their gains are absorbed in
+memory alone (experts in memory); the model computes from a projection without calling it
 (not called); an FFN or an activation is not known; a linear map takes or returns more than one tensor.
 A tiny config may fail the model's own checks when it is loaded again (tiny one not loaded).
 A dash stands where nothing was left to try.
