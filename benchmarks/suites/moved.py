@@ -3,7 +3,7 @@
     python -m benchmarks.suites.moved
 
 These passes are bound by bandwidth, so their bytes are their time. "predicted" is bytes / (the copy's bandwidth * what a pass
-reaches of it), with the constants of benchmarks/report/predict.py; what is saved for backward is counted in the same block.
+reaches of it), with the constants of gain_ops/backends/prediction.py; what is saved for backward is counted in the same block.
 """
 
 import dataclasses
@@ -15,6 +15,7 @@ from torch import nn
 from benchmarks.contestants import liger_norm, liger_swiglu, models
 from benchmarks.contestants.sites import ARCHITECTURES, Architecture
 from benchmarks.suites.blocks import TOKENS, VOCABULARY, Given
+from gain_ops.backends import prediction
 from gain_ops.measure.moved_bytes import moved_bytes
 from gain_ops.measure.saved_bytes import saved_bytes
 from gain_ops.models.apply import apply
@@ -24,7 +25,6 @@ Put = Callable[[nn.Module], object]
 
 LIGER = f"{FROZEN}, with Liger's RMSNorm and SwiGLU"
 FOLDED = "gain-ffn, folded"
-_COPY, _PASS = 3.0e12, 0.92  # predict.ASSUMED's bytes and one_pass
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Line:
 
     def milliseconds(self, architecture: Architecture, tokens: int) -> float:
         """The passes' predicted time."""
-        return 1e3 * self.passes * tokens * architecture.hidden / (_COPY * _PASS)
+        return 1e3 * self.passes * tokens * architecture.hidden / (prediction.BYTES * prediction.PASS)
 
 
 def _liger(model: nn.Module) -> None:
