@@ -55,6 +55,8 @@ def test_unit_strides_are_constants_and_aligned_rows_have_hints(
 ) -> None:
     for kernel, arguments in found["arguments"][target][tokens].items():
         for name, kind in arguments.items():
+            if arguments.get(name.removeprefix("stride_")[:-1]) == "absent":
+                continue  # the stride of a tensor that is not there
             if name in ("T", "M", "C", "top_k"):
                 assert kind == "plain", (kernel, name)
             elif re.fullmatch(r"stride_.*n", name):

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = Path(__file__).with_name("launching_checks.py")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")  # what all checks share is not the time of the first
 def failed() -> dict[str, str]:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
