@@ -152,7 +152,7 @@ def call_failures(
     if not calls:
         return {}
     plain = referenced(arguments)
-    truth = referenced([a.double() if isinstance(a, Tensor) else a for a in arguments])
+    truth = referenced([a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in arguments])
     size = referenced([a.abs() if isinstance(a, Tensor) else a for a in arguments])
     names = [f"{name}[{i}]" for i in range(len(truth))]
     found: dict[str, list[str]] = {}

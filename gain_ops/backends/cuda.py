@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gain_ops import reference
 from gain_ops.backends import eager, operands
 from gain_ops.backends.composed import Composed
 from gain_ops.reference import ACTIVATIONS
@@ -124,7 +125,7 @@ def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, delta: Tensor, r: T
 
 def add(residual: Tensor, z: Tensor, delta: Tensor, bias: Tensor | None) -> Tensor:
     """Line (14): -> h [T, n], by one kernel of torch (with a bias by two)."""
-    return eager.add(residual, z, delta, bias)
+    return reference.add(residual, z, delta, bias)
 
 
 def add_rms_norm(
@@ -139,31 +140,31 @@ def add_rms_norm_backward(
     dy: Tensor, dh: Tensor | None, h: Tensor, z: Tensor, delta: Tensor, weight: Tensor, r: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Line (16) by plain torch: the passes that exist would round dx before ddelta is summed from it."""
-    return eager.add_rms_norm_backward(dy, dh, h, z, delta, weight, r)
+    return reference.add_rms_norm_backward(dy, dh, h, z, delta, weight, r)
 
 
 def add_layer_norm(
     residual: Tensor, z: Tensor, delta: Tensor, bias: Tensor | None, weight: Tensor, shift: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Lines (14), (19) by plain torch: -> h [T, n], y [T, n], mean [T], r [T]."""
-    return eager.add_layer_norm(residual, z, delta, bias, weight, shift, eps)
+    return reference.add_layer_norm(residual, z, delta, bias, weight, shift, eps)
 
 
 def add_layer_norm_backward(
     dy: Tensor, dh: Tensor | None, h: Tensor, z: Tensor, delta: Tensor, weight: Tensor, mean: Tensor, r: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Line (20) by plain torch: -> dx [T, n], dz [T, n], ddelta [n]."""
-    return eager.add_layer_norm_backward(dy, dh, h, z, delta, weight, mean, r)
+    return reference.add_layer_norm_backward(dy, dh, h, z, delta, weight, mean, r)
 
 
 def rms_norm_add(residual: Tensor, z: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Line (17) by plain torch: -> h [T, n], r [T]."""
-    return eager.rms_norm_add(residual, z, delta, weight, eps)
+    return reference.rms_norm_add(residual, z, delta, weight, eps)
 
 
 def rms_norm_add_backward(dh: Tensor, z: Tensor, delta: Tensor, weight: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
     """Line (18) by plain torch: -> dz [T, n], ddelta [n]."""
-    return eager.rms_norm_add_backward(dh, z, delta, weight, r)
+    return reference.rms_norm_add_backward(dh, z, delta, weight, r)
 
 
 def grouped_mm(x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor:

@@ -29,8 +29,7 @@ if TYPE_CHECKING:
 
 SAMPLES = 4096
 _SPOTS = 32
-_NARROW = (torch.bfloat16, torch.float16)
-_FORM = re.compile(r"(?:bfloat16|float16):(?:[0-9a-f]{4}){1,32}|float32:(?:[0-9a-f]{8}){1,32}")
+_FORM = re.compile(r"(?:bfloat16|float16):(?:[0-9a-f]{4}){1,32}")
 
 
 def step(count: int) -> int:
@@ -60,18 +59,17 @@ def digest(tensors: Iterable[tuple[str, Sequence[int], Tensor]]) -> str:
 
 
 def spots(sample: Tensor) -> str:
-    """32 values of a floating sample as they are: ``"<dtype>:<little-endian bytes in hex>"``, the dtype that holds them all."""
+    """32 values of a floating sample, ``"<dtype>:<little-endian bytes in hex>"``: float16 as it is, all else as bfloat16."""
     values = sample[:: max(1, -(-sample.numel() // _SPOTS))].cpu()
-    dtypes = [values.dtype] if values.dtype in _NARROW else _NARROW
-    dtype = next((d for d in dtypes if torch.equal(values.to(d).to(values.dtype), values)), torch.float32)
-    raw = values.to(dtype).contiguous().view(torch.uint8).numpy().tobytes()
-    return f"{str(dtype).removeprefix('torch.')}:{raw.hex()}"
+    values = values if values.dtype == torch.float16 else values.to(torch.bfloat16)
+    raw = values.contiguous().view(torch.uint8).numpy().tobytes()
+    return f"{str(values.dtype).removeprefix('torch.')}:{raw.hex()}"
 
 
 def is_copy(one: str, other: str) -> bool:
     """Whether two spots() may be of one weight, one of them in float16: each value within the two dtypes' roundings.
 
-    ``|a - b| <= ulp(a) / 2 + ulp(b) / 2``: some number exists that rounds to both. float32 has ulp 0 here.
+    ``|a - b| <= ulp(a) / 2 + ulp(b) / 2``: some number exists that rounds to both.
     """
     (a, rounding_a), (b, rounding_b) = (_values(text) for text in (one, other))
     halves = one.startswith("float16:") != other.startswith("float16:")
@@ -89,8 +87,6 @@ def _values(text: str) -> tuple[Tensor, Tensor]:
     dtype: torch.dtype = getattr(torch, name)
     values = torch.frombuffer(bytearray.fromhex(digits), dtype=dtype).double()
     info = torch.finfo(dtype)
-    if dtype == torch.float32:
-        return values, torch.zeros_like(values)
     power = torch.ldexp(torch.ones_like(values), torch.frexp(values).exponent - 1)  # the largest of two below the value
     return values, torch.where(values == 0, 0, power).clamp_min(info.smallest_normal) * (info.eps / 2)
 

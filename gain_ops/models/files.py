@@ -87,8 +87,8 @@ def collect_gains(
     deltas, fingerprints, values = {}, {}, {}
     for name, layer in layers.items():
         with gathered(layer):
-            deltas[name], fingerprints[name] = _saveable(name, layer), fingerprint(layer)
-            values[name] = weight_spots(layer)
+            deltas[name] = _saveable(name, layer)
+            fingerprints[name], values[name] = _identity(layer)
     applied = applied_record(model)
     return GainFile(
         deltas=deltas,
@@ -202,6 +202,16 @@ def fingerprint(layer: nn.Module) -> str | None:
         32 hexadecimal digits, or None where there is nothing to sample: no tensors, or tensors on the meta device.
 
     """
+    return _identity(layer)[0]
+
+
+def weight_spots(layer: nn.Module) -> str | None:
+    """gain_ops.gainfiles.fingerprints.spots() of a layer's plain weight; None for a quantised one, or on the meta device."""
+    return _identity(layer)[1]
+
+
+def _identity(layer: nn.Module) -> tuple[str | None, str | None]:
+    """The fingerprint and the spots of a layer's weight, from one sample."""
     base = layer.base if isinstance(layer, GainWrapper) else layer
     if isinstance(base, Gained) and is_packed(cast(Tensor, base.weight)):
         raise UsageError(
@@ -213,16 +223,11 @@ def fingerprint(layer: nn.Module) -> str | None:
     else:
         tensors = dict(sorted(raw_tensors(base).items()))
     if not tensors or any(tensor.is_meta for tensor in tensors.values()):
-        return None
-    return digest((name, tensor.shape, sample(tensor)) for name, tensor in tensors.items())
-
-
-def weight_spots(layer: nn.Module) -> str | None:
-    """gain_ops.gainfiles.fingerprints.spots() of a layer's plain weight; None for a quantised one, or on the meta device."""
-    base = layer.base if isinstance(layer, GainWrapper) else layer
-    if not has_plain_weight(base) or cast(Tensor, base.weight).is_meta or not cast(Tensor, base.weight).numel():
-        return None
-    return spots(sample(cast(Tensor, base.weight)))
+        return None, None
+    samples = {name: sample(tensor) for name, tensor in tensors.items()}
+    plain = has_plain_weight(base) and samples["weight"].numel() > 0
+    found = digest((name, tensor.shape, samples[name]) for name, tensor in tensors.items())
+    return found, spots(samples["weight"]) if plain else None
 
 
 def reshard(model: nn.Module) -> None:

@@ -166,6 +166,7 @@ def test_the_same_bits_on_a_second_run(call: str, backend: str, dtype: torch.dty
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("backend", "dtype"), BACKEND_DTYPES)
 def test_dead_gains_and_dead_rows(backend: str, dtype: torch.dtype) -> None:
     t = tensors(40, 32, 32, dtype)

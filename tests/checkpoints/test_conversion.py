@@ -41,7 +41,7 @@ def put_gains(model: nn.Module, targets: list[str], path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("model_type", "target"),
-    [("vit", r"(o_proj|fc2)"), ("kimi_linear", r"down_proj"), ("llava", r"language_model.*\.o_proj")],
+    [("vit", r"(o_proj|fc2)"), ("kimi_linear", r"shared_experts\.down_proj"), ("llava", r"language_model.*\.o_proj")],
 )
 def test_renamed_layers_are_absorbed_as_in_memory(model_type, target, tmp_path):
     model = build(model_type, run=False)[0]

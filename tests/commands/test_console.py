@@ -236,8 +236,8 @@ class TestStreams:
     @pytest.mark.parametrize(
         "name",
         [
-            *("info", "inspect", "diff gains", "diff checkpoints", "merge", "dry run", "absorb"),
-            *(pytest.param(name, marks=pytest.mark.slow) for name in ("plan", "adapt", "study")),
+            *("info", "inspect", "diff gains", "diff checkpoints", "merge"),
+            *(pytest.param(name, marks=pytest.mark.slow) for name in ("dry run", "absorb", "plan", "adapt", "study")),
         ],
     )
     def test_stderr_has_our_own_lines_alone(self, name: str, tiny_model: Path, place: Path, tmp_path: Path) -> None:

@@ -200,13 +200,17 @@ def step(model: nn.Module, forward: nn.Module) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("make", [llama, gpt2])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_a_whole_model_is_one_graph_with_the_bits_of_eager(make: Callable[[], nn.Module], options: dict) -> None:
+def test_a_whole_model_is_one_graph_with_the_results_of_eager(make: Callable[[], nn.Module], options: dict) -> None:
     model = gained(make(), **options)
-    expected = step(model, model)
+    exact = copy.deepcopy(model).double()
+    expected, truth = step(model, model), step(exact, exact)
     assert len(expected) == 3
     got = step(model, torch.compile(model, fullgraph=True, backend="aot_eager"))
     for name, value in expected.items():
-        assert torch.equal(got[name], value), name
+        if "fuse_mlp" in options:  # a graph lays its operands out otherwise, and a CPU's sums and sigmoids differ by that
+            assert_no_worse_than_torch(name, got[name], value, truth[name])
+        else:
+            assert torch.equal(got[name], value), name
         assert value.any(), name
 
 

@@ -273,6 +273,7 @@ class TestChoice:
             more = dataclasses.replace(job, tokens=more, length=min(length, more))
             assert recommend(list(rows(more, methods)), "gain-ffn") is None
 
+    @pytest.mark.slow
     def test_more_gpus_are_the_nearest_where_the_weights_do_not_fit(self) -> None:
         methods = [PLANNED["gain-ffn"]]
         config = tiny(layers=24)

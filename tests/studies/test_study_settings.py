@@ -69,7 +69,7 @@ def test_as_json_they_are_all_there_but_the_folder(small: Callable[..., Settings
     settings = small(tmp_path, rates={"gain": (3e-2, 1e-2)})
     there = settings.as_json()
     assert json.loads(json.dumps(there)) == there
-    assert {*there, "out"} == set(settings.__dataclass_fields__)
+    assert {*there, "out", "trust_remote_code"} == set(settings.__dataclass_fields__)
     assert there == small(tmp_path / "elsewhere", rates={"gain": (1e-2, 3e-2)}).as_json()
 
 
