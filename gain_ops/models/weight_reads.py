@@ -22,7 +22,7 @@ _DEPTH = 8  # calls that are followed into each other
 _QUESTIONS = """
     data_ptr device dim dtype element_size get_device grad is_contiguous is_cpu is_cuda is_floating_point is_inference is_meta
     is_quantized is_sparse layout names nbytes ndim new_empty new_full new_ones new_tensor new_zeros numel requires_grad
-    requires_grad_ shape size storage_offset stride type untyped_storage
+    requires_grad_ shape size storage_offset stride untyped_storage
 """
 _TEMPLATES = "empty_like full_like is_floating_point ones_like rand_like randn_like to type_as zeros_like"
 

@@ -158,9 +158,15 @@ class BelowAnother(nn.Module):
         return x
 
 
+class Cast(Pair):
+    def forward(self, x):
+        return nn.functional.linear(x, self.proj.weight.type(torch.float32))
+
+
 READERS = (
     Direct, ByKeyword, InAHelper, InAKernel, InAMethod, InAProperty, InAParent, InALambda, InANestedFunction, InALoop, ByName,
     FromTheStateDict, FromAList, ByTheClass, InAutograd, OnlyInTraining, BelowAnother,
+    Cast,
 )  # fmt: skip
 
 

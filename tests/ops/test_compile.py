@@ -207,7 +207,9 @@ def test_a_whole_model_is_one_graph_with_the_results_of_eager(make: Callable[[],
     assert len(expected) == 3
     got = step(model, torch.compile(model, fullgraph=True, backend="aot_eager"))
     for name, value in expected.items():
-        if "fuse_mlp" in options:  # a graph lays its operands out otherwise, and a CPU's sums and sigmoids differ by that
+        if (
+            "fuse_mlp" in options
+        ):  # a graph lays its operands out otherwise, and a CPU's sums and sigmoids differ by that
             assert_no_worse_than_torch(name, got[name], value, truth[name])
         else:
             assert torch.equal(got[name], value), name
