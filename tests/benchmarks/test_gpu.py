@@ -281,6 +281,7 @@ def test_only_what_is_not_green_is_proved_again(monkeypatch: pytest.MonkeyPatch)
     assert len(asked) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("transposed", [False, True])
 def test_what_the_sanitizers_watch_is_every_op(transposed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     called = []
