@@ -4,7 +4,7 @@ A GEMM's epilogue does the work where a fused kernel serves the operands: sm_90,
 address. Elsewhere (other cards, float32, odd sizes) the vendor's GEMM runs, with tf32 only where torch allows it, and one
 hand-written pass follows, which reads and writes [T, out] once more (the count is in benchmarks/NOTES.md).
 
-The ops of experts are plain torch's here, an expert after the other; the Triton backend has kernels for them.
+The ops of experts and of the residual stream are plain torch's here; the Triton backend has kernels for them.
 """
 
 import functools
@@ -13,10 +13,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gain_ops import reference
 from gain_ops.backends import eager, operands
 from gain_ops.backends.composed import Composed
+
+# the ops of experts, an expert after the other
+from gain_ops.backends.eager import combine as combine
+from gain_ops.backends.eager import combine_backward as combine_backward
+from gain_ops.backends.eager import grouped_backward as grouped_backward
+from gain_ops.backends.eager import grouped_ddelta as grouped_ddelta
+from gain_ops.backends.eager import grouped_glu as grouped_glu
+from gain_ops.backends.eager import grouped_glu_backward as grouped_glu_backward
+from gain_ops.backends.eager import grouped_glu_ddelta as grouped_glu_ddelta
+from gain_ops.backends.eager import grouped_mm as grouped_mm
+from gain_ops.backends.eager import grouped_scale as grouped_scale
 from gain_ops.reference import ACTIVATIONS
+
+# the residual stream; the passes that exist here would round dx before ddelta is summed from it
+from gain_ops.reference import add as add
+from gain_ops.reference import add_layer_norm as add_layer_norm
+from gain_ops.reference import add_layer_norm_backward as add_layer_norm_backward
+from gain_ops.reference import add_rms_norm_backward as add_rms_norm_backward
+from gain_ops.reference import rms_norm_add as rms_norm_add
+from gain_ops.reference import rms_norm_add_backward as rms_norm_add_backward
 
 _ops: Any = torch.ops.gain_ops_cuda
 
@@ -123,103 +141,12 @@ def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, delta: Tensor, r: T
     return dx, sums
 
 
-def add(residual: Tensor, z: Tensor, delta: Tensor, bias: Tensor | None) -> Tensor:
-    """Line (14): -> h [T, n], by one kernel of torch (with a bias by two)."""
-    return reference.add(residual, z, delta, bias)
-
-
 def add_rms_norm(
     residual: Tensor, z: Tensor, delta: Tensor, bias: Tensor | None, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Lines (14), (15): -> h [T, n], y [T, n], r [T]; h is read once more than by one kernel."""
     h = add(residual, z, delta, bias)
     return h, *rms_norm(h, weight, torch.zeros_like(weight), eps)
-
-
-def add_rms_norm_backward(
-    dy: Tensor, dh: Tensor | None, h: Tensor, z: Tensor, delta: Tensor, weight: Tensor, r: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Line (16) by plain torch: the passes that exist would round dx before ddelta is summed from it."""
-    return reference.add_rms_norm_backward(dy, dh, h, z, delta, weight, r)
-
-
-def add_layer_norm(
-    residual: Tensor, z: Tensor, delta: Tensor, bias: Tensor | None, weight: Tensor, shift: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Lines (14), (19) by plain torch: -> h [T, n], y [T, n], mean [T], r [T]."""
-    return reference.add_layer_norm(residual, z, delta, bias, weight, shift, eps)
-
-
-def add_layer_norm_backward(
-    dy: Tensor, dh: Tensor | None, h: Tensor, z: Tensor, delta: Tensor, weight: Tensor, mean: Tensor, r: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Line (20) by plain torch: -> dx [T, n], dz [T, n], ddelta [n]."""
-    return reference.add_layer_norm_backward(dy, dh, h, z, delta, weight, mean, r)
-
-
-def rms_norm_add(residual: Tensor, z: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Line (17) by plain torch: -> h [T, n], r [T]."""
-    return reference.rms_norm_add(residual, z, delta, weight, eps)
-
-
-def rms_norm_add_backward(dh: Tensor, z: Tensor, delta: Tensor, weight: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
-    """Line (18) by plain torch: -> dz [T, n], ddelta [n]."""
-    return reference.rms_norm_add_backward(dh, z, delta, weight, r)
-
-
-def grouped_mm(x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor:
-    """Line (21) by plain torch: -> z [S, out]."""
-    return eager.grouped_mm(x, weight, bias, offsets)
-
-
-def grouped_scale(x: Tensor, delta: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor:
-    """Line (22) by plain torch: -> y [S, n]."""
-    return eager.grouped_scale(x, delta, bias, offsets)
-
-
-def grouped_backward(dy: Tensor, z: Tensor, delta: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
-    """Line (23) by plain torch: -> dz [S, n], ddelta [E, n]."""
-    return eager.grouped_backward(dy, z, delta, offsets)
-
-
-def grouped_ddelta(dy: Tensor, z: Tensor, offsets: Tensor) -> Tensor:
-    """Line (23)'s sums alone by plain torch: -> ddelta [E, n]."""
-    return eager.grouped_ddelta(dy, z, offsets)
-
-
-def grouped_glu(gate: Tensor, up: Tensor | None, delta: Tensor, offsets: Tensor, activation: str) -> Tensor:
-    """Line (8), a delta an expert, by plain torch: -> h [S, n]."""
-    return eager.grouped_glu(gate, up, delta, offsets, activation)
-
-
-def grouped_glu_backward(
-    dh: Tensor, gate: Tensor, up: Tensor | None, delta: Tensor, offsets: Tensor, activation: str
-) -> tuple[Tensor, Tensor]:
-    """Lines (9), (10), a delta an expert, by plain torch: -> [S, 2n] (without up [S, n]), ddelta [E, n]."""
-    return eager.grouped_glu_backward(dh, gate, up, delta, offsets, activation)
-
-
-def grouped_glu_ddelta(dh: Tensor, gate: Tensor, up: Tensor | None, offsets: Tensor, activation: str) -> Tensor:
-    """Line (10) alone, a delta an expert, by plain torch: -> ddelta [E, n]."""
-    return eager.grouped_glu_ddelta(dh, gate, up, offsets, activation)
-
-
-def combine(z: Tensor, delta: Tensor, bias: Tensor | None, weights: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
-    """Line (24) by plain torch: -> y [T, n]."""
-    return eager.combine(z, delta, bias, weights, order, offsets)
-
-
-def combine_backward(
-    dy: Tensor,
-    z: Tensor,
-    delta: Tensor,
-    bias: Tensor | None,
-    weights: Tensor,
-    order: Tensor,
-    offsets: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Line (25) by plain torch: -> dz [S, n], ddelta [E, n], dw [T, k]."""
-    return eager.combine_backward(dy, z, delta, bias, weights, order, offsets)
 
 
 def _scale_and_shift(z: Tensor, delta: Tensor, bias: Tensor | None, in_place: bool) -> Tensor:

@@ -45,7 +45,7 @@ class WithheldGain(Gained):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle by the original class: the class made here has no name that pickle could find."""
-        return _rebuild_withheld, (type(self).__bases__[1],), self.__dict__
+        return _rebuild_mixed, type(self).__bases__, self.__dict__
 
 
 class OnePassNorm(nn.Module):
@@ -63,7 +63,7 @@ class OnePassNorm(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle by the original class: the class made here has no name that pickle could find."""
-        return _rebuild_norm, (type(self).__bases__[1],), self.__dict__
+        return _rebuild_mixed, type(self).__bases__, self.__dict__
 
 
 class FusedResidual(nn.Module):
@@ -145,7 +145,7 @@ def fuse_residual(model: nn.Module) -> None:
         for place in places.values():
             projection = layer.get_submodule(place.projection)
             if not isinstance(projection, WithheldGain):
-                projection.__class__ = _withheld_class(cast(Any, type(projection)))
+                projection.__class__ = _mixed(cast(Any, WithheldGain), cast(Any, type(projection)))
         _fuse_norms(layer, places)
         layer._gain_places = places  # type: ignore[assignment]
         layer.__class__ = _fused_class(cast(Any, type(layer)), tuple(places))
@@ -182,7 +182,7 @@ def _fuse_norms(layer: nn.Module, places: dict[str, Place]) -> None:
         if form is None or id(module) in taken or "forward" in vars(module) or hooked(module):
             continue
         module._gain_form, module._gain_backend = form, backend  # type: ignore[assignment]
-        module.__class__ = _norm_class(cast(Any, type(module)))
+        module.__class__ = _mixed(cast(Any, OnePassNorm), cast(Any, type(module)))
 
 
 def _why_not(layer: nn.Module, part: str, holder: nn.Module, last: str | None, projection: Gained) -> str | None:
@@ -222,13 +222,8 @@ def _weight_and_eps(norm: nn.Module, form: NormForm) -> tuple[Tensor, float]:
 
 
 @functools.cache
-def _withheld_class(kind: Any) -> type[nn.Module]:
-    return type(kind.__name__, (WithheldGain, kind), {"__module__": __name__})
-
-
-@functools.cache
-def _norm_class(kind: Any) -> type[nn.Module]:
-    return type(kind.__name__, (OnePassNorm, kind), {"__module__": __name__})
+def _mixed(mixin: Any, kind: Any) -> type[nn.Module]:
+    return type(kind.__name__, (mixin, kind), {"__module__": __name__})
 
 
 @functools.cache
@@ -238,13 +233,8 @@ def _fused_class(kind: Any, parts: tuple[str, ...]) -> type[nn.Module]:
     return type(kind.__name__, (FusedResidual, kind), body)
 
 
-def _rebuild_withheld(kind: type[nn.Module]) -> nn.Module:
-    made = _withheld_class(cast(Any, kind))
-    return made.__new__(made)
-
-
-def _rebuild_norm(kind: type[nn.Module]) -> nn.Module:
-    made = _norm_class(cast(Any, kind))
+def _rebuild_mixed(mixin: type[nn.Module], kind: type[nn.Module]) -> nn.Module:
+    made = _mixed(cast(Any, mixin), cast(Any, kind))
     return made.__new__(made)
 
 
