@@ -42,7 +42,7 @@ def _run(folder: Path, *options: str, **environment: str) -> str:
     tests = folder / "tests"
     tests.mkdir()
     (tests / "test_sample.py").write_text(SAMPLE)
-    shorter = "from support import time_limit\ntime_limit.LIMIT_S = 0.4\ntime_limit.PATIENCE_S = 1.0\n"
+    shorter = "from support import time_limit\ntime_limit.LIMIT_S = 0.4\ntime_limit.PATIENCE_S = 1.0\ntime_limit.SHARED = ()\n"
     (tests / "conftest.py").write_text((TESTS / "conftest.py").read_text() + shorter)
     (folder / "pytest.ini").write_text("[pytest]\nmarkers = slow: long\n    gpu: on a GPU\n")
     command = [sys.executable, "-m", "pytest", "-q", *options]

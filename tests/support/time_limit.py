@@ -1,5 +1,6 @@
 """A plugin: in CI a test that takes long without saying so fails, as the suite's time is part of the product."""
 
+import importlib
 import os
 import time
 from collections.abc import Generator
@@ -11,6 +12,8 @@ import pytest
 LIMIT_S = 5.0
 # by the clock: what only waits
 PATIENCE_S = 30.0
+# what many tests import: seconds that are not the first one's
+SHARED = ("torch._dynamo", "torch._inductor.compile_fx", "transformers", "peft")
 
 
 _start = pytest.StashKey[tuple[float, float]]()
@@ -19,6 +22,12 @@ _start = pytest.StashKey[tuple[float, float]]()
 def _now() -> tuple[float, float]:
     """Seconds by the clock, and of the processor: of this process, and of those that it has waited for."""
     return time.perf_counter(), sum(os.times()[:4])
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    if os.environ.get("CI") and len(session.items) > 1:
+        for name in SHARED:
+            importlib.import_module(name)
 
 
 @pytest.hookimpl(tryfirst=True)
