@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from gain_ops.models.folded_activation import refuse_folded_activations
 from gain_ops.models.fused_mlp import fused_modules
 from gain_ops.models.fused_residual import refuse_fused_residual
 from gain_ops.models.record import gained_modules
@@ -40,7 +41,8 @@ def shard_gains(model: nn.Module, **options: Any) -> None:
         options: the arguments of fully_shard(), without a ``param_dtype``.
 
     Raises:
-        ValueError: the model has no gains, or gains that fuse_residual folded; or the options have a ``param_dtype``.
+        ValueError: the model has no gains, or gains that fuse_residual folded, or fuse_mlp into an activation;
+            or the options have a ``param_dtype``.
 
     """
     from torch.distributed.fsdp import fully_shard
@@ -53,6 +55,7 @@ def shard_gains(model: nn.Module, **options: Any) -> None:
     if not layers:
         raise UsageError(f"{type(model).__name__} has no gains: put them on with gain_ops.apply() first")
     refuse_fused_residual(model, "shard_gains")
+    refuse_folded_activations(model, "shard_gains")
     fused = list(fused_modules(model))
     inside = {id(module) for ffn in fused for module in ffn.modules()}
     for module in (*fused, *(layer for layer in layers if id(layer) not in inside)):

@@ -22,6 +22,7 @@ from torch.distributed.tensor.parallel import ParallelStyle
 from gain_ops.layers.gained import Gained
 from gain_ops.layers.linears import refuse_fsdp
 from gain_ops.layers.wrapper import GainWrapper
+from gain_ops.models.folded_activation import refuse_folded_activations
 from gain_ops.models.fused_mlp import FusedMlp, fused_modules
 from gain_ops.models.fused_residual import refuse_fused_residual
 from gain_ops.utils.dtensors import is_sharded
@@ -49,6 +50,7 @@ def place_gains(model: nn.Module) -> None:
     """
     refuse_fsdp(model, "place the gains")
     refuse_fused_residual(model, "place_gains")
+    refuse_folded_activations(model, "place_gains")
     for ffn in fused_modules(model):
         layout = ffn._gain_layout
         if any(ffn.get_submodule(name)._forward_hooks for name in (layout.gate, layout.down)):

@@ -81,8 +81,8 @@ class GainWrapper(Gained):
         if self._hooked:
             self.refuse_offloaded()
         if self.side == "input":
-            return self._through_base(gain_scale(input, self.delta, backend=self.backend))
-        y = self._through_base(input)
+            return self.through_base(gain_scale(input, self.delta, backend=self.backend))
+        y = self.through_base(input)
         bias = self.bias
         if bias is None:
             return gain_scale(y, self.delta, backend=self.backend)
@@ -94,7 +94,8 @@ class GainWrapper(Gained):
         # gain_scale multiplies by one plus what it gets: this is y + delta * (y - b).
         return y + gain_scale(y - bias.to(y.dtype), self.delta - 1, backend=self.backend)
 
-    def _through_base(self, x: Tensor) -> Tensor:
+    def through_base(self, x: Tensor) -> Tensor:
+        """base(x) without the gain; raise for what a gain cannot scale, or where base would cut x's gradient."""
         y = cast(Tensor, self.base(x))
         if not isinstance(y, Tensor):
             raise TypeError(

@@ -74,7 +74,8 @@ def apply(
         fuse_mlp: run each FFN whose down projection gets a gain as gain_ops.gain_mlp: its hidden activation, with the gain in
             it, is computed again in the backward and not saved, so that a gained FFN saves less than a frozen one. With
             memory="lean" the gate and up projections are computed again as well, and only the FFN's input is saved. For
-            side="input" or "mixed", and for FFNs of transformers whose forward fused_mlp.py knows.
+            side="input" or "mixed", and for FFNs of transformers whose forward ffn_layout.py knows. Where an FFN does more in
+            the same forward (Bloom, BERT), the gain is folded into its activation, which saves the gate's output alone.
         mlp_chunk: with fuse_mlp, how many tokens an FFN works on at a time, to bound its memory while it runs; None for all.
         fuse_residual: fold each output-side gain of o_proj and down_proj into the layer's residual add and the RMSNorm beside
             it (gain_ops.gain_add_rms_norm, gain_rms_norm_add, gain_add), so that the gain needs no pass of its own. For decoder

@@ -5,6 +5,9 @@ The statements of the forward are put into each other until one expression of x 
     down(act(gate(x)) * up(x))        gate and up may be the halves of one projection
     down(act(gate(x)))                without a gate
     dropout(down(...))                either, with a dropout after it
+
+chains_of() reads more: ``down(act(gate(x)))`` in the middle of any expression (Bloom), and over two modules that a layer calls
+one after the other (BERT's intermediate and output).
 """
 
 import ast
@@ -39,6 +42,18 @@ class Layout:
         return self.packed or self.up is not None
 
 
+@dataclass(frozen=True)
+class Chain:
+    """The names, from a module that holds all three, of an activation module and the linear maps before and after it.
+
+    What the activation returns goes to ``down`` and nowhere else, and ``down`` is called on nothing else.
+    """
+
+    gate: str
+    activation: str
+    down: str
+
+
 _FUNCTIONS = frozenset(f"{prefix}functional.{name}" for prefix in ("nn.", "torch.nn.") for name in ("gelu", "silu"))
 _FUNCTIONS |= {"F.gelu", "F.silu"}
 
@@ -48,17 +63,113 @@ def layout_of(module: nn.Module) -> Layout | None:
     return _layout_of_class(cast(Any, type(module)))
 
 
+def chains_of(module: nn.Module) -> list[Chain]:
+    """The chains in a module's forward, or in the two modules of its feed_forward_chunk (BERT and its family)."""
+    result = _result(module, "forward")
+    if result is not None:
+        found = [_chain(node) for node in ast.walk(result) if isinstance(node, ast.Call)]
+        return [c for c in found if c is not None and _once(result, c.gate, c.activation, c.down)]
+    result = _result(module, "feed_forward_chunk")
+    match result:
+        case ast.Call(
+            func=ast.Attribute(value=ast.Name(id="self"), attr=second),
+            args=[ast.Call(func=ast.Attribute(value=ast.Name(id="self"), attr=first), args=[_], keywords=[]), *_],
+            keywords=[],
+        ) if isinstance(module._modules.get(first), nn.Module) and isinstance(module._modules.get(second), nn.Module):
+            chain = _over_two(module, first, second)
+            return [] if chain is None else [chain]
+    return []
+
+
+def _over_two(module: nn.Module, first: str, second: str) -> Chain | None:
+    """The chain in ``second(first(x), ...)``: first is act(gate(x)), and second reads what it gets by down alone."""
+    before = _result(module.get_submodule(first), "forward")
+    after = _result(module.get_submodule(second), "forward")
+    activated = None if before is None else _call_of_child(before)
+    gate = None if activated is None else _call_of_child(activated[1])
+    if activated is None or gate is None or not isinstance(gate[1], ast.Name) or after is None:
+        return None
+    function = _function(type(module.get_submodule(second)), "forward")
+    assert function is not None  # its result was read
+    h = function.args.args[1].arg
+    readers = [call for node in ast.walk(after) if isinstance(node, ast.Call) and (call := _call_of_child(node))]
+    downs = [name for name, argument in readers if isinstance(argument, ast.Name) and argument.id == h]
+    reads = sum(isinstance(node, ast.Name) and node.id == h for node in ast.walk(after))
+    if len(downs) != 1 or reads != 1 or not _once(after, downs[0]):
+        return None
+    return Chain(f"{first}.{gate[0]}", f"{first}.{activated[0]}", f"{second}.{downs[0]}")
+
+
+def _chain(node: ast.expr) -> Chain | None:
+    """The chain that an expression is."""
+    down = _call_of_child(node)
+    activation = None if down is None else _call_of_child(down[1])
+    gate = None if activation is None else _call_of_child(activation[1])
+    if down is None or activation is None or gate is None:
+        return None
+    return Chain(gate[0], activation[0], down[0])
+
+
+def _once(result: ast.expr, *children: str) -> bool:
+    """Whether an expression names each of these children of self once."""
+    named = [n.attr for n in ast.walk(result) if isinstance(n, ast.Attribute) and ast.unparse(n.value) == "self"]
+    return all(named.count(child) == 1 for child in children)
+
+
+def _result(module: nn.Module, method: str) -> ast.expr | None:
+    """What a method returns, as one expression of its arguments, where conditions on the module's settings hold as now."""
+    function = _function(cast(Any, type(module)), method)
+    if function is None or len(function.args.args) < 2:
+        return None
+    return _returned(_decided(function, module))
+
+
+def _decided(function: ast.FunctionDef, module: nn.Module) -> ast.FunctionDef:
+    """A function with the branches that a module takes, in the place of each ``if`` on its settings alone."""
+    decided = copy.copy(function)
+    body: list[ast.stmt] = []
+    for statement in decided.body:
+        if isinstance(statement, ast.If) and _on_settings(statement.test, module):
+            truth = eval(ast.unparse(statement.test), {"__builtins__": {}}, {"self": module})  # settings and constants
+            body += statement.body if truth else statement.orelse
+        else:
+            body.append(statement)
+    decided.body = body
+    return decided
+
+
+def _on_settings(test: ast.expr, module: nn.Module) -> bool:
+    """Whether a condition is of a module's own numbers, flags and words."""
+    kinds = (ast.BoolOp, ast.And, ast.Or, ast.Compare, ast.cmpop, ast.UnaryOp, ast.Not, ast.Constant, ast.Load)
+    for node in ast.walk(test):
+        match node:
+            case ast.Attribute(value=ast.Name(id="self"), attr=name):
+                if name == "training" or not isinstance(vars(module).get(name), int | float | str | bool | None):
+                    return False
+            case ast.Name(id="self"):
+                pass
+            case _ if not isinstance(node, kinds):
+                return False
+    return True
+
+
 @functools.cache
 def _layout_of_class(kind: Any) -> Layout | None:
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(kind.forward)))
-    except (AttributeError, OSError, SyntaxError, TypeError):
-        return None
-    function = tree.body[0]
-    if not isinstance(function, ast.FunctionDef) or len(function.args.args) != 2:
+    function = _function(kind, "forward")
+    if function is None or len(function.args.args) != 2:
         return None
     result = _returned(function)
     return None if result is None else _layout(result, function.args.args[1].arg)
+
+
+@functools.cache
+def _function(kind: Any, method: str) -> ast.FunctionDef | None:
+    """The source of a class's method."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(getattr(kind, method))))
+    except (AttributeError, OSError, SyntaxError, TypeError):
+        return None
+    return tree.body[0] if isinstance(tree.body[0], ast.FunctionDef) else None
 
 
 def _returned(function: ast.FunctionDef) -> ast.expr | None:

@@ -5,7 +5,7 @@ are read. unfuse() restores the class.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import Any, cast
 
 import torch.nn.functional as F
@@ -15,7 +15,8 @@ from gain_ops.layers.experts import ExpertsGain
 from gain_ops.layers.gained import Gained, frozen
 from gain_ops.layers.linears import is_conv1d, is_plain_linear
 from gain_ops.layers.wrapper import GainWrapper
-from gain_ops.models.ffn_layout import Layout, layout_of
+from gain_ops.models.ffn_layout import Chain, Layout, chains_of, layout_of
+from gain_ops.models.folded_activation import fold, unfold_activations
 from gain_ops.models.projections import ATTENTION, MIXER, Linear, named_kind
 from gain_ops.ops.glu import gain_activation, gain_glu
 from gain_ops.ops.mlp import gain_mlp
@@ -24,6 +25,7 @@ from gain_ops.utils.errors import UsageError
 _ACTIVATIONS = {
     "SiLU": "silu",
     "SiLUActivation": "silu",
+    "BloomGelu": "gelu_tanh",
     "GELUActivation": "gelu",
     "NewGELUActivation": "gelu_tanh",
     "GELUTanh": "gelu_tanh",
@@ -98,6 +100,15 @@ def fuse(module: nn.Module, *, recompute: bool, chunk: int | None) -> None:
 
     """
     layout = layout_of(module)
+    chain = None if layout is not None else _gained_chain(module)
+    if chain is not None:
+        if recompute or chunk is not None:
+            raise UsageError(
+                f"memory='lean' and mlp_chunk with fuse_mlp need an FFN whose forward is that alone, and "
+                f"{type(module).__name__} does more: use memory='fast' and no mlp_chunk"
+            )
+        fold(module, chain, _activation)
+        return
     if layout is None:
         raise UsageError(
             f"fuse_mlp cannot serve {type(module).__name__}: its forward is none of the known ones "
@@ -125,7 +136,9 @@ def fuse_all(model: nn.Module, *, recompute: bool, chunk: int | None) -> None:
         ValueError: as fuse(); or there is none. FFNs that were fused before stay fused; unfuse() undoes it.
 
     """
-    found = [module for name, module in model.named_modules() if _is_gained_ffn(name, module)]
+    chains = {module: chain for module in model.modules() if (chain := _gained_chain(module)) is not None}
+    chained = {id(module.get_submodule(chain.down)) for module, chain in chains.items()}
+    found = [m for name, m in model.named_modules() if m in chains or _is_gained_ffn(name, m, chained)]
     if not found:
         raise UsageError(
             "fuse_mlp found no FFN whose down projection has a gain: use targets='gain-ffn', or leave it off"
@@ -140,6 +153,7 @@ def unfuse(model: nn.Module) -> None:
         module.__class__ = type(module).__bases__[1]
         for name in ("_gain_layout", "_gain_activation", "_gain_recompute", "_gain_chunk"):
             delattr(module, name)
+    unfold_activations(model)
 
 
 def fused_modules(model: nn.Module) -> Iterator[FusedMlp]:
@@ -147,13 +161,28 @@ def fused_modules(model: nn.Module) -> Iterator[FusedMlp]:
     return (module for module in model.modules() if isinstance(module, FusedMlp))
 
 
-def _is_gained_ffn(name: str, module: nn.Module) -> bool:
-    """Whether it holds a gained down projection: by its layout, or otherwise by names, for fuse() to refuse it."""
+def _gained_chain(module: nn.Module) -> Chain | None:
+    """The chain of an FFN that does more than that, if its down projection has a gain."""
+    near = (grandchild for child in module.children() for grandchild in (child, *child.children()))
+    gained = any(isinstance(one, Gained) for one in near)  # forwards are read where it matters alone
+    chains = chains_of(module) if gained and layout_of(module) is None else []
+    modules = dict(module.named_modules()) if chains else {}
+    for chain in chains:
+        if {chain.gate, chain.activation} <= modules.keys() and isinstance(modules.get(chain.down), Gained):
+            return chain
+    return None
+
+
+def _is_gained_ffn(name: str, module: nn.Module, chained: Container[int]) -> bool:
+    """Whether it holds a gained down projection: by its layout, or otherwise by names, for fuse() to refuse it.
+
+    chained: the ids of the down projections that chains hold.
+    """
     layout = layout_of(module)
     if layout is not None:
         return isinstance(getattr(module, layout.down, None), Gained)
     children = ((leaf, child) for leaf, child in module.named_children() if not isinstance(child, ExpertsGain))
-    gained = [(leaf, child) for leaf, child in children if isinstance(child, Gained)]
+    gained = [(leaf, child) for leaf, child in children if isinstance(child, Gained) and id(child) not in chained]
     kinds = [named_kind(Linear(f"{name}.{leaf}" if name else leaf, child, module)) for leaf, child in gained]
     return any(kind not in (ATTENTION, MIXER) for kind in kinds)
 
