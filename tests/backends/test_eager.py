@@ -65,7 +65,7 @@ def test_a_linear_map_has_the_bits_of_the_reference(dtype: torch.dtype, biased: 
     assert torch.equal(eager.linear_z(*arguments)[0], y)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES[:2])
 @pytest.mark.parametrize("call", PASSES)
 def test_beside_its_results_a_pass_needs_some_chunks(call: str, dtype: torch.dtype) -> None:
     t, n = 8 * eager._CACHED // 256, 256

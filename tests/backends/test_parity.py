@@ -39,9 +39,25 @@ def _module(backend: str) -> ModuleType:
     return triton_backend if backend == "triton" else host_extension.backend()
 
 
+# The interpreter takes seconds for many programs. A partial tile of tokens, and multiples of 16, are in test_any_shape too.
+DEAR = ((32, 64, 48), (37, 64, 48))
+SMALL_CASES = [
+    pytest.param(
+        b,
+        d,
+        shape,
+        id=f"{b}-{str(d)[6:]}-shape{n}",
+        marks=pytest.mark.slow if interpreted and shape == SMALL[4] and d == torch.float32 else (),
+    )
+    for b in BACKENDS
+    for d in DTYPES[b]
+    for n, shape in enumerate(SMALL)
+    if not ((interpreted := b == "triton" and DEVICE == "cpu") and shape in DEAR)
+]
+
+
 @pytest.mark.parametrize("call", CALLS)
-@pytest.mark.parametrize(("backend", "dtype"), BACKEND_DTYPES)
-@pytest.mark.parametrize("shape", SMALL)
+@pytest.mark.parametrize(("backend", "dtype", "shape"), SMALL_CASES)
 def test_no_worse_than_plain_torch(call: str, backend: str, dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
     compare(_module(backend), call, tensors(*shape, dtype))
 
@@ -147,7 +163,7 @@ def test_vectors_of_any_stride(call: str, backend: str) -> None:
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_torchs_default_dtype_changes_nothing(call: str, backend: str) -> None:
-    arguments = tensors(40, 16, 24, torch.float16)
+    arguments = tensors(9, 16, 24, torch.float16)
     expected = run(_module(backend), call, arguments)
     torch.set_default_dtype(torch.bfloat16)
     try:
@@ -159,9 +175,9 @@ def test_torchs_default_dtype_changes_nothing(call: str, backend: str) -> None:
 
 
 @pytest.mark.parametrize("call", CALLS)
-@pytest.mark.parametrize(("backend", "dtype"), BACKEND_DTYPES)
+@pytest.mark.parametrize(("backend", "dtype"), [(backend, dtypes[-1]) for backend, dtypes in DTYPES.items()])
 def test_the_same_bits_on_a_second_run(call: str, backend: str, dtype: torch.dtype) -> None:
-    arguments = tensors(72, 48, 40, dtype)  # partials of more than one chunk of rows
+    arguments = tensors(72, 24, 40, dtype)  # partials of more than one chunk of rows
     first, second = (run(_module(backend), call, arguments) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 

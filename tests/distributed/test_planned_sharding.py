@@ -78,7 +78,10 @@ def _sharded(name: str, checkpointed: bool, tokens: int, vocabulary: int) -> tup
 @pytest.mark.parametrize(
     ("name", "checkpointed", "tokens", "vocabulary"),
     [
-        *((name, again, TOKENS, VOCABULARY) for name in ("gain-ffn", "full fine-tuning") for again in (False, True)),
+        ("gain-ffn", True, TOKENS, VOCABULARY),
+        pytest.param("gain-ffn", False, TOKENS, VOCABULARY, marks=pytest.mark.slow),
+        ("full fine-tuning", False, TOKENS, VOCABULARY),
+        pytest.param("full fine-tuning", True, TOKENS, VOCABULARY, marks=pytest.mark.slow),
         ("gain-ffn", True, 8, LARGE),
     ],
 )
@@ -124,7 +127,13 @@ def _split(name: str, checkpointed: bool) -> int:
     return sent(payloads.payload, 2)
 
 
-@pytest.mark.parametrize("name", ["gain-ffn", "gain, lean", "gain-ffn, fused", "full fine-tuning"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "gain-ffn",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("gain, lean", "gain-ffn, fused", "full fine-tuning")),
+    ],
+)
 def test_two_processes_of_tensor_parallelism_send_what_is_planned(two, name: str) -> None:
     job = Job(_config(), 2, GIB, TOKENS, TOKENS, reserve=0)
     planned = {row.checkpointed: row.sent for row in rows(job, [METHODS[name]]) if row.strategy == "TP 2"}
@@ -159,7 +168,7 @@ def _launched(row: Row, gpus: int) -> tuple[float, float]:
     [
         *((2, strategy, "gain-ffn") for strategy in ("replicated x 2", "FSDP 2", "TP 2")),
         (2, "TP 2", "gain-ffn, fused"),
-        (4, "TP 2 x FSDP 2", "gain-ffn"),
+        pytest.param(4, "TP 2 x FSDP 2", "gain-ffn", marks=pytest.mark.slow),
     ],
 )
 def test_the_printed_lines_run(request, world: int, strategy: str, name: str) -> None:

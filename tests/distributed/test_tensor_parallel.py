@@ -175,7 +175,7 @@ def test_two_ranks_train_as_one(two, targets, options, plan):
     two(trained, targets, options, plan)
 
 
-@pytest.mark.parametrize("side", ["output", "input"])
+@pytest.mark.parametrize("side", ["output", pytest.param("input", marks=pytest.mark.slow)])
 def test_four_ranks_train_as_one(four, side):
     four(trained, EVERYWHERE, {"side": side}, {"sequence": side == "output"})
 

@@ -240,8 +240,11 @@ def resumed(kind, make, folder, **options):
     return through, again
 
 
-@pytest.mark.parametrize("kind", [Trainer, GainTrainer])
-@pytest.mark.parametrize("options", [{}, {"bf16": True, "gradient_accumulation_steps": 2}], ids=["float32", "bf16"])
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [(Trainer, {}), (GainTrainer, {"bf16": True, "gradient_accumulation_steps": 2})],
+    ids=["Trainer-float32", "GainTrainer-bf16"],
+)
 def test_a_resumed_training_has_the_same_losses_and_gains(tmp_path, kind, options):
     through, again = resumed(kind, gained, tmp_path, **options)
     assert len(losses(through)) == 10
@@ -346,7 +349,9 @@ def quantised(folder, config):
     return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config(), dtype=torch.float32)
 
 
-@pytest.mark.parametrize("config", [nf4, bitsandbytes_int8, torchao_int8])
+@pytest.mark.parametrize(
+    "config", [nf4, *(pytest.param(c, marks=pytest.mark.slow) for c in (bitsandbytes_int8, torchao_int8))]
+)
 def test_gains_train_and_resume_on_a_quantised_base(tmp_path, folder, config):
     with pytest.raises(ValueError, match="cannot perform fine-tuning on purely quantized models"):
         Trainer(gained(quantised(folder, config)), arguments(tmp_path), train_dataset=rows())

@@ -93,6 +93,12 @@ def test_an_adapter_is_no_ffn():
 
 
 ALBERT = "encoder.albert_layer_groups.0.albert_layers.0"
+GRANITE = [
+    f"model.layers.{i}.{n}"
+    for i in range(2)
+    for n in ("block_sparse_moe.experts.down_proj", "shared_mlp.output_linear")
+]
+GRANITE.append("model.layers.1.self_attn.o_proj")
 SWIN = [(stage, block) for stage, blocks in enumerate((2, 2, 6, 2)) for block in range(blocks)]
 
 
@@ -104,6 +110,8 @@ SWIN = [(stage, block) for stage, blocks in enumerate((2, 2, 6, 2)) for block in
         ("modernbert", "gain-ffn", [f"layers.{i}.{name}.Wo" for i in range(2) for name in ("attn", "mlp")]),
         ("hubert", "gain", [f"encoder.layers.{i}.attention.out_proj" for i in range(2)]),
         ("albert", "gain-ffn", [f"{ALBERT}.{n}" for n in ("attention.dense", "ffn_output")]),
+        ("granitemoehybrid", "gain-ffn", GRANITE),
+        ("codegen", "gain-ffn", [f"transformer.h.{i}.{name}" for i in range(2) for name in ("attn.out_proj", "mlp.fc_out")]),
         ("qwen3_5_text", "gain", ["model.layers.0.self_attn.o_proj"]),
         ("qwen3_5_text", "gain-mixer", ["model.layers.1.linear_attn.out_proj"]),
         ("lfm2", "gain-mixer", ["model.layers.0.conv.out_proj"]),

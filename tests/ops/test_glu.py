@@ -296,6 +296,8 @@ class TestMlp:
         assert torch.allclose(torch.autograd.grad(y.sum(), given_["delta"])[0], wanted)
 
     def test_compile(self, form: str, recompute: bool, chunk: int | None) -> None:
+        if recompute != (chunk is None):
+            pytest.skip("half of the combinations compile all that there is")
         given_ = ffn(form)
         compiled = torch.compile(gain_mlp, backend="aot_eager", fullgraph=True)
         y = compiled(**given_, recompute=recompute, chunk=chunk)

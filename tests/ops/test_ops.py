@@ -50,8 +50,15 @@ def test_every_place_has_every_op_with_the_arguments_of_the_protocol(place: Modu
 
 
 @pytest.mark.parametrize("name", ARGUMENTS)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("layout", ["contiguous", "transposed", "expanded"])
+@pytest.mark.parametrize(
+    ("layout", "dtype"),
+    [
+        ("contiguous", torch.float64),
+        ("contiguous", torch.float32),
+        ("transposed", torch.float16),
+        ("expanded", torch.bfloat16),
+    ],
+)
 def test_opcheck(name: str, dtype: torch.dtype, layout: str) -> None:
     given = _tensors(dtype, layout)
     arguments = [given[argument] for argument in ARGUMENTS[name]]

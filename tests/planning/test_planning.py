@@ -117,7 +117,11 @@ def test_a_step_peaks_at_what_is_planned_or_its_gradients_less(name: str) -> Non
     assert real <= row.total <= real + sum(parameter.nbytes for parameter in trained)
 
 
-@pytest.mark.parametrize("name", NAMES)
+# whole passes of two sizes each: those that save unlike each other in seconds, the others marked slow
+TOLD = ("gain-ffn", "gain-ffn, fused, lean", "LoRA r=16")
+
+
+@pytest.mark.parametrize("name", [n if n in TOLD else pytest.param(n, marks=pytest.mark.slow) for n in NAMES])
 def test_two_layers_and_three_say_what_seven_take(name: str) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         few, whole = (count(tiny(7), PLANNED[name], TOKENS, LENGTH, dtype, alike=alike) for alike in (True, False))

@@ -180,6 +180,8 @@ def _options(config: PreTrainedConfig) -> dict[str, Any]:
                 options[name] = min(_SIZES[name], value) if "layers" in name else _SIZES[name]
             elif name in _IDS:
                 options[name] = 1
+        elif name == "initializer_range" and isinstance(value, float) and value < 1e-3:  # SAM's is 1e-10
+            options[name] = 0.02
     if {"kv_lora_rank", "num_key_value_heads"} <= options.keys() or _get(config, "num_key_value_heads") is None:
         options["num_key_value_heads"] = _SIZES["num_attention_heads"]
     rope = _get(config, "rope_parameters")
