@@ -17,6 +17,8 @@ from gain_ops.models.apply import remove as remove
 from gain_ops.models.check import check as check
 from gain_ops.models.files import load_gains as load_gains
 from gain_ops.models.files import save_gains as save_gains
+from gain_ops.models.mixing import mix_gains as mix_gains
+from gain_ops.models.mixing import use_sets as use_sets
 from gain_ops.models.sets import active_gains as active_gains
 from gain_ops.models.sets import add_gains as add_gains
 from gain_ops.models.sets import list_gains as list_gains

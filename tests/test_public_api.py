@@ -40,11 +40,13 @@ def test_the_names() -> None:
         "gain_swiglu",
         "list_gains",
         "load_gains",
+        "mix_gains",
         "read_gains",
         "remove",
         "save_gains",
         "saved_bytes",
         "set_gains",
+        "use_sets",
         "using_gains",
         "write_gains",
     ]

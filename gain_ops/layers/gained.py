@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from gain_ops.layers.linears import is_packed, offloads, refuse_sharded
+from gain_ops.layers.mixed import Mixed
 from gain_ops.ops.dispatch import check_name
 from gain_ops.ops.linear import check_side_and_save
 from gain_ops.utils.errors import UsageError
@@ -47,6 +48,7 @@ class Gained(nn.Module):
     save: str
     backend: str
     _original: tuple[nn.Module, ...] = ()
+    mixed: Mixed | None = None  # the gains of several sets, see gain_ops.mix_gains
     _hooked = False  # whether accelerate has put a hook on it
 
     @property

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from gain_ops.layers.gained import Gained, check_options, frozen, share_hooks
 from gain_ops.layers.linears import describe, is_plain_conv1d, is_plain_linear, sizes
 from gain_ops.ops.linear import gain_linear
+from gain_ops.ops.mixed import mixed_linear
 
 
 class GainLinear(Gained, nn.Linear):
@@ -93,6 +94,11 @@ class GainLinear(Gained, nn.Linear):
         if self._hooked:
             self.refuse_offloaded()
         bias = None if self.bias is None else frozen(self.bias)
+        if self.mixed is not None and self.mixed.ids is not None:
+            index = self.mixed.rows(input)
+            return mixed_linear(
+                input, frozen(self.weight), self.mixed.delta, index, bias, side=self.side, backend=self.backend
+            )
         return gain_linear(
             input, frozen(self.weight), self.delta, bias, side=self.side, save=self.save, backend=self.backend
         )
