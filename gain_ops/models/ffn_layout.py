@@ -89,7 +89,7 @@ def _over_two(module: nn.Module, first: str, second: str) -> Chain | None:
     gate = None if activated is None else _call_of_child(activated[1])
     if activated is None or gate is None or not isinstance(gate[1], ast.Name) or after is None:
         return None
-    function = _function(type(module.get_submodule(second)), "forward")
+    function = _function(cast(Any, type(module.get_submodule(second))), "forward")
     assert function is not None  # its result was read
     h = function.args.args[1].arg
     readers = [call for node in ast.walk(after) if isinstance(node, ast.Call) and (call := _call_of_child(node))]
@@ -104,6 +104,8 @@ def _chain(node: ast.expr) -> Chain | None:
     """The chain that an expression is."""
     down = _call_of_child(node)
     activation = None if down is None else _call_of_child(down[1])
+    if activation is not None and "dropout" in activation[0]:  # a gain goes through it
+        activation = _call_of_child(activation[1])
     gate = None if activation is None else _call_of_child(activation[1])
     if down is None or activation is None or gate is None:
         return None

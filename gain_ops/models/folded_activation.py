@@ -6,7 +6,6 @@ activation with the gain in it (gain_ops.gain_activation, which saves the gate's
 gain out. Names, parameters, state dict and hooks stay. unfold_activations() restores the classes.
 """
 
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from gain_ops.layers.gained import Gained, frozen
 from gain_ops.layers.wrapper import GainWrapper
 from gain_ops.models.ffn_layout import Chain
+from gain_ops.models.mixins import mixed, rebuild_mixed
 from gain_ops.ops.glu import gain_activation
 from gain_ops.utils.errors import UsageError
 
@@ -33,7 +33,7 @@ class FoldedActivation(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle by the original class: the class made here has no name that pickle could find."""
-        return _rebuild, (FoldedActivation, type(self).__bases__[1]), self.__dict__
+        return rebuild_mixed, type(self).__bases__, self.__dict__
 
 
 class FoldedDown(Gained):
@@ -51,7 +51,7 @@ class FoldedDown(Gained):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle by the original class, as above."""
-        return _rebuild, (FoldedDown, type(self).__bases__[1]), self.__dict__
+        return rebuild_mixed, type(self).__bases__, self.__dict__
 
 
 def fold(holder: nn.Module, chain: Chain, name_of: Callable[[nn.Module], str]) -> None:
@@ -70,8 +70,8 @@ def fold(holder: nn.Module, chain: Chain, name_of: Callable[[nn.Module], str]) -
             "of its own. Leave fuse_mlp off."
         )
     module._gain_name, module._gain_of = name_of(module), (down,)  # type: ignore[assignment]
-    module.__class__ = _mixed(FoldedActivation, cast(Any, type(module)))
-    down.__class__ = _mixed(FoldedDown, cast(Any, type(down)))
+    module.__class__ = mixed(FoldedActivation, type(module))
+    down.__class__ = mixed(FoldedDown, type(down))
 
 
 def unfold_activations(model: nn.Module) -> None:
@@ -96,13 +96,3 @@ def refuse_folded_activations(model: nn.Module, what: str) -> None:
             f"{what} cannot serve gains that fuse_mlp folded into an activation of another module ({type(folded).__name__}): "
             "apply() without fuse_mlp"
         )
-
-
-@functools.cache
-def _mixed(mixin: type[nn.Module], kind: Any) -> type[nn.Module]:
-    return type(f"Gain{kind.__name__}", (mixin, kind), {"__module__": __name__})
-
-
-def _rebuild(mixin: type[nn.Module], kind: type[nn.Module]) -> nn.Module:
-    made = _mixed(mixin, cast(Any, kind))
-    return made.__new__(made)

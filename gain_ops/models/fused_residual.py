@@ -18,6 +18,7 @@ from gain_ops.layers.linears import describe
 from gain_ops.layers.wrapper import GainWrapper
 from gain_ops.models.decoder_layout import NormForm, folded_forward, folds_of, last_projection, norm_form
 from gain_ops.models.fused_mlp import hooked
+from gain_ops.models.mixins import mixed, rebuild_mixed
 from gain_ops.ops.linear import gain_scale
 from gain_ops.ops.residual import gain_add, gain_add_rms_norm, gain_rms_norm_add
 from gain_ops.ops.rms_norm import gain_rms_norm
@@ -40,12 +41,12 @@ class WithheldGain(Gained):
         """x [..., in_features] -> z [..., out_features]; a wrapped base's bias is taken off again, as GainWrapper does."""
         if not isinstance(self, GainWrapper):
             return F.linear(input, cast(Tensor, self.weight))
-        y, bias = self._through_base(input), self.bias
+        y, bias = self.through_base(input), self.bias
         return y if bias is None else y - bias.to(y.dtype)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle by the original class: the class made here has no name that pickle could find."""
-        return _rebuild_mixed, type(self).__bases__, self.__dict__
+        return rebuild_mixed, type(self).__bases__, self.__dict__
 
 
 class OnePassNorm(nn.Module):
@@ -63,7 +64,7 @@ class OnePassNorm(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle by the original class: the class made here has no name that pickle could find."""
-        return _rebuild_mixed, type(self).__bases__, self.__dict__
+        return rebuild_mixed, type(self).__bases__, self.__dict__
 
 
 class FusedResidual(nn.Module):
@@ -145,7 +146,7 @@ def fuse_residual(model: nn.Module) -> None:
         for place in places.values():
             projection = layer.get_submodule(place.projection)
             if not isinstance(projection, WithheldGain):
-                projection.__class__ = _mixed(cast(Any, WithheldGain), cast(Any, type(projection)))
+                projection.__class__ = mixed(WithheldGain, type(projection))
         _fuse_norms(layer, places)
         layer._gain_places = places  # type: ignore[assignment]
         layer.__class__ = _fused_class(cast(Any, type(layer)), tuple(places))
@@ -182,7 +183,7 @@ def _fuse_norms(layer: nn.Module, places: dict[str, Place]) -> None:
         if form is None or id(module) in taken or "forward" in vars(module) or hooked(module):
             continue
         module._gain_form, module._gain_backend = form, backend  # type: ignore[assignment]
-        module.__class__ = _mixed(cast(Any, OnePassNorm), cast(Any, type(module)))
+        module.__class__ = mixed(OnePassNorm, type(module))
 
 
 def _why_not(layer: nn.Module, part: str, holder: nn.Module, last: str | None, projection: Gained) -> str | None:
@@ -222,20 +223,10 @@ def _weight_and_eps(norm: nn.Module, form: NormForm) -> tuple[Tensor, float]:
 
 
 @functools.cache
-def _mixed(mixin: Any, kind: Any) -> type[nn.Module]:
-    return type(kind.__name__, (mixin, kind), {"__module__": __name__})
-
-
-@functools.cache
 def _fused_class(kind: Any, parts: tuple[str, ...]) -> type[nn.Module]:
     """Under the layer's own name, by which FSDP's and accelerate's plans find decoder layers."""
     body = {"__module__": __name__, "forward": folded_forward(kind, parts)}
     return type(kind.__name__, (FusedResidual, kind), body)
-
-
-def _rebuild_mixed(mixin: type[nn.Module], kind: type[nn.Module]) -> nn.Module:
-    made = _mixed(cast(Any, mixin), cast(Any, kind))
-    return made.__new__(made)
 
 
 def _rebuild_layer(kind: type[nn.Module], parts: tuple[str, ...]) -> nn.Module:
