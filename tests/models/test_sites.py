@@ -99,6 +99,7 @@ GRANITE = [
     for n in ("block_sparse_moe.experts.down_proj", "shared_mlp.output_linear")
 ]
 GRANITE.append("model.layers.1.self_attn.o_proj")
+SPEECH = ("attention.out_proj", "feed_forward.output_dense")
 SWIN = [(stage, block) for stage, blocks in enumerate((2, 2, 6, 2)) for block in range(blocks)]
 
 
@@ -109,6 +110,7 @@ SWIN = [(stage, block) for stage, blocks in enumerate((2, 2, 6, 2)) for block in
         ("deepseek_v4", "gain", [f"model.layers.{i}.self_attn.o_b_proj" for i in range(2)]),
         ("modernbert", "gain-ffn", [f"layers.{i}.{name}.Wo" for i in range(2) for name in ("attn", "mlp")]),
         ("hubert", "gain", [f"encoder.layers.{i}.attention.out_proj" for i in range(2)]),
+        ("wav2vec2", "gain-ffn", [f"encoder.layers.{i}.{n}" for i in range(2) for n in SPEECH]),
         ("albert", "gain-ffn", [f"{ALBERT}.{n}" for n in ("attention.dense", "ffn_output")]),
         ("granitemoehybrid", "gain-ffn", GRANITE),
         ("codegen", "gain-ffn", [f"transformer.h.{i}.{name}" for i in range(2) for name in ("attn.out_proj", "mlp.fc_out")]),
