@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from gain_ops.layers.linears import is_conv1d, is_plain_conv1d, is_plain_linear
-from gain_ops.models.apply import MEMORIES
 from gain_ops.models.projections import names_attention_output
 from gain_ops.ops.dispatch import check_name
 from gain_ops.ops.linear import gain_linear, gain_scale
@@ -111,8 +110,8 @@ def fuse(peft_model: nn.Module, *, memory: str = "fast", backend: str = "auto") 
 
     """
     tuner = _ia3_tuner(peft_model, "fuse")
-    if memory not in MEMORIES:
-        raise UsageError(f"memory={memory!r} is not one of {', '.join(map(repr, MEMORIES))}")
+    if memory not in ("fast", "lean"):
+        raise UsageError(f"memory={memory!r} is not one of 'fast', 'lean'")
     check_name(backend)
     if isinstance(tuner, FusedIA3Model):
         raise UsageError("the model is fused already: unfuse() it first to change memory or backend")

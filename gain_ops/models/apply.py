@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import torch
@@ -13,9 +13,10 @@ from gain_ops.layers.gained import Gained, check_options
 from gain_ops.layers.linears import is_kind, offloads, own_tensors, refuse_fsdp, refuse_sharded, sizes
 from gain_ops.layers.make import gain_layer
 from gain_ops.models.experts import attach, detach
-from gain_ops.models.fused_mlp import fuse_all, unfuse
+from gain_ops.models.folded_activation import FoldedDown
+from gain_ops.models.fused_mlp import FusedMlp, fuse_all, unfuse
+from gain_ops.models.fused_residual import WithheldGain, unfuse_residual
 from gain_ops.models.fused_residual import fuse_residual as fold_into_adds
-from gain_ops.models.fused_residual import unfuse_residual
 from gain_ops.models.kept import find_kept, warn_of_frozen_head
 from gain_ops.models.record import (
     RECORD,
@@ -32,7 +33,7 @@ from gain_ops.ops.dispatch import check_name
 from gain_ops.utils.errors import UsageError
 from gain_ops.utils.wording import first_of
 
-MEMORIES = ("fast", "lean")
+MEMORIES = ("fast", "lean", "auto")
 
 # Adapted layers, and the wrapper that trains a copy of a module (modules_to_save).
 _PEFT_LAYERS = ("peft.BaseTunerLayer", "peft.AuxiliaryTrainingWrapper")
@@ -69,7 +70,9 @@ def apply(
             "mixed", "output" at attention output projections and "input" elsewhere, for fuse_residual with fuse_mlp.
         memory: "fast" saves z = x @ W.T for backward at output-side sites. "lean" saves x at attention output projections,
             where scaled-dot-product attention already holds it, for one more GEMM in the backward, and elsewhere the
-            smaller of the two. The input side always saves x.
+            smaller of the two. The input side always saves x. "auto" folds each gain into a pass that the model makes anyway,
+            where it is known how, and is "fast" elsewhere: fuse_residual and fuse_mlp site by site, without a refusal.
+            Applied.folded names the sites. A model that is sharded afterwards takes "fast" or "lean".
         backend: "auto", "triton", "cuda" or "eager"; see gain_ops.ops.dispatch.
         fuse_mlp: run each FFN whose down projection gets a gain as gain_ops.gain_mlp: its hidden activation, with the gain in
             it, is computed again in the backward and not saved, so that a gained FFN saves less than a frozen one. With
@@ -246,10 +249,26 @@ def place(
             fuse_all(model, recompute=running.memory == "lean", chunk=running.mlp_chunk)
         if running.fuse_residual:
             fold_into_adds(model)
+        if running.memory == "auto":
+            fuse_all(model, recompute=False, chunk=None, where_possible=True)
+            fold_into_adds(model, where_possible=True)
     except ValueError:
         remove(model)
         raise
+    applied = replace(applied, folded=_folded(model))
+    setattr(model, RECORD, Record(applied, flags))
     return applied
+
+
+def _folded(model: nn.Module) -> tuple[str, ...]:
+    """The names of the projections whose gain another module computes."""
+    names = []
+    for name, module in model.named_modules():
+        if isinstance(module, FusedMlp):
+            names.append(f"{name}.{module._gain_layout.down}" if name else module._gain_layout.down)
+        elif isinstance(module, FoldedDown | WithheldGain):
+            names.append(name)
+    return tuple(map(canonical_name, names))
 
 
 def _restore_flags(model: nn.Module, flags: Mapping[str, bool]) -> None:
@@ -324,7 +343,7 @@ def _side(site: Site, side: str) -> str:
 
 def _save(site: Site, side: str, memory: str) -> str:
     """What the site saves for backward."""
-    if side == "input" or memory == "fast":
+    if side == "input" or memory != "lean":
         return "auto"
     n_in, n_out = sizes(site.module) or (0, 0)
     return "input" if site.attention or n_out > n_in else "output"

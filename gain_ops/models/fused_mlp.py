@@ -101,6 +101,13 @@ def fuse(module: nn.Module, *, recompute: bool, chunk: int | None) -> None:
     """
     layout = layout_of(module)
     chain = None if layout is not None else _gained_chain(module)
+    last = layout.down if layout is not None else None if chain is None else chain.down
+    side = "input" if last is None else getattr(module.get_submodule(last), "side", "input")
+    if side != "input":
+        raise UsageError(
+            f"fuse_mlp folds a gain on the input side of {last} into the FFN's activation, and this one is on the {side} side: "
+            "leave fuse_mlp off"
+        )
     if chain is not None:
         if recompute or chunk is not None:
             raise UsageError(
@@ -129,22 +136,27 @@ def fuse(module: nn.Module, *, recompute: bool, chunk: int | None) -> None:
     module.__class__ = _fused_class(cast(Any, type(module)))
 
 
-def fuse_all(model: nn.Module, *, recompute: bool, chunk: int | None) -> None:
+def fuse_all(model: nn.Module, *, recompute: bool, chunk: int | None, where_possible: bool = False) -> None:
     """fuse() every module of a model that holds a down projection with a gain on its input side.
 
     Raises:
-        ValueError: as fuse(); or there is none. FFNs that were fused before stay fused; unfuse() undoes it.
+        ValueError: as fuse(); or there is none. FFNs that were fused before stay fused; unfuse() undoes it. With
+            ``where_possible`` an FFN that cannot be served stays as it is instead.
 
     """
     chains = {module: chain for module in model.modules() if (chain := _gained_chain(module)) is not None}
     chained = {id(module.get_submodule(chain.down)) for module, chain in chains.items()}
     found = [m for name, m in model.named_modules() if m in chains or _is_gained_ffn(name, m, chained)]
-    if not found:
+    if not found and not where_possible:
         raise UsageError(
             "fuse_mlp found no FFN whose down projection has a gain: use targets='gain-ffn', or leave it off"
         )
     for module in found:
-        fuse(module, recompute=recompute, chunk=chunk)
+        try:
+            fuse(module, recompute=recompute, chunk=chunk)
+        except UsageError:
+            if not where_possible:
+                raise
 
 
 def unfuse(model: nn.Module) -> None:

@@ -112,12 +112,13 @@ class FusedResidual(nn.Module):
         return _rebuild_layer, (type(self).__bases__[1], tuple(self._gain_places)), self.__dict__
 
 
-def fuse_residual(model: nn.Module) -> None:
+def fuse_residual(model: nn.Module, *, where_possible: bool = False) -> None:
     """Fold every gain on the output side of a part's last projection into the layer's add.
 
     Raises:
         ValueError: a layer, an add, a norm or a projection that is not known or that something else looks at; or no gain that
-            could be folded. Layers that were fused before stay fused; unfuse_residual() undoes it.
+            could be folded. Layers that were fused before stay fused; unfuse_residual() undoes it. With ``where_possible`` a
+            gain that cannot be folded stays where it is instead.
 
     """
     layers: dict[int, tuple[nn.Module, dict[str, Place]]] = {}
@@ -131,13 +132,15 @@ def fuse_residual(model: nn.Module) -> None:
         if last is not None and last != leaf:
             continue  # a gain on another projection, such as q_proj, stays where it is
         why = _why_not(layer, part, holder, last, projection)
+        if why is not None and where_possible:
+            continue
         if why is not None:
             raise UsageError(f"fuse_residual cannot serve {name}: {why}. Leave fuse_residual off.")
         norm = folds_of(type(layer))[part].norm
         form = norm_form(cast(Any, type(layer.get_submodule(norm)))) if norm else None
         _, places = layers.setdefault(id(layer), (layer, {}))
         places[part] = Place(f"{part}.{leaf}", norm, form)
-    if not layers:
+    if not layers and not where_possible:
         raise UsageError(
             "fuse_residual found no attention output or FFN down projection with a gain on its output side: choose other "
             "targets, or leave it off"

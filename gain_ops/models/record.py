@@ -25,6 +25,7 @@ class Applied:
         trained: how many parameters are now trained: gains, and those of modules_to_save.
         renamed: of load_gains(), the layers that the gain file calls by another name: (name in the file, name here).
         kept: the modules of modules_to_save, which are trained whole and saved with the gains.
+        folded: the modules whose gain is computed in a pass that the model makes anyway (fuse_residual, fuse_mlp).
         left_out: what looks like a place for a gain and got none, a sentence for each reason; for presets alone.
 
     """
@@ -36,14 +37,16 @@ class Applied:
     renamed: tuple[tuple[str, str], ...] = ()
     kept: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
+    folded: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         targets = self.targets if isinstance(self.targets, str) else ", ".join(self.targets)
         layers = f"{len(self.names)} layer" + ("s" if len(self.names) != 1 else "")
         names = "".join(f"; {len(self.renamed)} by other names, {a} as {b}" for a, b in self.renamed[:1])
+        folded = f"; {len(self.folded)} folded" if self.folded else ""
         kept = f"; {', '.join(self.kept)} trained whole" if self.kept else ""
         without = "".join(f"; left out: {text}" for text in self.left_out)
-        said = f"{self.trained:,} trained parameters{kept}{names}{without}"
+        said = f"{self.trained:,} trained parameters{folded}{kept}{names}{without}"
         return f"Applied({layers}, {self.side} side, targets {targets}: {said})"
 
 
