@@ -45,7 +45,10 @@ def adapt(
     ] = Settings.targets,
     side: Annotated[str, typer.Option(help="output: a gain for each row of W; input: each column.")] = Settings.side,
     memory: Annotated[
-        str, typer.Option(help="fast, or lean: keeps less for backward and computes more.")
+        str,
+        typer.Option(
+            help="fast; lean: keeps less for backward and computes more; auto: gains in passes that the model makes anyway."
+        ),
     ] = Settings.memory,
     steps: Annotated[int, typer.Option(help="Training steps.")] = Settings.steps,
     batch_tokens: Annotated[int, typer.Option(help="Tokens in a step.")] = Settings.batch_tokens,
