@@ -41,7 +41,7 @@ def linear(x: Tensor, weight: Tensor, delta: Tensor, bias: Tensor | None) -> Ten
 def linear_z(x: Tensor, weight: Tensor, delta: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """Lines (1), (2), and z as well: -> y [T, out], z [T, out]."""
     z = F.linear(x, weight)
-    return _scaled(z, delta, bias, _empty(z)), z
+    return _scaled(z, delta, bias, None), z
 
 
 def linear_input(x: Tensor, weight: Tensor, delta: Tensor, bias: Tensor | None) -> Tensor:
@@ -51,7 +51,10 @@ def linear_input(x: Tensor, weight: Tensor, delta: Tensor, bias: Tensor | None) 
 
 def backward(dy: Tensor, z: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
     """Lines (3), (4) from a saved z: -> dz [T, out], ddelta [out]."""
-    gain, dz, sums = gain_of(delta, dy.dtype), _empty(dy), _Sums()
+    gain = gain_of(delta, dy.dtype)
+    if dy.numel() <= _CACHED and dy.dtype == gain.dtype and dy.is_contiguous():
+        return dy * gain, (dy * z).sum(0)  # one chunk: the same lines, and two fifths of the host's time
+    dz, sums = _empty(dy), _Sums()
     for _, (dy_, z_, dz_, product) in _walk([dy, z], [dz], 1):
         torch.mul(dy_, z_, out=product)
         sums.add(product.sum(0))
@@ -369,9 +372,13 @@ class _Sums:
         return total
 
 
-def _scaled(z: Tensor, delta: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
-    """``gain * z + b``, rounded once into out, which may be z."""
+def _scaled(z: Tensor, delta: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
+    """``gain * z + b``, rounded once into out, which may be z, or like a contiguous z."""
     gain = gain_of(delta, z.dtype)
+    if out is None:
+        if bias is None and z.dtype == gain.dtype:
+            return z * gain
+        out = _empty(z)
     if z.dtype == gain.dtype or z.device.type not in ("cpu", "meta"):
         return torch.mul(z, gain, out=out) if bias is None else torch.addcmul(bias, z, gain, out=out)
     # on a CPU a product of two dtypes makes wide copies of all that it is given

@@ -29,8 +29,6 @@ def _bits(*names: str) -> int:
 _OTHER = ~_bits("CPU", "CUDA", "AutogradCPU", "AutogradCUDA", "AutocastCPU", "AutocastCUDA", "ADInplaceOrView")
 """All keys of a tensor but those of a plain one; autograd's and autocast's have nothing registered for a raw op."""
 
-_PLAIN = (Tensor, Parameter)
-
 
 def call(op: Callable[P, R], *arguments: P.args, **none: P.kwargs) -> R:
     """``op(*arguments)`` of an op in raw.py, outside autograd: the same result, the shorter way where there is one."""
@@ -53,11 +51,12 @@ def is_heard(*arguments: object) -> bool:
         return True
     met = False
     for argument in arguments:
-        if isinstance(argument, Tensor):
+        kind = type(argument)
+        if kind is Tensor or kind is Parameter:
             # all lie on one device, and a public function has checked their dtypes: a negative view is left to be seen
-            if type(argument) not in _PLAIN or (
-                argument.is_neg() if met else torch._C._dispatch_keys(argument).raw_repr() & _OTHER
-            ):
+            if argument.is_neg() if met else torch._C._dispatch_keys(argument).raw_repr() & _OTHER:  # type: ignore[attr-defined]
                 return True
             met = True
+        elif isinstance(argument, Tensor):
+            return True
     return False
