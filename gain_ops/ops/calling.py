@@ -6,7 +6,7 @@ another kind of device.
 """
 
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -54,7 +54,8 @@ def is_heard(*arguments: object) -> bool:
         kind = type(argument)
         if kind is Tensor or kind is Parameter:
             # all lie on one device, and a public function has checked their dtypes: a negative view is left to be seen
-            if argument.is_neg() if met else torch._C._dispatch_keys(argument).raw_repr() & _OTHER:  # type: ignore[attr-defined]
+            tensor: Any = argument
+            if tensor.is_neg() if met else torch._C._dispatch_keys(tensor).raw_repr() & _OTHER:
                 return True
             met = True
         elif isinstance(argument, Tensor):
