@@ -51,8 +51,71 @@ BUNDLED: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 8,
         "max_position_embeddings": 131072,
     },
+    "qwen3-30b-a3b": {
+        "model_type": "qwen3_moe",
+        "vocab_size": 151936,
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "moe_intermediate_size": 768,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+        "max_position_embeddings": 40960,
+    },
+    "gpt-oss-20b": {
+        "model_type": "gpt_oss",
+        "vocab_size": 201088,
+        "hidden_size": 2880,
+        "intermediate_size": 2880,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "num_local_experts": 32,
+        "num_experts_per_tok": 4,
+        "sliding_window": 128,
+        "max_position_embeddings": 131072,
+    },
+    "mixtral-8x7b": {
+        "model_type": "mixtral",
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "max_position_embeddings": 32768,
+    },
+    "deepseek-v3": {
+        "model_type": "deepseek_v3",
+        "vocab_size": 129280,
+        "hidden_size": 7168,
+        "intermediate_size": 18432,
+        "moe_intermediate_size": 2048,
+        "num_hidden_layers": 61,
+        "first_k_dense_replace": 3,
+        "num_attention_heads": 128,
+        "num_key_value_heads": 128,
+        "q_lora_rank": 1536,
+        "kv_lora_rank": 512,
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 128,
+        "n_routed_experts": 256,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 8,
+        "n_group": 8,
+        "topk_group": 4,
+        "max_position_embeddings": 163840,
+    },
 }
-"""Sizes by name; the vocabulary is 128256 in all."""
+"""Configs by name: of Llama, with its vocabulary of 128256, where no model_type is said."""
 
 _MOST_LAYERS = 10_000  # each is made, if without its weights
 
@@ -80,12 +143,13 @@ def read_config(model: str) -> Any:
         raise MissingFileError(
             f"no config at {model}: give a config.json, the folder of a transformers model, or one of {', '.join(BUNDLED)}"
         )
-    from transformers import AutoConfig, LlamaConfig
+    from transformers import AutoConfig
 
     from gain_ops.checkpoints.formats.config import read_object  # needs torch, and --help does not wait for it
 
     if model in BUNDLED:
-        return LlamaConfig(vocab_size=128256, tie_word_embeddings=False, **BUNDLED[model])
+        said = {"model_type": "llama", "vocab_size": 128256, "tie_word_embeddings": False, **BUNDLED[model]}
+        return AutoConfig.for_model(**said)
     with file_errors():
         content = read_object(path if path.is_file() else path / "config.json")
     if (layers := max(_layer_numbers(content), default=0)) > _MOST_LAYERS:
