@@ -212,3 +212,18 @@ def test_a_linear_map_that_is_called_with_more_fails_in_words():
     gain_ops.apply(model)
     with pytest.raises(TypeError, match=r"QuantLinear .* is called with 2 arguments, and a gain knows of x alone"):
         model(**inputs)
+
+
+def test_dense_granite_has_its_ffn_in_the_shared_one():
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 64}
+    mamba = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_chunk_size": 8}
+    config = AutoConfig.for_model(
+        "granitemoehybrid", num_local_experts=0, shared_intermediate_size=48, num_hidden_layers=2,
+        layer_types=["mamba", "attention"], **sizes, **mamba,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    down = [f"model.layers.{i}.shared_mlp.output_linear" for i in range(2)]
+    assert names(model, "gain-ffn") == [*down, "model.layers.1.self_attn.o_proj"]
