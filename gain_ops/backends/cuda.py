@@ -16,6 +16,12 @@ from torch import Tensor
 from gain_ops.backends import eager, operands
 from gain_ops.backends.composed import Composed
 
+# the residual stream; the passes that exist here would round dx before ddelta is summed from it
+from gain_ops.backends.eager import add as add
+from gain_ops.backends.eager import add_layer_norm as add_layer_norm
+from gain_ops.backends.eager import add_layer_norm_backward as add_layer_norm_backward
+from gain_ops.backends.eager import add_rms_norm_backward as add_rms_norm_backward
+
 # the ops of experts, an expert after the other
 from gain_ops.backends.eager import combine as combine
 from gain_ops.backends.eager import combine_backward as combine_backward
@@ -26,15 +32,9 @@ from gain_ops.backends.eager import grouped_glu_backward as grouped_glu_backward
 from gain_ops.backends.eager import grouped_glu_ddelta as grouped_glu_ddelta
 from gain_ops.backends.eager import grouped_mm as grouped_mm
 from gain_ops.backends.eager import grouped_scale as grouped_scale
+from gain_ops.backends.eager import rms_norm_add as rms_norm_add
+from gain_ops.backends.eager import rms_norm_add_backward as rms_norm_add_backward
 from gain_ops.reference import ACTIVATIONS
-
-# the residual stream; the passes that exist here would round dx before ddelta is summed from it
-from gain_ops.reference import add as add
-from gain_ops.reference import add_layer_norm as add_layer_norm
-from gain_ops.reference import add_layer_norm_backward as add_layer_norm_backward
-from gain_ops.reference import add_rms_norm_backward as add_rms_norm_backward
-from gain_ops.reference import rms_norm_add as rms_norm_add
-from gain_ops.reference import rms_norm_add_backward as rms_norm_add_backward
 
 _ops: Any = torch.ops.gain_ops_cuda
 

@@ -146,6 +146,16 @@ def test_sums_that_the_fused_gemms_cannot_take(call: str, shape: tuple[int, int,
     compare(host_extension.backend(), call, arguments)
 
 
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("layout", ["transposed", "expanded"])
+def test_results_are_contiguous_whatever_the_operands_are(call: str, layout: str) -> None:
+    """Also of what the CUDA backend leaves to plain torch; compare() asks for the strides."""
+    arguments = tensors(6, 5, 7, torch.float32)
+    for name in ("x", "dy", "z", "dh", "h"):
+        arguments[name] = laid_out(arguments[name], layout)
+    compare(_module("cuda"), call, arguments)
+
+
 VECTORS = ("delta_out", "delta_in", "bias", "norm_weight")
 
 
