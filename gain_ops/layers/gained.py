@@ -174,6 +174,18 @@ def frozen(tensor: Tensor) -> Tensor:
     return tensor.detach() if tensor.requires_grad and hasattr(tensor._base, "_fsdp_flattened") else tensor
 
 
+def frozen_weight(linear: nn.Module) -> Tensor:
+    """A linear map's frozen weight as [out, in]; transformers' Conv1D stores the transpose."""
+    weight = frozen(cast(Tensor, linear.weight))
+    return weight.T if hasattr(linear, "nf") else weight
+
+
+def frozen_bias(linear: nn.Module) -> Tensor | None:
+    """A linear map's frozen bias, or None."""
+    bias = cast("Tensor | None", linear.bias)
+    return None if bias is None else frozen(bias)
+
+
 def check_options(side: str, save: str, backend: str) -> None:
     """Raise ValueError for a side, save or backend that does not exist, or for two that do not go together."""
     check_side_and_save(side, save)

@@ -243,7 +243,8 @@ def place(
         kept=tuple(canonical_name(name) for name in kept),
         left_out=left_out,
     )
-    setattr(model, RECORD, Record(applied, flags))
+    record = Record(applied, flags)
+    setattr(model, RECORD, record)
     try:
         if running.fuse_mlp:
             fuse_all(model, recompute=running.memory == "lean", chunk=running.mlp_chunk)
@@ -255,9 +256,8 @@ def place(
     except ValueError:
         remove(model)
         raise
-    applied = replace(applied, folded=_folded(model))
-    setattr(model, RECORD, Record(applied, flags))
-    return applied
+    record.applied = replace(applied, folded=_folded(model))
+    return record.applied
 
 
 def _folded(model: nn.Module) -> tuple[str, ...]:

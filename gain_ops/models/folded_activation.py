@@ -7,20 +7,20 @@ gain out. Names, parameters, state dict and hooks stay. unfold_activations() res
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any, cast
+from typing import cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gain_ops.layers.gained import Gained, frozen
+from gain_ops.layers.gained import Gained, frozen_bias, frozen_weight
 from gain_ops.layers.wrapper import GainWrapper
 from gain_ops.models.ffn_layout import Chain
-from gain_ops.models.mixins import mixed, rebuild_mixed
+from gain_ops.models.mixins import Mixin, mixed, unmix
 from gain_ops.ops.glu import gain_activation
 from gain_ops.utils.errors import UsageError
 
 
-class FoldedActivation(nn.Module):
+class FoldedActivation(Mixin):
     """A mixin before the class of an activation: act(x) * gain, with the gain of the projection that reads it."""
 
     _gain_name: str
@@ -31,12 +31,8 @@ class FoldedActivation(nn.Module):
         (down,) = self._gain_of
         return gain_activation(x, down.delta, activation=self._gain_name, backend=down.backend)
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickle by the original class: the class made here has no name that pickle could find."""
-        return rebuild_mixed, type(self).__bases__, self.__dict__
 
-
-class FoldedDown(Gained):
+class FoldedDown(Mixin, Gained):
     """A mixin before the class of a gained projection: h, which has the gain in it, through the plain linear map."""
 
     def forward(self, h: Tensor) -> Tensor:
@@ -45,13 +41,7 @@ class FoldedDown(Gained):
             self.refuse_offloaded()
         if isinstance(self, GainWrapper):
             return self.through_base(h)
-        weight = frozen(cast(Tensor, self.weight))
-        bias = cast("Tensor | None", self.bias)
-        return F.linear(h, weight.T if self.gained_dim == 0 else weight, None if bias is None else frozen(bias))
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickle by the original class, as above."""
-        return rebuild_mixed, type(self).__bases__, self.__dict__
+        return F.linear(h, frozen_weight(self), frozen_bias(self))
 
 
 def fold(holder: nn.Module, chain: Chain, name_of: Callable[[nn.Module], str]) -> None:
@@ -78,7 +68,7 @@ def unfold_activations(model: nn.Module) -> None:
     """Give every activation and projection that fold() changed its own class again."""
     for module in model.modules():
         if isinstance(module, FoldedActivation | FoldedDown):
-            module.__class__ = type(module).__bases__[1]
+            unmix(module)
             for name in ("_gain_name", "_gain_of"):
                 vars(module).pop(name, None)
 

@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gain_ops.layers.experts import ExpertsGain
-from gain_ops.layers.gained import Gained, frozen
+from gain_ops.layers.gained import Gained, frozen_bias, frozen_weight
 from gain_ops.layers.linears import is_conv1d, is_plain_linear
 from gain_ops.layers.wrapper import GainWrapper
 from gain_ops.models.ffn_layout import Chain, Layout, chains_of, layout_of
 from gain_ops.models.folded_activation import fold, unfold_activations
+from gain_ops.models.mixins import unmix
 from gain_ops.models.projections import ATTENTION, MIXER, Linear, named_kind
 from gain_ops.ops.glu import gain_activation, gain_glu
 from gain_ops.ops.mlp import gain_mlp
@@ -57,13 +58,13 @@ class FusedMlp(nn.Module):
         if _is_readable(self):
             y = gain_mlp(
                 hidden_states,
-                _weight(gate),
-                None if up is None else _weight(up),
-                _weight(down),
+                frozen_weight(gate),
+                None if up is None else frozen_weight(up),
+                frozen_weight(down),
                 down.delta,
-                gate_bias=_bias(gate),
-                up_bias=None if up is None else _bias(up),
-                down_bias=_bias(down),
+                gate_bias=frozen_bias(gate),
+                up_bias=None if up is None else frozen_bias(up),
+                down_bias=frozen_bias(down),
                 activation=self._gain_activation,
                 recompute=self._gain_recompute,
                 chunk=self._gain_chunk,
@@ -71,7 +72,7 @@ class FusedMlp(nn.Module):
             )
         else:
             h = self._hidden(hidden_states, gate, up, down)
-            y = down.base(h) if isinstance(down, GainWrapper) else F.linear(h, _weight(down), _bias(down))
+            y = down.base(h) if isinstance(down, GainWrapper) else F.linear(h, frozen_weight(down), frozen_bias(down))
         return y if layout.dropout is None else cast(Tensor, self.get_submodule(layout.dropout)(y))
 
     def _hidden(self, x: Tensor, gate: nn.Module, up: nn.Module | None, down: Gained) -> Tensor:
@@ -100,27 +101,26 @@ def fuse(module: nn.Module, *, recompute: bool, chunk: int | None) -> None:
 
     """
     layout = layout_of(module)
-    chain = None if layout is not None else _gained_chain(module)
-    last = layout.down if layout is not None else None if chain is None else chain.down
-    side = "input" if last is None else getattr(module.get_submodule(last), "side", "input")
+    ffn = layout or _gained_chain(module)
+    if ffn is None:
+        raise UsageError(
+            f"fuse_mlp cannot serve {type(module).__name__}: its forward is none of the known ones "
+            "(gain_ops/models/ffn_layout.py). Leave fuse_mlp off."
+        )
+    side = getattr(module.get_submodule(ffn.down), "side", "input")
     if side != "input":
         raise UsageError(
-            f"fuse_mlp folds a gain on the input side of {last} into the FFN's activation, and this one is on the {side} side: "
-            "leave fuse_mlp off"
+            f"fuse_mlp folds a gain on the input side of {ffn.down} into the FFN's activation, and this one is on the {side} "
+            "side: leave fuse_mlp off"
         )
-    if chain is not None:
+    if layout is None:
         if recompute or chunk is not None:
             raise UsageError(
                 f"memory='lean' and mlp_chunk with fuse_mlp need an FFN whose forward is that alone, and "
                 f"{type(module).__name__} does more: use memory='fast' and no mlp_chunk"
             )
-        fold(module, chain, _activation)
+        fold(module, cast(Chain, ffn), _activation)
         return
-    if layout is None:
-        raise UsageError(
-            f"fuse_mlp cannot serve {type(module).__name__}: its forward is none of the known ones "
-            "(gain_ops/models/ffn_layout.py). Leave fuse_mlp off."
-        )
     activation = layout.activation if layout.functional else _activation(module.get_submodule(layout.activation))
     projections = [module.get_submodule(name) for name in (layout.gate, layout.up, layout.down) if name is not None]
     if hooked(projections[-1]):
@@ -162,7 +162,7 @@ def fuse_all(model: nn.Module, *, recompute: bool, chunk: int | None, where_poss
 def unfuse(model: nn.Module) -> None:
     """Give every fused FFN of a model its own class again."""
     for module in list(fused_modules(model)):
-        module.__class__ = type(module).__bases__[1]
+        unmix(module)
         for name in ("_gain_layout", "_gain_activation", "_gain_recompute", "_gain_chunk"):
             delattr(module, name)
     unfold_activations(model)
@@ -212,17 +212,6 @@ def hooked(module: nn.Module) -> bool:
     """Whether hooks of any kind are registered on a module."""
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return any(getattr(module, kind) for kind in kinds)
-
-
-def _weight(module: nn.Module) -> Tensor:
-    """[out, in]; transformers' Conv1D stores the transpose."""
-    weight = frozen(cast(Tensor, module.weight))
-    return weight.T if hasattr(module, "nf") else weight
-
-
-def _bias(module: nn.Module) -> Tensor | None:
-    bias = cast("Tensor | None", module.bias)
-    return None if bias is None else frozen(bias)
 
 
 def _activation(module: nn.Module) -> str:

@@ -18,7 +18,7 @@ from gain_ops.layers.linears import describe
 from gain_ops.layers.wrapper import GainWrapper
 from gain_ops.models.decoder_layout import NormForm, folded_forward, folds_of, last_projection, norm_form
 from gain_ops.models.fused_mlp import hooked
-from gain_ops.models.mixins import mixed, rebuild_mixed
+from gain_ops.models.mixins import Mixin, mixed, unmix
 from gain_ops.ops.linear import gain_scale
 from gain_ops.ops.residual import gain_add, gain_add_rms_norm, gain_rms_norm_add
 from gain_ops.ops.rms_norm import gain_rms_norm
@@ -34,7 +34,7 @@ class Place:
     form: NormForm | None
 
 
-class WithheldGain(Gained):
+class WithheldGain(Mixin, Gained):
     """A mixin before the class of a projection whose layer applies the gain: its forward gives z = x @ W.T."""
 
     def forward(self, input: Tensor) -> Tensor:
@@ -44,12 +44,8 @@ class WithheldGain(Gained):
         y, bias = self.through_base(input), self.bias
         return y if bias is None else y - bias.to(y.dtype)
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickle by the original class: the class made here has no name that pickle could find."""
-        return rebuild_mixed, type(self).__bases__, self.__dict__
 
-
-class OnePassNorm(nn.Module):
+class OnePassNorm(Mixin):
     """A mixin before the class of an RMSNorm in such a layer that no gain is folded into: the norm alone, in one pass."""
 
     _gain_form: NormForm
@@ -61,10 +57,6 @@ class OnePassNorm(nn.Module):
             return cast(Tensor, super().forward(x))
         weight, eps = _weight_and_eps(self, self._gain_form)
         return gain_rms_norm(x, weight, torch.zeros_like(weight), eps, backend=self._gain_backend)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickle by the original class: the class made here has no name that pickle could find."""
-        return rebuild_mixed, type(self).__bases__, self.__dict__
 
 
 class FusedResidual(nn.Module):
@@ -159,12 +151,12 @@ def unfuse_residual(model: nn.Module) -> None:
     """Give every fused layer of a model and its projections their own classes again."""
     for module in list(model.modules()):
         if isinstance(module, WithheldGain):
-            module.__class__ = type(module).__bases__[1]
+            unmix(module)
         elif isinstance(module, OnePassNorm):
-            module.__class__ = type(module).__bases__[1]
+            unmix(module)
             del module._gain_form, module._gain_backend
         elif isinstance(module, FusedResidual):
-            module.__class__ = type(module).__bases__[1]
+            unmix(module)
             del module._gain_places
 
 

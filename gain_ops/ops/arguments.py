@@ -38,6 +38,29 @@ def check_features(x: Tensor, features: int, delta: Tensor, meaning: str) -> Non
     check_device(x, delta, "delta")
 
 
+def check_frozen_map(x: Tensor, weight: Tensor, delta: Tensor, bias: Tensor | None) -> None:
+    """Raise unless x [..., in], a frozen weight [out, in] and bias [out] are a linear map on one device, all floating."""
+    if weight.dim() != 2:
+        raise ValueError(f"weight must be [out_features, in_features], got shape {tuple(weight.shape)}")
+    if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"x must be [..., in_features={weight.shape[1]}] for weight {tuple(weight.shape)}, got shape {tuple(x.shape)}"
+        )
+    if weight.requires_grad:
+        raise ValueError(
+            "weight requires a gradient, but a gained weight is frozen and dW is never formed. "
+            "Call weight.requires_grad_(False) (gain_ops.apply does), or train the full weight with torch.nn.functional.linear."
+        )
+    if bias is None:
+        check_floating(x=x, weight=weight, delta=delta)
+    else:
+        check_floating(x=x, weight=weight, delta=delta, bias=bias)
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"bias must be [out_features={weight.shape[0]}] or None, got shape {tuple(bias.shape)}")
+        check_device(x, bias, "bias")
+    check_device(x, weight, "weight")
+
+
 def check_offsets(x: Tensor, offsets: Tensor) -> None:
     """Raise unless x is [S, n] and offsets, the end of each expert's rows, are [E] in int32 on x's device."""
     if x.dim() != 2:

@@ -55,9 +55,9 @@ def cast_to(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
-def bias_gradient(ctx: Any, dy: Tensor) -> Tensor | None:
-    """The gradient of a bias, the fourth input, or None where nobody needs it."""
-    if not ctx.needs_input_grad[3]:
+def bias_gradient(ctx: Any, dy: Tensor, place: int = 3) -> Tensor | None:
+    """The gradient of a bias, by default the fourth input, or None where nobody needs it."""
+    if not ctx.needs_input_grad[place]:
         return None
     return dy.sum(0, dtype=reference.accumulation_dtype(dy.dtype)).to(ctx.bias_dtype)
 

@@ -21,7 +21,7 @@ from torch.autograd import Function
 
 from gain_ops import reference
 from gain_ops.ops import raw
-from gain_ops.ops.arguments import check_device, check_features, check_floating
+from gain_ops.ops.arguments import check_features, check_floating, check_frozen_map
 from gain_ops.ops.autograd import Gradients, bias_gradient, cast_to, differentiable, outside_autocast, remember
 from gain_ops.ops.calling import call
 from gain_ops.ops.entering import entry, gemm
@@ -175,29 +175,11 @@ def _scale(x: Tensor, delta: Tensor, backend: str) -> Tensor:
 
 def _check(x: Tensor, weight: Tensor, delta: Tensor, bias: Tensor | None, side: str, save: str) -> None:
     check_side_and_save(side, save)
-    if weight.dim() != 2:
-        raise ValueError(f"weight must be [out_features, in_features], got shape {tuple(weight.shape)}")
-    if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(
-            f"x must be [..., in_features={weight.shape[1]}] for weight {tuple(weight.shape)}, got shape {tuple(x.shape)}"
-        )
-    if weight.requires_grad:
-        raise ValueError(
-            "weight requires a gradient, but a gained weight is frozen and dW is never formed. "
-            "Call weight.requires_grad_(False) (gain_ops.apply does), or train the full weight with torch.nn.functional.linear."
-        )
+    check_frozen_map(x, weight, delta, bias)
     if side == "output":
         check_features(x, weight.shape[0], delta, "out_features on the output side")
     else:
         check_features(x, weight.shape[1], delta, "in_features on the input side")
-    if bias is None:
-        check_floating(x=x, weight=weight, delta=delta)
-    else:
-        check_floating(x=x, weight=weight, delta=delta, bias=bias)
-        if bias.shape != weight.shape[:1]:
-            raise ValueError(f"bias must be [out_features={weight.shape[0]}] or None, got shape {tuple(bias.shape)}")
-        check_device(x, bias, "bias")
-    check_device(x, weight, "weight")
 
 
 class KeepOutput(Function):

@@ -20,11 +20,11 @@ from torch import Tensor
 from torch.autograd import Function
 
 from gain_ops.ops import raw
-from gain_ops.ops.arguments import any_sharded, check_device, check_floating, flatten, unflatten
-from gain_ops.ops.autograd import Gradients, cast_to, differentiable, outside_autocast, remember
+from gain_ops.ops.arguments import any_sharded, check_device, check_floating, check_frozen_map, flatten, unflatten
+from gain_ops.ops.autograd import Gradients, bias_gradient, cast_to, differentiable, outside_autocast, remember
 from gain_ops.ops.calling import call
 from gain_ops.ops.entering import gemm
-from gain_ops.reference import SIDES, gain_of
+from gain_ops.reference import SIDES, accumulation_dtype, gain_of
 from gain_ops.utils.errors import UsageError
 
 
@@ -85,20 +85,7 @@ def mixed_linear(
     """
     if side not in SIDES:
         raise UsageError(f"side={side!r} is not one of {', '.join(map(repr, SIDES))}")
-    if weight.dim() != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(
-            f"x must be [..., in_features] for weight [out_features, in_features], got shapes {tuple(x.shape)} and "
-            f"{tuple(weight.shape)}"
-        )
-    if weight.requires_grad:
-        raise ValueError("weight requires a gradient, but a gained weight is frozen: call weight.requires_grad_(False)")
-    check_floating(x=x, weight=weight, delta=delta)
-    if bias is not None:
-        check_floating(bias=bias)
-        if bias.shape != weight.shape[:1]:
-            raise ValueError(f"bias must be [out_features={weight.shape[0]}] or None, got shape {tuple(bias.shape)}")
-        check_device(x, bias, "bias")
-    check_device(x, weight, "weight")
+    check_frozen_map(x, weight, delta, bias)
     flat = flatten(x)
     features = weight.shape[0] if side == "output" else weight.shape[1]
     _check_sets(flat, delta, index, features, f"the features of the {side} side")
@@ -154,7 +141,7 @@ def scale_rows(x: Tensor, delta: Tensor, index: Tensor, bias: Tensor | None) -> 
 def ddelta_rows(dy: Tensor, z: Tensor, index: Tensor, sets: int, backend: str) -> Tensor:
     """The sum of ``dy * z`` over each set's rows -> [N, n], in a fixed order."""
     if differentiable():
-        wide = gain_of(dy.new_zeros(sets + 1, dy.shape[1]), dy.dtype) - 1
+        wide = dy.new_zeros(sets + 1, dy.shape[1], dtype=accumulation_dtype(dy.dtype))
         # the base's rows add to row N, which is dropped
         return wide.index_add(0, index.remainder(sets + 1), (dy.to(wide.dtype) * z))[:sets]
     # as if the base came last: rows past the last offset belong to nobody
@@ -183,7 +170,7 @@ class FrozenProduct(Function):
         (weight,) = ctx.saved_tensors
         dz = cast_to(dz, ctx.compute_dtype)
         dx = None if weight is None else dz @ cast_to(weight, dz.dtype)
-        return dx, None, _bias_gradient(dz, ctx.bias_dtype) if ctx.needs_input_grad[2] else None
+        return dx, None, bias_gradient(ctx, dz, 2)
 
 
 class MixedScale(Function):
@@ -207,8 +194,4 @@ class MixedScale(Function):
         x, delta, index = ctx.saved_tensors
         dx = None if delta is None else scale_rows(dy, delta, index, None)
         ddelta = None if x is None else cast_to(ddelta_rows(dy, x, index, ctx.sets, ctx.backend), ctx.delta_dtype)
-        return dx, ddelta, None, _bias_gradient(dy, ctx.bias_dtype) if ctx.needs_input_grad[3] else None, None
-
-
-def _bias_gradient(dy: Tensor, dtype: torch.dtype) -> Tensor:
-    return dy.sum(0, dtype=torch.float64 if dy.dtype == torch.float64 else torch.float32).to(dtype)
+        return dx, ddelta, None, bias_gradient(ctx, dy), None

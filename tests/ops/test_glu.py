@@ -230,6 +230,19 @@ def plain_ffn(form: str, given_: dict[str, Tensor | None], activation: str = "si
     return F.linear(h, given_["down_weight"], given_["down_bias"])
 
 
+# half of the combinations compile all that there is
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("recompute", "chunk"), [(True, None), (False, 4)])
+def test_mlp_compiled(form: str, recompute: bool, chunk: int | None) -> None:
+    given_ = ffn(form)
+    compiled = torch.compile(gain_mlp, backend="aot_eager", fullgraph=True)
+    y = compiled(**given_, recompute=recompute, chunk=chunk)
+    assert torch.allclose(y, plain_ffn(form, given_))
+    grads = torch.autograd.grad(y.sum(), (given_["x"], given_["delta"]))
+    wanted = torch.autograd.grad(plain_ffn(form, given_).sum(), (given_["x"], given_["delta"]))
+    assert all(torch.allclose(a, b) for a, b in zip(grads, wanted, strict=True))
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("chunk", [None, 4])
@@ -294,17 +307,6 @@ class TestMlp:
         given_["x"] = given_["x"].detach()
         y = gain_mlp(**given_, recompute=recompute, chunk=chunk)
         assert torch.allclose(torch.autograd.grad(y.sum(), given_["delta"])[0], wanted)
-
-    def test_compile(self, form: str, recompute: bool, chunk: int | None) -> None:
-        if recompute != (chunk is None):
-            pytest.skip("half of the combinations compile all that there is")
-        given_ = ffn(form)
-        compiled = torch.compile(gain_mlp, backend="aot_eager", fullgraph=True)
-        y = compiled(**given_, recompute=recompute, chunk=chunk)
-        assert torch.allclose(y, plain_ffn(form, given_))
-        grads = torch.autograd.grad(y.sum(), (given_["x"], given_["delta"]))
-        wanted = torch.autograd.grad(plain_ffn(form, given_).sum(), (given_["x"], given_["delta"]))
-        assert all(torch.allclose(a, b) for a, b in zip(grads, wanted, strict=True))
 
     def test_inference_and_func(self, form: str, recompute: bool, chunk: int | None) -> None:
         given_ = ffn(form)
